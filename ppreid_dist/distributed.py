@@ -1,0 +1,71 @@
+"""The few collectives the losses and layers need; each is the plain one-process thing when no group is up."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank_rows(total: int) -> slice:
+    """The rows of a global batch of ``total`` that are this process's (``total`` divides by the world size)."""
+    share = total // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.rows = x.shape[0]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate ``x`` (the same shape on every process) along its first axis, in the order of ranks.
+
+    Differentiable: the gradient of a process's rows is the sum of what all processes' losses ask of them. With
+    DDP's mean over ranks that makes a mean of per-rank losses, or one loss computed alike on every rank, exact.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of ``x`` over all processes; differentiable, its gradient is summed over them as well."""
+    return x if world_size() == 1 else _SumOverRanks.apply(x)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of a detached ``x`` over all processes, for logging."""
+    return sum_over_ranks(x.detach()) / world_size()

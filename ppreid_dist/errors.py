@@ -1,0 +1,24 @@
+"""The errors a user meets: one clear line each, naming the file or the key."""
+
+
+class PPReIDError(Exception):
+    """Something the user can mend. The commands print it as one line and exit with status 2."""
+
+
+class ConfigError(PPReIDError):
+    """A configuration key is unknown, mistyped or contradicts another; the message starts with the key."""
+
+
+class DataError(PPReIDError):
+    """A folder, picture, shard or index is missing, damaged or inconsistent; the message names the file."""
+
+
+class RunError(PPReIDError):
+    """A run folder or checkpoint can't be used, or training met a value it must not go on from."""
+
+
+class MissingExtra(PPReIDError):
+    """A feature needs an optional dependency that isn't installed."""
+
+    def __init__(self, feature: str, extra: str):
+        super().__init__(f"{feature} needs the extra '{extra}': pip install 'ppreid_dist[{extra}]'")

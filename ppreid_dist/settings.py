@@ -1,0 +1,174 @@
+"""How settings are declared, read from YAML and dotted overrides, checked, and explained by ``--help``.
+
+Each part of the program declares its own :class:`Settings` dataclass beside the class that reads it; the
+whole is composed in ``ppreid_dist.experiment``. Reading and typing is OmegaConf's; what is added here is that
+every mistake is one line which starts with the full key.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.storage import write_text
+
+S = TypeVar("S", bound="Settings")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field with its explanation and its bounds, for use in a :class:`Settings` class.
+
+    A list, a tuple's list or a Settings instance as ``default`` is copied for every instance.
+    """
+    metadata = dict(help=help, choices=choices, at_least=at_least, more_than=more_than, at_most=at_most)
+    if isinstance(default, (list, dict, Settings)):
+        return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return dataclasses.replace(value)
+    return type(value)(value)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    """Base of all settings. Subclasses are ``@dataclass(kw_only=True)`` and may extend ``__post_init__``
+    with checks across fields, raising :class:`ConfigError` with a message that starts with the field's name."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            rules, value = f.metadata, getattr(self, f.name)
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if rules.get("choices") and item not in rules["choices"]:
+                    raise ConfigError(f"{f.name}: {item!r} is not one of {', '.join(map(str, rules['choices']))}")
+                if isinstance(item, (int, float)):
+                    for rule, broken, word in (
+                        ("at_least", lambda v, b: v < b, "at least"),
+                        ("more_than", lambda v, b: v <= b, "more than"),
+                        ("at_most", lambda v, b: v > b, "at most"),
+                    ):
+                        bound = rules.get(rule)
+                        if bound is not None and broken(item, bound):
+                            raise ConfigError(f"{f.name}: {item} must be {word} {bound}")
+
+
+def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[str] = ()) -> S:
+    """Read ``file`` (YAML) over the defaults of ``schema``, then ``key.sub=value`` overrides over both.
+
+    Raises ConfigError (one line, starting with the file or the full key) for an unreadable file, an unknown key,
+    a value of the wrong type or out of bounds.
+    """
+    for item in overrides:
+        if "=" not in item.lstrip("="):
+            raise ConfigError(f"{item}: an override has the form key=value")
+    try:
+        merged = OmegaConf.structured(schema)
+        if file is not None:
+            merged = OmegaConf.merge(merged, _read_yaml(Path(file)))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "config"
+        reason = str(error).splitlines()[0]
+        where = f" (in {file})" if file is not None else ""
+        raise ConfigError(f"{key}: {reason}{where}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"overrides: not YAML: {' '.join(str(error).split())}") from None
+    return _build(schema, plain, "")
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        content = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(content):
+        raise ConfigError(f"{file}: the top level must be keys and values")
+    return content
+
+
+def _settings_type(annotation: Any) -> type[Settings] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+
+
+def _build(schema: type[S], values: Any, prefix: str) -> S:
+    hints = typing.get_type_hints(schema)
+    arguments = {}
+    for f in dataclasses.fields(schema):
+        hint, value, key = hints[f.name], values[f.name], f"{prefix}{f.name}"
+        if nested := _settings_type(hint):
+            value = _build(nested, value, f"{key}.")
+        elif typing.get_origin(hint) is list and (nested := _settings_type(typing.get_args(hint)[0])):
+            value = [_build(nested, item, f"{key}[{i}].") for i, item in enumerate(value)]
+        elif typing.get_origin(hint) is tuple and value is not None:
+            value = tuple(value)
+        arguments[f.name] = value
+    try:
+        return schema(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain nested dictionaries and lists, ready for YAML or JSON."""
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(settings)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def save_settings(settings: Settings, file: Path) -> None:
+    """Write the resolved settings as YAML, atomically."""
+    write_text(file, yaml.safe_dump(to_dict(settings), sort_keys=False))
+
+
+def describe(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield ``(full key, default, explanation)`` for every setting, in order of declaration."""
+    hints, defaults = typing.get_type_hints(schema), schema()
+    for f in dataclasses.fields(schema):
+        key, hint = f"{prefix}{f.name}", hints[f.name]
+        if nested := _settings_type(hint):
+            yield from describe(nested, f"{key}.")
+            continue
+        text = f.metadata.get("help", "")
+        if choices := f.metadata.get("choices"):
+            text = f"{text} [{' | '.join(map(str, choices))}]"
+        value = getattr(defaults, f.name)
+        if typing.get_origin(hint) is list and (nested := _settings_type(typing.get_args(hint)[0])):
+            yield key, f"{len(value)} of them", text
+            yield from describe(nested, f"{key}[i].")
+            continue
+        if isinstance(hint, types.UnionType) and value is None:
+            default = "null"
+        else:
+            default = yaml.safe_dump(_plain(value), default_flow_style=True).splitlines()[0]
+        yield key, default, text
+
+
+def help_text(schema: type[Settings]) -> str:
+    """Every key with its default and its explanation, a line each."""
+    return "\n".join(f"  {key}={default}\n        {text}" for key, default, text in describe(schema))

@@ -1,0 +1,65 @@
+"""Files that are either whole or absent: written beside their place, synced, then renamed into it."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ppreid_dist.errors import DataError
+
+
+@contextmanager
+def atomic(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; on success it becomes ``target``, on any error it is removed.
+
+    The caller creates a file or a folder at the yielded path. An existing file is replaced; an existing folder
+    must not be in the way. A full disk or another OSError ends in a DataError that names ``target``.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for item in [*sorted(temporary.rglob("*")), temporary] if temporary.is_dir() else [temporary]:
+            _sync(item)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise DataError(f"{target}: could not be written: {error.strerror or error}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write ``text`` (UTF-8) atomically."""
+    with atomic(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(target: str | Path, value: Any) -> None:
+    """Write ``value`` as strict JSON (no NaN), indented, atomically."""
+    write_text(target, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(file: str | Path) -> Any:
+    """Read a JSON file; DataError naming it if it is missing or damaged."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not readable as JSON: {error}") from None
