@@ -75,23 +75,29 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
     Raises ConfigError (one line, starting with the file or the full key) for an unreadable file, an unknown key,
     a value of the wrong type or out of bounds.
     """
+    merged = OmegaConf.structured(schema)
+    if file is not None:
+        merged = _merge(merged, _read_yaml(Path(file)), str(file))
     for item in overrides:
-        if "=" not in item.lstrip("="):
+        key, equals, _ = item.partition("=")
+        if not key or not equals:
             raise ConfigError(f"{item}: an override has the form key=value")
-    try:
-        merged = OmegaConf.structured(schema)
-        if file is not None:
-            merged = OmegaConf.merge(merged, _read_yaml(Path(file)))
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        key = error.full_key or "config"
-        reason = str(error).splitlines()[0]
-        where = f" (in {file})" if file is not None else ""
-        raise ConfigError(f"{key}: {reason}{where}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"overrides: not YAML: {' '.join(str(error).split())}") from None
+        try:
+            change = OmegaConf.from_dotlist([item])
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: not YAML: {' '.join(str(error).split())}") from None
+        merged = _merge(merged, change, key)
+    plain = OmegaConf.to_container(merged, resolve=True)
     return _build(schema, plain, "")
+
+
+def _merge(settings: Any, change: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(settings, change)
+    except OmegaConfBaseException as error:
+        # Inside a tuple OmegaConf knows neither the key nor the value.
+        reason = str(error).splitlines()[0] if error.full_key else "a value in it has the wrong type"
+        raise ConfigError(f"{error.full_key or source}: {reason} (in {source})") from None
 
 
 def _read_yaml(file: Path) -> Any:

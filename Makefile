@@ -1,0 +1,31 @@
+# Two commands: `make demo` shows the whole way on synthetic people, `make test` runs all tests.
+# On a machine without a GPU, let pip find a CPU build of torch first (README, "Install").
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+# Threads: two training processes on two cores with default threads would fight for them.
+export TOKENIZERS_PARALLELISM := false
+
+$(VENV)/installed: pyproject.toml constraints/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track]'
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs data .venv

@@ -1,0 +1,127 @@
+"""What every attacker is, and what all of them share: a split by people, views of the features, one error.
+
+An attacker owns exported features and the pictures of its own auxiliary people, nothing else: no weights, no
+gradients, nobody it is tested on. An attacker that is too weak makes everything look private, so each chooses its
+capacity and its view of the features on people it held out of its own pool.
+
+Shapes: N its own pictures, M features to reverse, B batch, D feature dim, K view dim, h w pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
+
+Progress = Callable[[str], None]
+VIEWS = ("raw", "whitened")
+HELD_OUT_SHARE, HELD_OUT_PEOPLE = 0.2, 4
+ERROR = ReconstructionConfig(l1=1.0, ssim=0.5)
+
+
+class Attacker(ABC):
+    """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings."""
+
+    name: ClassVar[str]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @abstractmethod
+    def fit(
+        self,
+        features_ND: Tensor,
+        pictures_N3hw: Tensor,
+        pids_N: np.ndarray,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        """Learn from stored features (float, any device), their pictures (uint8, same device) and identities.
+
+        The same seed gives the same attacker (on CPU to the bit). ConfigError naming ``attack.people`` where
+        there are too few identities to hold some out.
+        """
+
+    @abstractmethod
+    def reconstruct(self, features_MD: Tensor) -> Tensor:
+        """Pictures (M,3,h,w), float in [0,1], of the people whose features these are."""
+
+
+ATTACKERS: dict[str, type[Attacker]] = {}
+
+
+def register(attacker: type[Attacker]) -> type[Attacker]:
+    """Class decorator: make an attacker known under its name."""
+    ATTACKERS[attacker.name] = attacker
+    return attacker
+
+
+def split_people(pids_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit on and rows to choose on; no identity is in both.
+
+    A fifth of the identities is held out, at least four, and at least as many must remain.
+    """
+    people = np.unique(pids_N)
+    held = max(HELD_OUT_PEOPLE, round(HELD_OUT_SHARE * len(people)))
+    if len(people) < 2 * HELD_OUT_PEOPLE:
+        raise ConfigError(f"attack.people: {len(people)} people are too few, an attacker needs {2 * HELD_OUT_PEOPLE}")
+    held_out = np.isin(pids_N, np.random.default_rng([seed, 0x5117]).permutation(people)[:held])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+@dataclass(frozen=True)
+class View:
+    """An affine map of the features, scaled so that those it was fitted on have a mean square norm of 1."""
+
+    mean_D: Tensor
+    matrix_DK: Tensor
+
+    def __call__(self, features_MD: Tensor) -> Tensor:
+        return (features_MD.float() - self.mean_D) @ self.matrix_DK
+
+    @property
+    def dim(self) -> int:
+        return self.matrix_DK.shape[1]
+
+
+def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
+    """``raw``: centred and scaled only. ``whitened``: principal axes too, each divided by its standard deviation.
+
+    Whitening undoes an extractor that hides what it knows in directions of small variance. The variances are
+    shrunk towards their mean (weight ``shrinkage``), else the smallest axes, which are noise, would dominate.
+    """
+    x_ND = features_ND.float()
+    mean_D = x_ND.mean(0)
+    x_ND = x_ND - mean_D
+    if name == "raw":
+        matrix_DK = torch.eye(x_ND.shape[1], device=x_ND.device)
+    else:
+        _, deviations_K, axes_KD = torch.linalg.svd(x_ND, full_matrices=False)
+        variances_K = deviations_K.square() / len(x_ND)
+        kept = variances_K > 1e-10 * variances_K.max()
+        axes_KD, variances_K = axes_KD[kept], variances_K[kept]
+        shrunk_K = (1 - shrinkage) * variances_K + shrinkage * variances_K.mean()
+        matrix_DK = axes_KD.T / shrunk_K.sqrt()
+    power = (x_ND @ matrix_DK).square().sum(1).mean().clamp_min(1e-12)
+    return View(mean_D, matrix_DK / power.sqrt())
+
+
+def to_float(pictures_N3hw: Tensor) -> Tensor:
+    """uint8 pictures as float in [0,1]."""
+    return pictures_N3hw.float() / 255
+
+
+def held_out_error(images_N3hw: Tensor, pictures_N3hw: Tensor) -> float:
+    """What attackers choose by: mean of L1 and (1 - SSIM) / 2 between reconstructions and uint8 pictures."""
+    distances = [
+        per_picture_distance(image_B3hw, to_float(picture_B3hw), ERROR)
+        for image_B3hw, picture_B3hw in zip(images_N3hw.split(512), pictures_N3hw.split(512), strict=True)
+    ]
+    return float(torch.cat(distances).mean())

@@ -1,0 +1,174 @@
+"""The ``ppreid`` command and the entry behind ``accelerate launch train.py``: arguments in, one line of error out."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ppreid_dist import __version__
+from ppreid_dist.errors import PPReIDError
+
+FAILED, BAD_INPUT = 1, 2
+_SETTINGS = "key=value"
+
+
+def _parser(prog: str, description: str, schema_help: bool = False) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if schema_help:
+        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings over the defaults below")
+        parser.add_argument("settings", nargs="*", metavar=_SETTINGS, help="dotted settings over those of the file")
+    return parser
+
+
+def _explain_settings(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """The list of all settings needs heavy imports: it is made only when help is asked for."""
+    if "-h" in arguments or "--help" in arguments:
+        from ppreid_dist.experiment import Config
+        from ppreid_dist.settings import help_text
+
+        parser.epilog = "settings and their defaults:\n" + help_text(Config)
+
+
+def _train(arguments: Sequence[str], prog: str = "ppreid train") -> int:
+    parser = _parser(prog, "Train one extractor. Under `accelerate launch` or torchrun, on many processes.", True)
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    _explain_settings(arguments, parser)
+    options = parser.parse_intermixed_args(arguments)
+    from ppreid_dist.experiment import Config, train
+    from ppreid_dist.settings import load_settings
+
+    config = load_settings(Config, options.config, options.settings)
+    result = train(config, resume=options.resume)
+    if os.environ.get("RANK", "0") == "0":
+        _say(f"{config.output}: {result['steps']} steps, {result['images_per_second']} images/s, {result['seconds']} s")
+    return 0
+
+
+def _shards(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid shards", "Write the shards that a configuration trains on, or check them.", True)
+    parser.add_argument("--check", action="store_true", help="read every sample of the shards and name what is damaged")
+    _explain_settings(arguments, parser)
+    options = parser.parse_intermixed_args(arguments)
+    from ppreid_dist.data.dataset import prepare_shards
+    from ppreid_dist.data.shards import check_shards
+    from ppreid_dist.experiment import Config
+    from ppreid_dist.settings import load_settings
+
+    config = load_settings(Config, options.config, options.settings)
+    if options.check:
+        problems = check_shards(Path(config.data.shards))
+        _say("\n".join(problems) or f"{config.data.shards}: every sample is whole")
+        return FAILED if problems else 0
+    _say(prepare_shards(config.data))
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid evaluate", "mAP, CMC and mINP of finished runs on their own query and gallery.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    options = parser.parse_args(arguments)
+    from ppreid_dist.experiment import evaluate
+
+    for run in options.runs:
+        summary = evaluate(run)
+        _say(f"{run}: " + "  ".join(f"{name} {value:.4f}" for name, value in summary.items()))
+    return 0
+
+
+def _attack(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "ppreid attack",
+        "Train fresh attackers on the stored features of two runs and compare: the unprotected control is the ceiling, "
+        "permuted pairs are the floor, an independent extractor judges who is recognised.",
+        True,
+    )
+    parser.add_argument("--control", type=Path, required=True, metavar="RUN", help="the unprotected run")
+    parser.add_argument("--protected", type=Path, required=True, metavar="RUN", help="the run under test")
+    parser.add_argument("--judge", type=Path, required=True, metavar="RUN", help="another run: backbone and seed of its own")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    _explain_settings(arguments, parser)
+    options = parser.parse_intermixed_args(arguments)
+    from ppreid_dist.experiment import attack, load_run
+    from ppreid_dist.experiment import Config
+    from ppreid_dist.settings import load_settings
+
+    base = options.config or options.protected / "config.yaml"
+    if options.config is None:
+        load_run(options.protected)
+    attack(load_settings(Config, base, options.settings), options.control, options.protected, options.judge, options.out)
+    _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid report", "The page and the JSON file of an attack's results.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what `ppreid attack --out` wrote")
+    parser.add_argument("--pictures", choices=("synthetic", "always", "never"), help="show pictures of people (default: as configured)")
+    options = parser.parse_args(arguments)
+    from ppreid_dist.experiment import report
+
+    _say(report(options.folder, pictures=options.pictures))
+    return 0
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid doctor", "What this machine and installation can do.")
+    parser.parse_args(arguments)
+    from ppreid_dist.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        _say(f"{finding.mark:4} {finding.what}: {finding.says}")
+    return FAILED if any(finding.mark == "FAIL" for finding in findings) else 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "shards": (_shards, "pictures to shards, or check shards"),
+    "train": (_train, "train one extractor (many processes: accelerate launch train.py)"),
+    "evaluate": (_evaluate, "mAP, CMC, mINP of runs"),
+    "attack": (_attack, "fresh attackers on a control and a protected run"),
+    "report": (_report, "the privacy report of an attack"),
+    "doctor": (_doctor, "what this installation can do"),
+}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _guard(work: Callable[[], int]) -> NoReturn:
+    """Run a command; a mistake of the user's or the machine's is one line on stderr and status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("ppreid_dist").setLevel(logging.INFO)
+    try:
+        sys.exit(work())
+    except PPReIDError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
+    except BrokenPipeError:
+        sys.exit(FAILED)
+
+
+def train_main() -> NoReturn:
+    """What ``train.py`` runs."""
+    _guard(lambda: _train(sys.argv[1:], prog="train.py"))
+
+
+def main() -> NoReturn:
+    """What ``ppreid`` runs."""
+    lines = "\n".join(f"  {name:10} {what}" for name, (_, what) in _COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="ppreid",
+        description="Person re-identification whose stored features resist reversal, and the measurement of it.",
+        epilog=f"commands (each has --help):\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND")
+    options = parser.parse_args(sys.argv[1:2])
+    _guard(lambda: _COMMANDS[options.command][0](sys.argv[2:]))

@@ -1,0 +1,72 @@
+"""The dataset of a configuration: where its pictures are, how they become shards, which splits train."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppreid_dist.data.augment import AugmentConfig
+from ppreid_dist.data.catalog import KINDS, SPLITS, hold_out, read_catalog
+from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
+from ppreid_dist.data.stream import StreamConfig
+from ppreid_dist.data.synthetic import SyntheticConfig, render
+from ppreid_dist.errors import ConfigError, DataError
+from ppreid_dist.settings import Settings, option
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DataConfig(Settings):
+    kind: str = option("synthetic", "layout of the pictures' folder; synthetic renders them", choices=("synthetic", *KINDS))
+    root: str = option("data/synthetic", "the pictures' folder, or a CSV file")
+    shards: str = option("data/synthetic-shards", "the folder that `ppreid shards` writes and training reads")
+    images_per_shard: int = option(4096, "pictures in a shard", at_least=1)
+    aux_identities: int = option(0, "training people set apart for the attackers; 0 where the data names its own", at_least=0)
+    split_seed: int = option(0, "which people are set apart", at_least=0)
+    train_splits: list[str] = option(["train"], "what the extractor trains on", choices=SPLITS)
+    height: int = option(256, "pixels of the extractor's input", at_least=16)
+    width: int = option(128, "pixels of the extractor's input", at_least=8)
+    identities_per_batch: int = option(16, "P, people in a batch, over all ranks", at_least=2)
+    pictures_per_identity: int = option(4, "K, pictures of each", at_least=2)
+    strangers_split: str = option("train", "where the privacy loss takes its strangers", choices=("train", "unlabelled"))
+    synthetic: SyntheticConfig = option(SyntheticConfig(), "")
+    stream: StreamConfig = option(StreamConfig(), "")
+    augment: AugmentConfig = option(AugmentConfig(), "")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train_splits:
+            raise ConfigError("train_splits: name at least one split")
+        if self.kind == "synthetic" and self.aux_identities:
+            raise ConfigError("aux_identities: synthetic people are set apart by data.synthetic.aux")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+def prepare_shards(config: DataConfig, *, progress: bool = True) -> str:
+    """Render or read the pictures and write their shards, unless they are there; returns the table of counts."""
+    root = Path(config.root)
+    if config.kind == "synthetic":
+        render(root, config.synthetic, progress=progress)
+    catalog = read_catalog("csv" if config.kind == "synthetic" else config.kind, root)
+    if config.aux_identities:
+        catalog = hold_out(catalog, config.aux_identities, config.split_seed)
+    write_shards(
+        catalog, Path(config.shards), images_per_shard=config.images_per_shard, seed=config.split_seed, progress=progress
+    )
+    return catalog.table()
+
+
+def open_split(config: DataConfig, split: str) -> ShardedSplit:
+    """A split of the configuration's shards. DataError naming the folder and the command that writes it."""
+    folder = Path(config.shards)
+    if not (folder / "meta.json").is_file():
+        raise DataError(f"{folder}: no shards there; write them by `ppreid shards --config …`")
+    return ShardedSplit.open(folder, split)
+
+
+def open_training(config: DataConfig) -> ShardedSplit:
+    """What the extractor trains on."""
+    return join_splits([open_split(config, split) for split in config.train_splits])

@@ -1,0 +1,46 @@
+"""Stored features of pictures: what a gallery keeps, and all that attackers get."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.evaluation.ranking import Ranking, rank_queries
+from ppreid_dist.storage import atomic, write_text
+
+
+@torch.no_grad()
+def stored_features(extractor: nn.Module, images_N3HW: Tensor, *, batch: int = 256) -> Tensor:
+    """T(E(x)) of uint8 or float [0,1] pictures, (N, D) float32 on their device; the extractor must be in eval mode."""
+    device = next(extractor.parameters()).device
+    parts = []
+    for x in images_N3HW.split(batch):
+        x = x.to(device)
+        parts.append(extractor(x.float() / 255 if x.dtype == torch.uint8 else x).stored_BD.float())
+    return torch.cat(parts)
+
+
+def rank_split(query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: Pictures) -> Ranking:
+    """Ranking of the gallery for every query; same person and same camera left out."""
+    return rank_queries(
+        query_QD,
+        gallery_GD,
+        query_pids=query.pids_N,
+        gallery_pids=gallery.pids_N,
+        query_camids=query.camids_N,
+        gallery_camids=gallery.camids_N,
+    )
+
+
+def save_features(folder: Path, split: str, features_ND: Tensor, pictures: Pictures) -> None:
+    """Write SPLIT.safetensors (features, pids, camids) and SPLIT.keys.txt (a key a line) into ``folder``."""
+    tensors = {
+        "features": features_ND.cpu().contiguous(),
+        "pids": torch.from_numpy(pictures.pids_N.copy()),
+        "camids": torch.from_numpy(pictures.camids_N.copy()),
+    }
+    with atomic(folder / f"{split}.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_text(folder / f"{split}.keys.txt", "".join(f"{key}\n" for key in pictures.keys))

@@ -1,0 +1,192 @@
+"""Exact ranking of a gallery without sorting it: a positive's rank is the number of nearer items, plus one.
+
+**Exact.** The same two features must have the same similarity wherever it is computed, or a positive could be
+"nearer than itself"; a floating-point GEMM doesn't promise that, its sums depend on the tile's shape and on the
+machine. So L2-normalised features are rounded to whole multiples of 2^-25 and held as integers in float64: all
+products and partial sums are integers below 2^51, no operation rounds, and any order of summation, any tile, thread
+count or device gives the same bits. The rounding moves a cosine by about 1e-8, less than a float32 GEMM does (1e-7).
+
+**Ties.** Of two equally near items the one that comes earlier in the gallery is nearer, as in a stable sort.
+
+**Removed** is a query's junk: gallery items of its person from its own camera. Distractors stay.
+
+**Memory** is that of the queries, their positives and one tile. Counts from disjoint parts of a gallery add up, so
+parts may lie on other ranks: find the positives of every part, join them, count in every part, add.
+
+Shapes: Q queries, G gallery items, N either, D feature, P (query, positive) pairs, M most positives of a query.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.errors import DataError
+
+ONE = 2**25  # a feature's length in integer units
+TILE = 2**12  # gallery items a tile; ONE² · TILE must stay below 2^63
+PAIRS = 2**13  # positive pairs whose similarity is computed at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """Features with their labels: queries, or the part of a gallery that begins at its item ``first``."""
+
+    features_ND: Tensor
+    pids_N: np.ndarray
+    camids_N: np.ndarray
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.features_ND)
+        if len(self.pids_N) != n or len(self.camids_N) != n:
+            raise DataError(f"{n} features with {len(self.pids_N)} pids and {len(self.camids_N)} camids")
+        if not bool(torch.isfinite(self.features_ND).all()):
+            raise DataError("features hold NaN or infinity: they can't be ranked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positives:
+    """Pairs of a query and a gallery item of its person from another camera, a query's farthest pair first."""
+
+    query_P: np.ndarray
+    item_P: np.ndarray  # its place in the whole gallery
+    similarity_P: np.ndarray  # integer, in units of ONE^-2
+
+    @staticmethod
+    def join(parts: Sequence["Positives"]) -> "Positives":
+        """The positives of a whole gallery from those of its parts."""
+        query, item, similarity = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("query_P", "item_P", "similarity_P")
+        )
+        order = np.lexsort((-item, similarity, query))
+        return Positives(query_P=query[order], item_P=item[order], similarity_P=similarity[order])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Per query: average precision (rectangular: the mean over positives of i / rank_i), the first positive's rank,
+    and the inverse negative penalty (positives / rank of the last one; Ye et al., TPAMI 2021). float64; NaN where a
+    query has no positive."""
+
+    ap_Q: np.ndarray
+    first_Q: np.ndarray
+    inp_Q: np.ndarray
+
+    def summary(self) -> dict[str, float]:
+        """mAP, rank1, rank5, rank10 and mINP as fractions, over the queries that have a positive.
+
+        Raises DataError if none has.
+        """
+        first = self.first_Q[np.isfinite(self.first_Q)]
+        if not first.size:
+            raise DataError("ranking: no query has a picture of its person from another camera in the gallery")
+        cmc = {f"rank{k}": float((first <= k).mean()) for k in (1, 5, 10)}
+        return {"mAP": float(np.nanmean(self.ap_Q)), **cmc, "mINP": float(np.nanmean(self.inp_Q))}
+
+
+def rank_queries(
+    query_QD: Tensor,
+    gallery_GD: Tensor,
+    *,
+    query_pids: np.ndarray,
+    gallery_pids: np.ndarray,
+    query_camids: np.ndarray,
+    gallery_camids: np.ndarray,
+    chunk: int = 256,
+) -> Ranking:
+    """Rank the gallery for every query by the cosine of the features, which need not be normalised.
+
+    ``chunk`` queries × TILE gallery items are compared at a time. Both tensors lie on one device that has float64.
+    Raises DataError if labels don't fit the features or a feature isn't finite.
+    """
+    queries = Entries(features_ND=query_QD, pids_N=query_pids, camids_N=query_camids)
+    gallery = Entries(features_ND=gallery_GD, pids_N=gallery_pids, camids_N=gallery_camids)
+    positives = find_positives(queries, gallery)
+    return ranking(len(query_QD), positives, count_nearer(queries, gallery, positives, chunk=chunk))
+
+
+def find_positives(queries: Entries, gallery: Entries) -> Positives:
+    """The pairs of ``queries`` with items of this (part of a) gallery: same person, another camera."""
+    by_pid = np.argsort(gallery.pids_N, kind="stable")
+    start_Q, stop_Q = (np.searchsorted(gallery.pids_N[by_pid], queries.pids_N, side) for side in ("left", "right"))
+    count_Q = stop_Q - start_Q
+    query = np.repeat(np.arange(len(count_Q)), count_Q)
+    item = by_pid[np.arange(len(query)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q) + start_Q[query]]
+    other = queries.camids_N[query] != gallery.camids_N[item]
+    query, item = query[other], item[other]
+    similarity = np.empty(len(query), np.int64)
+    for start in range(0, len(query), PAIRS):
+        pairs = slice(start, start + PAIRS)
+        q = _integer(queries.features_ND[torch.from_numpy(query[pairs])])
+        g = _integer(gallery.features_ND[torch.from_numpy(item[pairs])])
+        similarity[pairs] = torch.einsum("pd,pd->p", q, g).long().cpu().numpy()
+    return Positives.join([Positives(query_P=query, item_P=item + gallery.first, similarity_P=similarity)])
+
+
+@torch.no_grad()
+def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, chunk: int = 256) -> np.ndarray:
+    """(P,) int64: how many items of this (part of a) gallery are nearer to each pair's query than its positive.
+
+    ``positives`` are those of the whole gallery. Junk isn't counted, other positives are.
+    """
+    device = queries.features_ND.device
+    query_QD = _integer(queries.features_ND)
+    query_pids, query_camids, gallery_pids, gallery_camids, item_P, similarity_P = (
+        torch.as_tensor(a, dtype=torch.int64, device=device)
+        for a in (queries.pids_N, queries.camids_N, gallery.pids_N, gallery.camids_N, positives.item_P,
+                  positives.similarity_P)
+    )  # fmt: skip
+    offset = np.searchsorted(positives.query_P, np.arange(len(query_QD) + 1))
+    row_P = torch.from_numpy(positives.query_P).to(device)
+    column_P = torch.from_numpy(np.arange(len(positives.query_P)) - offset[positives.query_P]).to(device)
+    nearer_P = torch.zeros(len(positives.query_P), dtype=torch.int64, device=device)
+    for g in range(0, len(gallery.features_ND), TILE):
+        items = slice(g, g + TILE)
+        gallery_DG = _integer(gallery.features_ND[items]).T
+        size = gallery_DG.shape[1]
+        # A key orders a tile's items by similarity, then by place, without ties; a positive's bar is the least key
+        # that is nearer than it. One formula serves positives before (0), within and after (TILE) the tile.
+        place_G = TILE - 1 - torch.arange(size, device=device)
+        bar_P = similarity_P * TILE + TILE - (item_P - gallery.first - g).clamp(0, TILE)
+        for q in range(0, len(query_QD), chunk):
+            rows, stop = slice(q, q + chunk), min(q + chunk, len(query_QD))
+            pairs = slice(int(offset[q]), int(offset[stop]))
+            width = int(np.diff(offset[q : stop + 1]).max())  # M
+            if not width:
+                continue
+            key_QG = (query_QD[rows] @ gallery_DG).long().mul_(TILE).add_(place_G)
+            junk_QG = query_pids[rows, None] == gallery_pids[items]
+            junk_QG &= query_camids[rows, None] == gallery_camids[items]
+            key_QG.masked_fill_(junk_QG, torch.iinfo(torch.int64).min)
+            bar_QM = torch.full((stop - q, width), torch.iinfo(torch.int64).max, device=device)
+            where = (row_P[pairs] - q, column_P[pairs])
+            bar_QM[where] = bar_P[pairs]  # ascending along M, as the pairs are
+            passed_QG = torch.searchsorted(bar_QM, key_QG, right=True)
+            counts = torch.zeros(stop - q, width + 1, dtype=torch.int64, device=device)
+            counts.scatter_add_(1, passed_QG, torch.ones((), dtype=torch.int64, device=device).expand_as(passed_QG))
+            nearer_P[pairs] += counts[:, 1:].flip(1).cumsum(1).flip(1)[where]
+    return nearer_P.cpu().numpy()
+
+
+def ranking(queries: int, positives: Positives, nearer_P: np.ndarray) -> Ranking:
+    """The measures of ``queries`` queries from the counts of the whole gallery."""
+    rank = nearer_P + 1
+    order = np.lexsort((rank, positives.query_P))
+    query, rank = positives.query_P[order], rank[order]
+    count_Q = np.bincount(query, minlength=queries)
+    start_Q = np.cumsum(count_Q) - count_Q
+    found = np.arange(len(query)) - start_Q[query] + 1
+    ap, first, inp = np.full((3, queries), np.nan)
+    has = count_Q > 0
+    ap[has] = np.bincount(query, found / rank, minlength=queries)[has] / count_Q[has]
+    first[has] = rank[start_Q[has]]
+    inp[has] = count_Q[has] / rank[(start_Q + count_Q - 1)[has]]
+    return Ranking(ap_Q=ap, first_Q=first, inp_Q=inp)
+
+
+def _integer(features_ND: Tensor) -> Tensor:
+    """L2-normalised features as integers of length ONE, in float64; a zero feature stays zero."""
+    return torch.nn.functional.normalize(features_ND.double(), dim=1).mul_(ONE).round_()

@@ -1,0 +1,277 @@
+"""One configuration for the whole way, and the functions that join its parts: train, evaluate, attack, report."""
+
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist import distributed
+from ppreid_dist.attacks.probe import Probe, ProbeConfig
+from ppreid_dist.attacks.suite import AttackConfig, new_attacker
+from ppreid_dist.data.dataset import DataConfig, open_split, open_training
+from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
+from ppreid_dist.data.shards import ShardedSplit
+from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
+from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.evaluation.export import rank_split, save_features, stored_features
+from ppreid_dist.losses.identity import IdentityConfig
+from ppreid_dist.losses.triplet import TripletConfig
+from ppreid_dist.models.extractor import Extractor, ExtractorConfig
+from ppreid_dist.models.folder import load_extractor, save_extractor
+from ppreid_dist.models.seeding import seeded
+from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
+from ppreid_dist.storage import write_json
+from ppreid_dist.training.adversary import Adversary
+from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary
+from ppreid_dist.training.engine import Engine, EngineConfig
+from ppreid_dist.training.feed import Feed
+from ppreid_dist.training.player import OptimiserConfig, Player
+from ppreid_dist.training.reversal import ReversalAdversary, ReversalConfig
+from ppreid_dist.training.runner import Runner, TrainingConfig
+from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
+from ppreid_dist.training.tracking import open_trackers
+
+_log = logging.getLogger(__name__)
+_EXTRACTOR, _LABELLED, _STRANGERS, _REVERSAL = 21, 22, 23, 24  # tags that keep the random streams of a seed apart
+
+
+@dataclass(kw_only=True)
+class ReportConfig(Settings):
+    pictures: str = option(
+        "synthetic",
+        "show pictures of people in the report: only synthetic ones, always (real people too), or never",
+        choices=("synthetic", "always", "never"),
+    )
+    people: int = option(8, "people in the panel", at_least=1, at_most=16)
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    output: str = option("runs/run", "the run's folder")
+    seed: int = option(0, "everything random derives from it", at_least=0)
+    data: DataConfig = option(DataConfig(), "")
+    model: ExtractorConfig = option(ExtractorConfig(), "")
+    identity: IdentityConfig = option(IdentityConfig(), "")
+    triplet: TripletConfig = option(TripletConfig(), "")
+    optimiser: OptimiserConfig = option(OptimiserConfig(warmup=0.08, decay="steps"), "")
+    privacy: PrivacyConfig = option(PrivacyConfig(), "")
+    reversal: ReversalConfig = option(ReversalConfig(), "")
+    training: TrainingConfig = option(TrainingConfig(), "")
+    engine: EngineConfig = option(EngineConfig(), "")
+    probe: ProbeConfig = option(ProbeConfig(), "")
+    attack: AttackConfig = option(AttackConfig(), "")
+    report: ReportConfig = option(ReportConfig(), "")
+
+
+# What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
+_FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "training.log_every",
+         "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def load_run(folder: Path) -> Config:
+    """The configuration that a run was trained with."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise RunError(f"{folder}: not a run: it has no config.yaml")
+    return load_settings(Config, file)
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train an extractor by ``config`` and leave the run's folder (see ``training.runner``); returns result.json's
+    content. Under a launcher every process calls it alike."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and (folder / "checkpoints" / "latest").exists():
+        raise RunError(f"{folder}: holds a run already; continue it by --resume or choose another output=FOLDER")
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)  # nothing of ours draws from it; a library's stray draw is at least repeated
+    split = open_training(config.data)
+    engine = Engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
+    _check_world(config)
+    classes, labels_N = np.unique(split.pids, return_inverse=True)
+    with seeded(config.seed, _EXTRACTOR):
+        network = Extractor(config.model, num_classes=len(classes))
+    extractor = Player("extractor", network, config.optimiser, engine)
+
+    source = open_source(split, config=config.data.stream, size=config.data.size, device=engine.device)
+    plan = PKPlan(split.pids, config.data.identities_per_batch, config.data.pictures_per_identity, config.seed)
+    labelled = _feed(config, split, source, plan, labels_N, engine, _LABELLED)
+    private = config.privacy.weight > 0
+    kinds = [adversary.kind for adversary in config.privacy.adversaries] if private else []
+    strangers = reversal = None
+    strangers_fingerprint = ""
+    if "ridge" in kinds and config.privacy.ridge.strangers:
+        people, people_source = split, source
+        if config.data.strangers_split != "train":
+            people = open_split(config.data, config.data.strangers_split)
+            people_source = open_source(people, config=config.data.stream, size=config.data.size, device=engine.device)
+        strangers_fingerprint = people.fingerprint
+        crowd = StrangersPlan(people.pids, config.privacy.ridge.strangers, config.seed)
+        strangers = _feed(config, people, people_source, crowd, people.pids, engine, _STRANGERS)
+    if "gan" in kinds or "regression" in kinds:
+        crowd = StrangersPlan(split.pids, config.reversal.batch, config.seed + 1, key="reversal.batch")
+        reversal = _feed(config, split, source, crowd, labels_N, engine, _REVERSAL)
+    adversaries = [_adversary(kind, config, extractor.module, engine, reversal) for kind in kinds]
+    weights = [adversary.weight for adversary in config.privacy.adversaries]
+    runner = Runner(
+        folder=folder,
+        config=config.training,
+        privacy=config.privacy,
+        batch_rows=plan.total,
+        engine=engine,
+        extractor=extractor,
+        adversaries=adversaries,
+        step=ExtractorStep(
+            extractor,
+            list(zip(adversaries, weights, strict=False)),
+            engine=engine,
+            identity=config.identity,
+            triplet=config.triplet,
+            reversal_size=config.reversal.size,
+        ),
+        labelled=labelled,
+        strangers=strangers,
+        reversal=reversal,
+        probe=_probe(config, engine) if adversaries and config.probe.every else None,
+        probe_every=config.probe.every,
+        identity={
+            **{key: value for key, value in _flat(to_dict(config)) if not key.startswith(_FREE)},
+            "the training pictures": split.fingerprint,
+            "the strangers' pictures": strangers_fingerprint,
+        },
+        progress=progress,
+    )
+    engine.accelerator.init_trackers("ppreid_dist", config=dict(_flat(to_dict(config))))
+    if resume and runner.resume() and engine.is_main:
+        _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
+    if engine.is_main:
+        save_settings(config, folder / "config.yaml")
+    result = runner.run()
+    if engine.is_main:
+        about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
+        save_extractor(folder / "model", extractor.module, config.model, config.data.size, about)  # type: ignore[arg-type]
+    engine.wait()
+    engine.accelerator.end_training()
+    return result
+
+
+def _check_world(config: Config) -> None:
+    ranks = distributed.world_size()
+    for key, rows in (
+        ("data.identities_per_batch", config.data.identities_per_batch),
+        ("privacy.ridge.strangers", config.privacy.ridge.strangers),
+        ("reversal.batch", config.reversal.batch),
+    ):
+        if rows % ranks:
+            raise ConfigError(f"{key}: {rows} can't be shared evenly by {ranks} processes")
+
+
+def _feed(
+    config: Config,
+    split: ShardedSplit,
+    source: Source | WebDatasetSource,
+    plan: Plan,
+    labels_N: np.ndarray,
+    engine: Engine,
+    tag: int,
+) -> Feed:
+    def open_at(step: int) -> Iterator[Batch]:
+        return open_stream(
+            split,
+            plan,
+            source=source,
+            prefetch=config.data.stream.prefetch,
+            device=engine.device,
+            start_step=step,
+            rank_rows=distributed.rank_rows(plan.total),
+        )
+
+    seed = config.seed * 100 + tag
+    planned = None if isinstance(source, WebDatasetSource) else labels_N  # who is in a streamed batch isn't planned
+    return Feed(open_at, plan=plan, labels_N=planned, augmentation=config.data.augment, seed=seed)
+
+
+def _adversary(kind: str, config: Config, extractor: Any, engine: Engine, reversal: Feed | None) -> Adversary:
+    if kind == "ridge":
+        return RidgeAdversary(config.privacy.ridge, seed=config.seed)
+    if kind == "distance_correlation":
+        return DistanceCorrelationAdversary(config.privacy.ridge)
+    assert reversal is not None
+    return ReversalAdversary(
+        kind,
+        config.reversal,
+        extractor=extractor,
+        engine=engine,
+        feed=reversal,
+        seed=config.seed,
+        bounded_loss=config.privacy.bounded,
+        perceive=_perceiver(config, engine),
+    )
+
+
+def _perceiver(config: Config, engine: Engine) -> Any:
+    if not config.reversal.reconstruction.perceptual:
+        return None
+    backbone = config.reversal.reconstruction.perceptual_backbone
+    network = Extractor(ExtractorConfig(backbone=backbone, pretrained=True, last_stride=2))
+    network.to(engine.device).eval().requires_grad_(False)
+    return lambda x_B3hw: network.backbone((x_B3hw - network.mean) / network.std).map_BChw
+
+
+def _probe(config: Config, engine: Engine) -> Probe:
+    people = open_split(config.data, "aux")
+    backend, device = config.data.stream.backend, engine.device
+    pictures = load_pictures(people, config.data.size, backend=backend, device=device, progress=False)
+    targets = load_pictures(people, config.reversal.size, backend=backend, device=device, progress=False)
+    return Probe(
+        config.probe,
+        pictures,
+        targets.images_N3HW,
+        targets.masks_N1HW,
+        fresh=lambda name: new_attacker(name, config.attack),
+        seed=config.seed,
+    )
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Path, *, device: torch.device | str | None = None, progress: bool = True) -> dict[str, float]:
+    """mAP, CMC and mINP of a finished run on its query and gallery; writes RUN/evaluation.json and RUN/features/."""
+    config, saved = load_run(run), load_extractor(run / "model", device or default_device())
+    features: dict[str, Tensor] = {}
+    pictures = {}
+    for name in ("query", "gallery"):
+        pictures[name] = load_pictures(
+            open_split(config.data, name),
+            saved.size,
+            backend=config.data.stream.backend,
+            device="cpu",
+            progress=progress,
+        )
+        features[name] = stored_features(saved.extractor, pictures[name].images_N3HW).cpu()
+        save_features(run / "features", name, features[name], pictures[name])
+    summary = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"]).summary()
+    write_json(run / "evaluation.json", summary)
+    return summary
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

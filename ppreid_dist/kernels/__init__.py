@@ -1,0 +1,1 @@
+"""Pure tensor functions that several stages use; each has a slow, obvious oracle in its test."""

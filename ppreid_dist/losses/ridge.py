@@ -1,0 +1,132 @@
+"""The closed-form best response as an objective: what the strongest fresh ridge attacker reads from a batch.
+
+Kernel ridge regressions from features to small pictures are fitted on some identities of the batch and tested on the
+others; the extractor lowers what the strongest of them gains over knowing nothing. The adversary is solved anew at
+every step and the gradient passes through its fit and its test, so there is no stale opponent to mislead: playing
+against a lagging generator hid the leak from that generator and not from a fresh one.
+
+Shapes: N rows of all processes, F rows to fit and T rows to test, D feature dim, M picture values, W widths, R ridges,
+X adversaries.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve
+from ppreid_dist.losses.privacy import bounded
+from ppreid_dist.settings import Settings, option
+
+_SPLIT = 0x51  # the tag of this file's random stream
+
+
+@dataclass(kw_only=True)
+class RidgeConfig(Settings):
+    """The family of ridge adversaries and the pictures they aim at."""
+
+    widths: list[float] = option(
+        [0.5, 1.0, 2.0],
+        "gaussian kernel widths, in root mean squared distances; 0 is the linear kernel",
+        at_least=0.0,
+    )
+    ridges: list[float] = option([1e-3, 1e-2, 1e-1], "ridges, as a share of the kernel's mean diagonal", more_than=0.0)
+    fit_fraction: float = option(0.6, "share of the identities to fit on; the others test", at_least=0.1, at_most=0.9)
+    target_size: list[int] = option([32, 16], "height and width of the pictures aimed at", at_least=1)
+    select: str = option("strongest", "which adversary counts", choices=("strongest", "softmin"))
+    temperature: float = option(0.02, "softmin over errors in units of the floor; smaller is harder", more_than=0.0)
+    strangers: int = option(512, "unlabelled pictures, of as many people, that a step adds; 0 is none", at_least=0)
+    labelled_weight: float = option(1.0, "weight of the labelled batch's loss", at_least=0.0)
+    stranger_weight: float = option(1.0, "weight of the strangers' loss", at_least=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("widths", "ridges"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: at least one is needed")
+        if len(self.target_size) != 2:
+            raise ConfigError("target_size: must be a height and a width")
+        if self.strangers == 1:
+            raise ConfigError("strangers: one person can't be split into fit and test; take 0 or more than 1")
+        if not self.labelled_weight and not (self.strangers and self.stranger_weight):
+            raise ConfigError("labelled_weight: must be more than 0 where strangers don't count either")
+
+
+class RidgeResult(NamedTuple):
+    """The loss to minimise and, detached, what to log."""
+
+    loss: Tensor  # scalar: 0 is no better than the mean picture, 1 is perfect reconstruction of every test row
+    error: Tensor  # scalar: the strongest adversary's mean squared error on the test rows
+    floor: Tensor  # scalar: the mean picture's
+    best: Tensor  # int64 (2,): the strongest adversary's places in widths and ridges
+
+
+def prepare_targets(clean_B3HW: Tensor, config: RidgeConfig) -> Tensor:
+    """The pictures the adversaries aim at, reduced by area to ``target_size`` and flattened: float32 (B, M)."""
+    height, width = config.target_size
+    return F.adaptive_avg_pool2d(clean_B3HW.float(), (height, width)).flatten(1)
+
+
+def ridge_best_response(
+    features_ND: Tensor, targets_NM: Tensor, groups_N: np.ndarray, config: RidgeConfig, *, seed: int, step: int
+) -> RidgeResult:
+    """What the strongest ridge adversary gains on unseen identities: mean(max(0, floor - error)) / mean(floor).
+
+    Features and targets come gathered over processes, in the plan's order; ``groups_N`` are the plan's pids, on the
+    host so that the split (random, from seed and step, alike on every process) never waits for the device.
+    The strongest adversary has the least *mean* error, as an attacker would choose; its gain is then clamped *row by
+    row* (see :func:`bounded`). Choosing by the clamped gain would favour adversaries that are wild: even on features
+    without information their lucky rows count and their bad ones don't.
+
+    The gradient is that of the chosen adversary alone, exact for the minimum; ``softmin`` weighs all by their mean
+    errors instead, the weights held constant. ConfigError where there are fewer than two groups.
+    """
+    split = split_groups(groups_N, config.fit_fraction, seed, step)
+    fit_F, test_T = (torch.from_numpy(rows).to(features_ND.device, non_blocking=True) for rows in split)
+    widths_W, ridges_R = (
+        torch.tensor(values, dtype=torch.float64).to(features_ND.device, non_blocking=True)
+        for values in (config.widths, config.ridges)
+    )
+    dtype, features_ND, targets_NM = features_ND.dtype, features_ND.double(), targets_NM.detach().double()
+    fit_FD, test_TD = features_ND[fit_F], features_ND[test_T]
+    mean_M = targets_NM[fit_F].mean(0)
+    fit_FM, test_TM = targets_NM[fit_F] - mean_M, targets_NM[test_T] - mean_M
+    floor_T = test_TM.square().mean(1)
+
+    def errors(widths_W: Tensor, ridges_R: Tensor) -> Tensor:
+        own_WFF = gaussian_kernels(fit_FD, fit_FD, widths_W)
+        cross_WFT = gaussian_kernels(fit_FD, test_TD, widths_W)
+        # Solved for the test rows, which are fewer than the picture's values.
+        smoother_WRFT = solve(own_WFF[:, None], cross_WFT[:, None], ridges_R)
+        return (smoother_WRFT.mT @ fit_FM - test_TM).square().mean(-1)
+
+    # The choice alone needs no backward, which is what grows with the number of adversaries.
+    with torch.set_grad_enabled(config.select == "softmin" and torch.is_grad_enabled()):
+        errors_WRT = errors(widths_W, ridges_R)
+    mean_X = errors_WRT.detach().mean(-1).flatten()
+    place = mean_X.argmin(keepdim=True)
+    best = torch.cat((place // len(ridges_R), place % len(ridges_R)))
+    if config.select == "softmin":
+        errors_XT = errors_WRT.flatten(0, 1)
+        weights_X = torch.softmax(-mean_X / (config.temperature * floor_T.mean()), 0)
+    else:
+        errors_XT = errors(widths_W.index_select(0, best[:1]), ridges_R.index_select(0, best[1:])).flatten(0, 1)
+        weights_X = torch.ones_like(errors_XT[:, 0])
+    loss_X = torch.stack([bounded(error_T, floor_T) for error_T in errors_XT])
+    return RidgeResult((weights_X * loss_X).sum().to(dtype), mean_X.min(), floor_T.mean(), best)
+
+
+def split_groups(groups_N: np.ndarray, fraction: float, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit and rows to test, each sorted: about ``fraction`` of the groups, at least one group on each side."""
+    groups = np.unique(groups_N)
+    if len(groups) < 2:
+        raise ConfigError("ridge: a batch of fewer than two identities can't be split into fit and test")
+    count = min(max(math.floor(fraction * len(groups) + 0.5), 1), len(groups) - 1)
+    chosen = np.random.default_rng([seed, _SPLIT, step]).permutation(groups)[:count]
+    fitted_N = np.isin(groups_N, chosen)
+    return np.flatnonzero(fitted_N), np.flatnonzero(~fitted_N)

@@ -1,0 +1,132 @@
+"""The extractor: backbone, pooling, BNNeck, identity head, and the stored feature T.
+
+Shapes: B batch, H×W picture, D feature, C classes; of the backbone's map, C channels and h×w positions.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.models.backbone import FeatureMap, build_backbone
+from ppreid_dist.settings import Settings, option
+
+INT8_MAX = 127
+INT8_SIGMAS = 4.0
+
+
+@dataclass(kw_only=True)
+class ExtractorConfig(Settings):
+    backbone: str = option(
+        "configs/backbones/resnet50",
+        "a folder with a transformers config.json (and model.safetensors), or a hub id: ResNet, MobileNetV2, ViT, "
+        "DINOv2 or Swin",
+    )
+    pretrained: bool = option(False, "load the backbone's weights instead of drawing them")
+    last_stride: int = option(1, "stride of a convolutional backbone's last stage", choices=(1, 2))
+    ibn: bool = option(False, "IBN-a: half instance norm in a ResNet's first three stages")
+    pooling: str = option(
+        "avg", "mean, generalised mean (not for transformers), or the class token", choices=("avg", "gem", "cls")
+    )
+    feature_dim: int = option(0, "size of the feature by a bias-free linear layer; 0 = the backbone's own", at_least=0)
+    quantise: str = option("none", "how stored features are rounded", choices=("none", "int8"))
+    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "the pictures' mean, as the backbone was trained")
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "their standard deviation", more_than=0)
+
+
+class ExtractorOutput(NamedTuple):
+    pooled_BD: Tensor  # before BNNeck: for the triplet loss
+    embedding_BD: Tensor  # after BNNeck
+    stored_BD: Tensor  # T: what a gallery keeps and an attacker sees, fp32
+    logits_BC: Tensor  # (B, 0) without classes
+
+
+class GeM(nn.Module):
+    """Generalised-mean pooling (B, C, h, w) → (B, C) with a learned exponent (Radenović et al., 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, map_BChw: Tensor) -> Tensor:
+        return map_BChw.clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+class Extractor(nn.Module):
+    """Pictures (B, 3, H, W) in [0, 1] to an :class:`ExtractorOutput`.
+
+    One forward computes everything a training step reads, because DistributedDataParallel only sees forwards.
+    BNNeck and the head follow Luo et al., "Bag of Tricks" (CVPR workshops 2019): a batch norm whose bias stays 0
+    and a classifier without bias. Raises ConfigError for a backbone that can't be had or doesn't suit the pooling.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ExtractorConfig, num_classes: int = 0):
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(
+            config.backbone, pretrained=config.pretrained, last_stride=config.last_stride, ibn=config.ibn
+        )
+        if config.pooling == "cls" and not self.backbone.has_class_token:
+            raise ConfigError(f"model.pooling: {config.backbone} has no class token")
+        if config.pooling == "gem" and self.backbone.signed:
+            raise ConfigError(f"model.pooling: gem would cut off the negative half of {config.backbone}'s tokens")
+        channels = self.backbone.channels
+        self.feature_dim = config.feature_dim or channels
+        self.gem = GeM() if config.pooling == "gem" else None
+        self.reduce = nn.Linear(channels, config.feature_dim, bias=False) if config.feature_dim else None
+        self.neck = nn.BatchNorm1d(self.feature_dim)
+        self.neck.bias.requires_grad_(False)
+        self.classifier = nn.Linear(self.feature_dim, num_classes, bias=False) if num_classes else None
+        if self.reduce is not None:
+            nn.init.kaiming_normal_(self.reduce.weight, mode="fan_out")
+        if self.classifier is not None:
+            nn.init.normal_(self.classifier.weight, std=0.001)
+        # Not part of the state: they belong to the configuration.
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    def forward(self, x_B3HW: Tensor) -> ExtractorOutput:
+        features = self.backbone((x_B3HW - self.mean) / self.std)
+        # All that follows is cheap, and a feature in bf16 would keep three digits.
+        with torch.autocast(x_B3HW.device.type, enabled=False):
+            pooled_BD = self._pool(features)
+            embedding_BD = self.neck(pooled_BD)
+            logits_BC = embedding_BD[:, :0] if self.classifier is None else self.classifier(embedding_BD)
+            return ExtractorOutput(pooled_BD, embedding_BD, self.stored(embedding_BD), logits_BC)
+
+    def stored(self, embedding_BD: Tensor) -> Tensor:
+        """T: the embedding (B, D) as a gallery keeps it, of unit norm (to a rounding, if quantised), fp32."""
+        stored_BD = F.normalize(embedding_BD, dim=1)
+        return stored_BD if self.config.quantise == "none" else quantise_int8(stored_BD)
+
+    def _pool(self, features: FeatureMap) -> Tensor:
+        if self.config.pooling == "cls":
+            assert features.class_BC is not None
+            pooled_BC = features.class_BC.float()
+        else:
+            map_BChw = features.map_BChw.float()
+            pooled_BC = map_BChw.mean((2, 3)) if self.gem is None else self.gem(map_BChw)
+        return pooled_BC if self.reduce is None else self.reduce(pooled_BC)
+
+
+def int8_step(dim: int) -> float:
+    """The distance between two levels for unit vectors of ``dim`` components.
+
+    A component's root mean square is 1/√D, so 127 levels reach to four times that (or to 1, if that is less): the
+    obvious range, 1, would leave a 2048-dimensional feature three levels on either side.
+    """
+    return min(1.0, INT8_SIGMAS / dim**0.5) / INT8_MAX
+
+
+def quantise_int8(stored_BD: Tensor) -> Tensor:
+    """Round unit vectors (B, D) to 255 levels; the gradient passes straight through (Bengio et al., 2013)."""
+    step = int8_step(stored_BD.shape[1])
+    rounded_BD = (stored_BD.detach() / step).round().clamp(-INT8_MAX, INT8_MAX) * step
+    # This way round the values are the levels exactly: nothing of what was rounded away is left in the last bits.
+    return rounded_BD + (stored_BD - stored_BD.detach())

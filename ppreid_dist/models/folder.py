@@ -1,0 +1,56 @@
+"""A finished extractor as a folder, all that evaluation and attacks need of a run.
+
+model/
+    extractor.safetensors   its weights without the identity head
+    extractor.json          its settings, input size and what it was trained on
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ppreid_dist.errors import RunError
+from ppreid_dist.models.extractor import Extractor, ExtractorConfig
+from ppreid_dist.settings import load_settings, to_dict
+from ppreid_dist.storage import atomic, read_json, write_json
+
+_HEAD = "classifier."
+
+
+@dataclass(frozen=True)
+class SavedExtractor:
+    """An extractor in eval mode and what was kept about it."""
+
+    extractor: Extractor
+    size: tuple[int, int]
+    about: dict[str, Any]
+
+
+def save_extractor(
+    folder: Path, extractor: Extractor, config: ExtractorConfig, size: tuple[int, int], about: dict[str, Any]
+) -> None:
+    """Write ``folder`` whole, over an earlier one's files."""
+    weights = {n: t.detach().cpu().contiguous() for n, t in extractor.state_dict().items() if not n.startswith(_HEAD)}
+    with atomic(folder / "extractor.safetensors") as temporary:
+        save_file(weights, temporary)
+    write_json(folder / "extractor.json", {"settings": to_dict(config), "size": list(size), "about": about})
+
+
+def load_extractor(folder: Path, device: torch.device | str) -> SavedExtractor:
+    """Read what :func:`save_extractor` wrote; RunError naming the file that is missing or doesn't fit."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no finished extractor there; train the run to its end first")
+    saved, file = read_json(folder / "extractor.json"), folder / "extractor.safetensors"
+    settings = [f"{name}={'null' if value is None else value}" for name, value in saved["settings"].items()]
+    # pretrained=false: the weights come from the folder, not from where the training began.
+    extractor = Extractor(load_settings(ExtractorConfig, None, [*settings, "pretrained=false"]), num_classes=0)
+    try:
+        extractor.load_state_dict(load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{file}: doesn't hold this extractor: {' '.join(str(error).split())[:200]}") from None
+    extractor.to(device).eval().requires_grad_(False)
+    return SavedExtractor(extractor, tuple(saved["size"]), saved["about"])

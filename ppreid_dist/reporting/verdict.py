@@ -1,0 +1,181 @@
+"""The report in plain words: a headline, three to five sentences, and the warnings, all by rule from its numbers.
+
+The rules never say more than was measured: every statement on the leak names how many people the attackers had,
+an interval that reaches 1 establishes nothing, and the axes are never averaged.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+AXIS_TITLES = {"pixel": "Pixels", "identity": "Identity", "perceptual": "Perception", "attributes": "Attributes"}
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    tone: Literal["good", "mixed", "bad"]
+    headline: str
+    lines: tuple[Line, ...]
+    warnings: tuple[Line, ...]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """``value`` with a true minus sign and no negative zero; a dash for None."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with one decimal."""
+    return "–" if value is None else f"{number(100 * value, 1)}\u00a0%"
+
+
+def axis_title(name: str) -> str:
+    return AXIS_TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def write_verdict(report: dict[str, Any]) -> Verdict:
+    """The first screen of the page, from a checked report (see :mod:`ppreid_dist.reporting.schema`)."""
+    axes, people = report["axes"], f"{report['attack']['people']:,}"
+    tone, headline = _headline(report)
+    lines = [
+        Line("Matching", _cost(report["utility"])),
+        *(Line(axis_title(name), _leak(axis["leak"], people)) for name, axis in axes.items()),
+        Line("Balance", _balance(axes)),
+        Line("Limits", _limits(axes, people)),
+    ]
+    return Verdict(tone, f"{headline}, for attackers with {people} auxiliary people", tuple(lines), _warnings(report))
+
+
+def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], str]:
+    leaks = {axis_title(name).lower(): axis["leak"] for name, axis in report["axes"].items()}
+    if worse := [name for name, leak in leaks.items() if (leak["value"] or 0) > 1]:
+        return "bad", f"Leaks more than the unprotected model ({', '.join(worse)})"
+    if unmeasured := [name for name, leak in leaks.items() if leak["value"] is None]:
+        return "mixed", f"The leak could not be measured ({', '.join(unmeasured)})"
+    if open_ := [name for name, leak in leaks.items() if _reaches_one(leak)]:
+        return "mixed", f"No reduction of the leak is established ({', '.join(open_)})"
+    if not leaks:
+        return "mixed", "The leak was not measured"
+    if closed := [axis_title(name).lower() for name, axis in report["axes"].items() if axis["urr"]["status"] == "n/a"]:
+        return "mixed", f"Leaks less, but the balance is not applicable ({', '.join(closed)})"
+    if report["probe"] and report["probe"]["warned"]:
+        return "mixed", "Leaks less than the unprotected model, but training shows masking"
+    return "good", "Leaks less than the unprotected model"
+
+
+def _reaches_one(leak: dict[str, Any]) -> bool:
+    return leak["high"] is None or leak["high"] >= 1
+
+
+def _between(interval: dict[str, Any], write: Callable[[float | None], str] = number) -> str:
+    low, high = (None if interval[end] is None else write(interval[end]) for end in ("low", "high"))
+    if low and high:
+        return f"between {low} and {high}"
+    return f"at least {low}, with no upper end" if low else "no interval"
+
+
+def _cost(utility: dict[str, Any]) -> str:
+    control, protected, ratio = utility["control"]["mAP"], utility["protected"]["mAP"], utility["ratio"]
+    points = 100 * (control - protected)
+    price = f"a cost of {number(points, 1)} points" if points > 0 else f"a gain of {number(-points, 1)} points"
+    maybe_equal = None not in (ratio["low"], ratio["high"]) and ratio["low"] <= 1 <= ratio["high"]
+    doubt = ", so the two may be equal" if maybe_equal else ""
+    return (
+        f"The protected model finds people with an mAP of {percent(protected)}, the unprotected one with "
+        f"{percent(control)}: {price}. "
+        f"It keeps {percent(ratio['value'])} of the mAP ({_between(ratio, percent)}{doubt})."
+    )
+
+
+def _leak(leak: dict[str, Any], people: str) -> str:
+    who = f"For attackers with {people} auxiliary people, "
+    value, low = leak["value"], leak["low"]
+    if value is None:
+        return who + "the leak could not be measured: no attacker worked on the unprotected features."
+    figures = f"r\u00a0=\u00a0{number(value)}, {_between(leak)}; strongest attacker: {leak['attacker']}"
+    if value > 1:
+        doubt = " The interval includes 1, so the two may leak equally." if low is None or low <= 1 else ""
+        return who + f"the protection leaked MORE than the unprotected model ({figures}).{doubt}"
+    share = f"{number(100 * max(value, 0), 0)}\u00a0%"
+    if _reaches_one(leak):
+        return who + (
+            f"{share} of the unprotected model's leak remains as measured ({figures}), but the interval does not "
+            "exclude 1: no reduction is established."
+        )
+    if low is None or low <= 0:
+        return who + f"the leak that remains could not be told from none ({figures})."
+    return who + f"{share} of the unprotected model's leak remains ({figures})."
+
+
+def _balance(axes: dict[str, Any]) -> str:
+    parts = []
+    for name, axis in axes.items():
+        urr = axis["urr"]
+        why = f" ({urr['reason']})" if urr["reason"] and urr["status"] != "n/a" else ""  # n/a has its warning
+        parts.append(f"{axis_title(name).lower()} {urr['display']}{why}")
+    meaning = "the share of utility kept over the share of leak kept (unprotected: 1; more is better)"
+    return f"URR, {meaning}: {_list(parts)}."
+
+
+def _list(parts: list[str]) -> str:
+    return "; ".join(parts) or "not measured"
+
+
+def _limits(axes: dict[str, Any], people: str) -> str:
+    grown = []
+    for name, axis in axes.items():
+        known = [point for point in axis["curve"] if point["r"]["value"] is not None]
+        if len(known) > 1 and known[-1]["r"]["value"] > known[0]["r"]["value"]:
+            steps = " to ".join(f"{number(p['r']['value'])} at {p['n']:,}" for p in (known[0], known[-1]))
+            grown.append(f"{axis_title(name).lower()} from {steps}")
+    text = (
+        f"This holds for the attackers tried here and is not a proof against attackers with more than {people} people."
+    )
+    if not grown:
+        return text
+    return f"{text} The leak grew with the attacker's number of people ({_list(grown)}): expect more from more people."
+
+
+def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:
+    found, axes, probe = [], report["axes"], report["probe"]
+    for name, axis in axes.items():
+        if (axis["leak"]["value"] or 0) > 1:
+            r = f"r\u00a0=\u00a0{number(axis['leak']['value'])}"
+            text = f"on this axis the protection leaked MORE than the unprotected model ({r})."
+            found.append(Line(f"r > 1, {axis_title(name).lower()}", text))
+    if probe and probe["warned"]:
+        text = (
+            f"training's own opponent errs by {number(probe['apparent'], 3)}, a fresh attacker by only "
+            f"{number(probe['fresh'], 3)} ({probe['unit']}). What training took for protection is partly a stale "
+            "opponent; only what fresh attackers reach counts."
+        )
+        found.append(Line("Masking", text))
+    for name, axis in axes.items():
+        broken = [(row["reason"], attacker) for attacker, row in axis["attackers"].items() if row["status"] == "broken"]
+        for reason, names in _grouped(broken):
+            text = (
+                f"{', '.join(names)}{f' ({reason})' if reason else ''}. An attack that fails without protection proves "
+                "nothing by failing with it: left out of r."
+            )
+            found.append(Line(f"Attack broken, {axis_title(name).lower()}", text))
+    gated = [(name, axis["urr"]) for name, axis in axes.items() if axis["urr"]["status"] == "n/a"]
+    for reason, names in _grouped([(urr["reason"], axis_title(name).lower()) for name, urr in gated]):
+        found.append(Line(f"URR n/a, {' and '.join(names)}", f"{(reason or 'no reason was given').rstrip('.')}."))
+    return tuple(found)
+
+
+def _grouped(pairs: list[tuple[str | None, str]]) -> list[tuple[str | None, list[str]]]:
+    """``(reason, name)`` as ``(reason, its names)``, in order of first sight."""
+    groups: dict[str | None, list[str]] = {}
+    for reason, name in pairs:
+        groups.setdefault(reason, []).append(name)
+    return list(groups.items())

@@ -1,0 +1,81 @@
+"""What the extractor plays against: one interface for learned and closed-form adversaries.
+
+Shapes: B this rank's labelled rows, N those of all ranks, S this rank's strangers, D feature, h×w the reversal's picture.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from ppreid_dist.models.extractor import Extractor
+from ppreid_dist.settings import Settings, option
+from ppreid_dist.training.player import Player
+
+KINDS = ("gan", "regression", "ridge", "distance_correlation")
+
+
+@dataclass(kw_only=True)
+class AdversaryConfig(Settings):
+    kind: str = option("gan", "the adversary", choices=KINDS)
+    weight: float = option(1.0, "its share of the privacy loss", more_than=0)
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What an extractor step shows its adversaries, this rank's rows."""
+
+    stored_BD: Tensor  # T(E(x)), with gradient
+    clean_B3hw: Tensor  # the pictures behind it, before erasing, at the reversal's size
+    labels_B: Tensor  # their identities
+    persons_N: np.ndarray  # the identities of all ranks' labelled rows, on the host
+    strangers_SD: Tensor | None  # T(E(x)) of mutually distinct people, with gradient
+    strangers_S3hw: Tensor | None
+
+
+class Adversary(ABC):
+    """An adversary of the extractor. Learned ones own players and take their turn in :meth:`respond`."""
+
+    kind: ClassVar[str]
+
+    def prepare(self, extractor: Extractor) -> dict[str, float]:
+        """The extractor's warm-up is over: reach a first plateau against it. Metrics."""
+        return {}
+
+    def respond(self, extractor: Extractor, step: int) -> dict[str, Tensor]:
+        """Step A, before extractor step ``step``. Metrics, left on the device."""
+        return {}
+
+    @abstractmethod
+    def loss(self, shown: Exposure, step: int) -> Tensor:
+        """Step B: how much is given away, 0 (no more than to a stranger) to about 1; differentiable."""
+
+    @abstractmethod
+    def fit_view(self, extractor: Extractor) -> "View | None":
+        """What this adversary, as it stands, can do with features: the apparent attacker of the probe. Called on all
+        ranks alike; None where the adversary draws no pictures."""
+
+    @property
+    def players(self) -> list[Player]:
+        return []
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        """Modules that no optimiser touches but the game depends on (snapshots, lagged copies)."""
+        return {}
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, counters: dict[str, Any]) -> None:
+        return None
+
+
+class View(ABC):
+    """Pictures from stored features, as the training-time adversary would draw them."""
+
+    @abstractmethod
+    def reconstruct(self, features_ND: Tensor) -> Tensor:
+        """(N, D) unit-norm features to (N, 3, h, w) pictures in [0, 1]."""

@@ -1,0 +1,117 @@
+"""Checkpoints: everything the game depends on, in safetensors and JSON, whole or absent.
+
+    RUN/checkpoints/
+        step_00001200/
+            tensors.safetensors     every player's weights and optimiser moments, every snapshot
+            state.json              counters, configuration, data fingerprint, the optimisers' numbers
+        latest                      the name of the newest whole one
+
+A checkpoint is staged, synced and renamed, then the pointer moves, and only then are old ones pruned: whenever the
+process dies, the pointer names a whole checkpoint.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ppreid_dist.errors import DataError, RunError
+from ppreid_dist.storage import atomic, read_json, write_json, write_text
+
+
+def flatten(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Split nested dicts and lists into tensors by path and a JSON skeleton with ``{"tensor": path}`` in their place."""
+    if isinstance(tree, Tensor):
+        return {path: tree.detach().contiguous()}, {"tensor": path}
+    if isinstance(tree, Mapping):
+        parts = {str(key): flatten(value, f"{path}/{key}") for key, value in tree.items()}
+        return {name: t for tensors, _ in parts.values() for name, t in tensors.items()}, {
+            key: skeleton for key, (_, skeleton) in parts.items()
+        }
+    if isinstance(tree, (list, tuple)):
+        listed = [flatten(value, f"{path}/{i}") for i, value in enumerate(tree)]
+        return {name: t for tensors, _ in listed for name, t in tensors.items()}, [skeleton for _, skeleton in listed]
+    return {}, tree
+
+
+def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`flatten`; keys come back as strings, tuples as lists."""
+    if isinstance(skeleton, dict):
+        if set(skeleton) == {"tensor"}:
+            return tensors[skeleton["tensor"]]
+        return {key: unflatten(value, tensors) for key, value in skeleton.items()}
+    return [unflatten(value, tensors) for value in skeleton] if isinstance(skeleton, list) else skeleton
+
+
+def save_tree(folder: Path, tree: Any) -> None:
+    """Write ``tree`` into an empty ``folder`` as tensors.safetensors and state.json."""
+    tensors, skeleton = flatten(tree)
+    # Cloned, since safetensors refuses storage that two entries share (a snapshot just taken, a tied weight).
+    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+    write_json(folder / "state.json", skeleton)
+
+
+def load_tree(folder: Path) -> Any:
+    """Read what :func:`save_tree` wrote. RunError naming the file if it is missing or damaged."""
+    file = folder / "tensors.safetensors"
+    try:
+        return unflatten(read_json(folder / "state.json"), load_file(file))
+    except DataError as error:
+        raise RunError(str(error)) from None
+    except (OSError, SafetensorError, KeyError) as error:
+        raise RunError(f"{file}: not a whole checkpoint: {' '.join(str(error).split())}") from None
+
+
+def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state; its hyperparameters come from the configuration and are not kept."""
+    return {"state": optimiser.state_dict()["state"]}
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restore what :func:`optimiser_state` gave, its integer keys having become strings."""
+    state = {int(key): value for key, value in saved["state"].items()}
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def load_module(module: nn.Module, state: dict[str, Any], file: Path) -> None:
+    """Load weights strictly; RunError naming ``file`` if they are another model's."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        raise RunError(f"{file}: holds another model: {' '.join(str(error).split())[:200]}") from None
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, run_folder: Path, keep: int):
+        self.folder, self._keep = run_folder / "checkpoints", keep
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        pointer = self.folder / "latest"
+        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+
+    def save(self, step: int, tree: Any) -> Path:
+        """Write the checkpoint of ``step``, point to it, prune. Call on one process only."""
+        target = self.folder / f"step_{step:08d}"
+        if not target.exists():
+            try:
+                with atomic(target) as staged:
+                    staged.mkdir()
+                    try:
+                        save_tree(staged, tree)
+                    except SafetensorError as error:  # safetensors hides a full disk behind its own error
+                        raise OSError(str(error)) from error
+            except DataError as error:
+                raise RunError(str(error)) from error
+        write_text(self.folder / "latest", target.name + "\n")
+        for old in sorted(self.folder.glob("step_*"))[: -self._keep]:
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+        return target

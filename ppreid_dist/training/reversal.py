@@ -1,0 +1,254 @@
+"""The reversal module: a generator that learns to draw the person behind a stored feature, with or without a critic.
+
+``gan`` is our reading of the paper's adversary (only its abstract is known to us): reconstruction and a conditional
+critic, alternating with the extractor in two steps, the extractor playing a lazily updated copy. ``regression`` is
+the same without critic and noise. Every random draw derives from (seed, turn), so a resumed game repeats it.
+
+Shapes: B this rank's rows, D feature, h×w the reversal's picture, z noise.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ppreid_dist import distributed
+from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
+from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
+from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
+from ppreid_dist.models.critic import Critic, CriticConfig
+from ppreid_dist.models.ema import Ema
+from ppreid_dist.models.extractor import Extractor
+from ppreid_dist.models.generator import Generator, GeneratorConfig
+from ppreid_dist.models.seeding import seeded
+from ppreid_dist.settings import Settings, option
+from ppreid_dist.training.adversary import Adversary, Exposure, View
+from ppreid_dist.training.engine import Engine
+from ppreid_dist.training.feed import Feed
+from ppreid_dist.training.player import OptimiserConfig, Player
+
+_WEIGHTS, _TURN, _ANSWER = 31, 32, 33  # tags of what is drawn from the seed
+
+
+@dataclass(kw_only=True)
+class LazyConfig(Settings):
+    mode: str = option(
+        "snapshot",
+        "what the extractor plays: a snapshot taken each period once the live module has caught up; a module updated "
+        "rarely (ablation: masks); its moving average; the live module",
+        choices=("snapshot", "rare", "ema", "none"),
+    )
+    period: int = option(20, "extractor steps between snapshots, or between rare updates", at_least=1)
+    catch_up: int = option(60, "most reversal steps spent on catching up at a period's end", at_least=1)
+    window: int = option(20, "reversal steps over which progress is judged", at_least=2)
+    tolerance: float = option(0.01, "caught up when the error fell by less than this share over a window", at_least=0)
+    ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, at_most=1)
+
+
+@dataclass(kw_only=True)
+class ReversalConfig(Settings):
+    size: tuple[int, int] = option((128, 64), "height and width of the pictures that the reversal draws")
+    batch: int = option(64, "distinct people in a reversal step, over all ranks", at_least=2)
+    warm_steps: int = option(600, "most reversal steps before the game begins, the extractor frozen", at_least=1)
+    steps: int = option(1, "reversal steps to each extractor step", at_least=1)
+    generator: GeneratorConfig = option(GeneratorConfig(), "")
+    critic: CriticConfig = option(CriticConfig(), "")
+    adversarial: AdversarialConfig = option(AdversarialConfig(), "")
+    reconstruction: ReconstructionConfig = option(ReconstructionConfig(), "")
+    generator_optimiser: OptimiserConfig = option(OptimiserConfig(lr=1e-3, beta2=0.99, weight_decay=0.0), "")
+    critic_optimiser: OptimiserConfig = option(OptimiserConfig(lr=1e-3, beta1=0.0, beta2=0.99, weight_decay=0.0), "")
+    lazy: LazyConfig = option(LazyConfig(), "")
+
+
+def resize(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures at the reversal's size (antialiased bilinear); the same tensor where it has that size already."""
+    if tuple(x_BCHW.shape[-2:]) == tuple(size):
+        return x_BCHW
+    return F.interpolate(x_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+class ReversalAdversary(Adversary):
+    """Generator (and critic) with the lazy update. ``feed`` gives the turn's distinct people."""
+
+    def __init__(
+        self,
+        kind: str,
+        config: ReversalConfig,
+        *,
+        extractor: Extractor,
+        engine: Engine,
+        feed: Feed,
+        seed: int,
+        bounded_loss: bool,
+        perceive: Callable[[Tensor], Tensor] | None,
+    ):
+        self.kind, self.config, self.feed, self.seed = kind, config, feed, seed  # type: ignore[misc]
+        self.engine, self.bounded_loss, self._perceive = engine, bounded_loss, perceive
+        self.adversarial = kind == "gan"
+        self.noise_dim = config.generator.noise_dim if self.adversarial else 0
+        with seeded(seed, _WEIGHTS):
+            generator = Generator(
+                extractor.feature_dim, size=config.size, width=config.generator.width, noise_dim=self.noise_dim
+            )
+            critic = Critic(
+                extractor.feature_dim,
+                size=config.size,
+                width=config.critic.width,
+                spectral_norm=config.adversarial.regulariser == "spectral_norm",
+            )
+        self.generator = Player("generator", generator, config.generator_optimiser, engine)
+        self.critic = Player("critic", critic, config.critic_optimiser, engine) if self.adversarial else None
+        lazy = config.lazy.mode
+        self.snapshot = _frozen_copy(self.generator.module) if lazy == "snapshot" else None
+        self.lagged = _frozen_copy(extractor) if lazy == "snapshot" else None
+        self.ema = Ema(self.generator.module, config.lazy.ema_decay) if lazy == "ema" else None
+        self.turns = 0  # reversal steps done
+        self.rounds = 0  # extractor steps answered
+
+    # --- step A ---------------------------------------------------------------------------------------------
+
+    def prepare(self, extractor: Extractor) -> dict[str, float]:
+        self._take_lagged(extractor)
+        metrics = self._until_plateau(self.lagged or extractor, self.config.warm_steps)
+        self._take_snapshot()
+        return metrics
+
+    def respond(self, extractor: Extractor, step: int) -> dict[str, Tensor]:
+        lazy, boundary = self.config.lazy, self.rounds % self.config.lazy.period == 0
+        self.rounds += 1
+        metrics: dict[str, Tensor] = {}
+        if lazy.mode == "snapshot" and boundary:
+            self._take_lagged(extractor)
+            reached = self._until_plateau(self.lagged or extractor, lazy.catch_up)
+            self._take_snapshot()
+            return {name: torch.tensor(value) for name, value in reached.items()}
+        if lazy.mode == "rare" and not boundary:
+            return metrics
+        for _ in range(self.config.steps):
+            metrics = self._turn(self.lagged or extractor)
+            if self.ema is not None:
+                self.ema.update(self.generator.module)
+        return metrics
+
+    def _take_lagged(self, extractor: Extractor) -> None:
+        if self.lagged is not None:
+            self.lagged.load_state_dict(extractor.state_dict())
+
+    def _take_snapshot(self) -> None:
+        if self.snapshot is not None:
+            self.snapshot.load_state_dict(self.generator.module.state_dict())
+
+    def _until_plateau(self, extractor: nn.Module, most: int) -> dict[str, float]:
+        """Turns until a window's mean error falls by less than the tolerance, ``most`` at the most."""
+        window, before, errors = self.config.lazy.window, float("inf"), []
+        for turn in range(1, most + 1):
+            errors.append(self._turn(extractor)["error"])
+            if turn % window == 0 or turn == most:
+                # Averaged over ranks, so that all of them stop at the same turn.
+                now = float(distributed.mean_over_ranks(torch.stack(errors).mean()))
+                if now > before * (1 - self.config.lazy.tolerance):
+                    break
+                before, errors = now, []
+        return {"error": now, "turns": float(turn)}
+
+    def _turn(self, extractor: nn.Module) -> dict[str, Tensor]:
+        """One step of critic and generator against a frozen extractor."""
+        batch = self.feed[self.turns]
+        target = resize(batch.clean_B3HW, self.config.size)
+        with torch.no_grad(), self.engine.autocast():
+            stored = extractor(batch.clean_B3HW).stored_BD
+        noise = self._noise((_TURN, self.turns), len(target), target.device)
+        metrics: dict[str, Tensor] = {}
+        if self.critic is not None:
+            metrics["critic"] = self._critic_step(target, stored, noise)
+        with self.generator.active() as forward:
+            with self.engine.autocast():
+                drawn = forward(stored, noise)
+                error = self._distance(drawn, target).mean()
+                loss = error
+                if self.critic is not None:
+                    score = self.critic.module(drawn, stored)
+                    loss = loss + generator_loss(score, self.config.adversarial)
+            self.generator.step(loss, progress=1.0)
+        self.turns += 1
+        return {**metrics, "error": error.detach()}
+
+    def _critic_step(self, target: Tensor, stored: Tensor, noise: Tensor | None) -> Tensor:
+        assert self.critic is not None
+        options = self.config.adversarial
+        penalise = r1_due(self.turns, options)
+        with torch.no_grad(), self.engine.autocast():
+            drawn = self.generator.module(stored, noise)
+        real = target.detach().clone().requires_grad_(penalise)
+        with self.critic.active() as forward:
+            with self.engine.autocast():
+                # Real and drawn in one batch: one forward, one backward, whatever engine wraps the critic.
+                scores = forward(torch.cat([real, drawn.to(real.dtype)]), torch.cat([stored, stored]))
+                real_score, drawn_score = scores.chunk(2)
+                loss = critic_loss(real_score, drawn_score, options)
+            if penalise:
+                loss = loss + r1_penalty(real_score, real, options)
+            self.critic.step(loss, progress=1.0)
+        return loss.detach()
+
+    def _noise(self, key: tuple[int, int], rows: int, device: torch.device) -> Tensor | None:
+        if self.noise_dim == 0:
+            return None
+        total = rows * distributed.world_size()
+        noise = np.random.default_rng([self.seed, *key]).standard_normal((total, self.noise_dim), dtype=np.float32)
+        return torch.from_numpy(noise[distributed.rank_rows(total)]).to(device)
+
+    # --- step B ---------------------------------------------------------------------------------------------
+
+    @property
+    def opponent(self) -> nn.Module:
+        """What the extractor plays."""
+        return self.snapshot or (self.ema.module if self.ema is not None else self.generator.module)
+
+    def loss(self, shown: Exposure, step: int) -> Tensor:
+        noise = self._noise((_ANSWER, step), len(shown.stored_BD), shown.stored_BD.device)
+        drawn = self.opponent(shown.stored_BD, noise)
+        distance = self._distance(drawn, shown.clean_B3hw)
+        floor = wrong_person_floor(drawn, shown.clean_B3hw, shown.labels_B, self._distance)
+        return bounded(distance, floor) if self.bounded_loss else unbounded(distance, floor)
+
+    def _distance(self, drawn: Tensor, target: Tensor) -> Tensor:
+        return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
+
+    def fit_view(self, extractor: Extractor) -> View | None:
+        return _GeneratorView(self.opponent)
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    @property
+    def players(self) -> list[Player]:
+        return [self.generator] + ([self.critic] if self.critic is not None else [])
+
+    @property
+    def frozen(self) -> dict[str, nn.Module]:
+        modules = {"snapshot": self.snapshot, "lagged": self.lagged, "ema": self.ema and self.ema.module}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def counters(self) -> dict[str, Any]:
+        return {"turns": self.turns, "rounds": self.rounds}
+
+    def restore(self, counters: dict[str, Any]) -> None:
+        self.turns, self.rounds = counters["turns"], counters["rounds"]
+
+
+def _frozen_copy(module: nn.Module) -> Any:
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+class _GeneratorView(View):
+    def __init__(self, generator: nn.Module):
+        self._generator = generator
+
+    @torch.no_grad()
+    def reconstruct(self, features_ND: Tensor) -> Tensor:
+        return torch.cat([self._generator(f_BD) for f_BD in features_ND.split(256)])  # without noise: the mean's picture

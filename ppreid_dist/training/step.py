@@ -1,0 +1,85 @@
+"""Step B of a round: the extractor's turn, the adversaries frozen.
+
+Shapes: B labelled rows of this rank, S strangers of this rank, C identities, D feature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.losses.identity import IdentityConfig, identity_loss
+from ppreid_dist.losses.ridge import RidgeConfig
+from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
+from ppreid_dist.settings import Settings, option
+from ppreid_dist.training.adversary import Adversary, AdversaryConfig, Exposure
+from ppreid_dist.training.engine import Engine
+from ppreid_dist.training.feed import FeedBatch
+from ppreid_dist.training.player import Player
+from ppreid_dist.training.reversal import resize
+
+
+@dataclass(kw_only=True)
+class PrivacyConfig(Settings):
+    weight: float = option(1.0, "λ, the weight of the privacy loss; 0 trains the unprotected control", at_least=0)
+    ramp: float = option(0.1, "share of the game over which λ rises linearly to its weight", at_least=0, at_most=1)
+    bounded: bool = option(True, "count only what is drawn better than from a wrong person's feature; false is an ablation")
+    adversaries: list[AdversaryConfig] = option([AdversaryConfig()], "whom the extractor plays against, together")
+    ridge: RidgeConfig = option(RidgeConfig(), "")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = [adversary.kind for adversary in self.adversaries]
+        if len(set(kinds)) < len(kinds):
+            raise ConfigError(f"adversaries: each kind once, not {', '.join(kinds)}")
+        if self.weight > 0 and not kinds:
+            raise ConfigError("adversaries: privacy.weight is more than 0 but there is no adversary")
+
+
+class ExtractorStep:
+    """Identity losses on the labelled rows, plus λ times what the adversaries make of labelled rows and strangers."""
+
+    def __init__(
+        self,
+        extractor: Player,
+        adversaries: Sequence[tuple[Adversary, float]],
+        *,
+        engine: Engine,
+        identity: IdentityConfig,
+        triplet: TripletConfig,
+        reversal_size: tuple[int, int],
+    ):
+        self.extractor, self.adversaries, self.engine = extractor, adversaries, engine
+        self.identity, self.triplet, self.reversal_size = identity, triplet, reversal_size
+        self.terms: dict[str, Tensor] = {}  # of the latest step, for the log and for a look at a NaN
+
+    def __call__(
+        self, labelled: FeedBatch, strangers: FeedBatch | None, *, step: int, strength: float, progress: float
+    ) -> dict[str, Tensor]:
+        """One optimiser step; ``strength`` is λ now. Returns the loss terms, on the device. Raises NotFinite."""
+        rows = len(labelled.x_B3HW)
+        # One forward for both: a wrapper may be called once only for each backward.
+        x = labelled.x_B3HW if strangers is None else torch.cat([labelled.x_B3HW, strangers.clean_B3HW])
+        with self.extractor.active() as forward, self.engine.autocast():
+            out = forward(x)
+            self.terms = terms = {
+                "identity": identity_loss(out.logits_BC[:rows], labelled.labels_B, self.identity),
+                "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
+            }
+            loss = terms["identity"] + terms["triplet"]
+            if strength > 0:
+                shown = Exposure(
+                    stored_BD=out.stored_BD[:rows],
+                    clean_B3hw=resize(labelled.clean_B3HW, self.reversal_size),
+                    labels_B=labelled.labels_B,
+                    persons_N=labelled.persons_N,
+                    strangers_SD=None if strangers is None else out.stored_BD[rows:],
+                    strangers_S3hw=None if strangers is None else resize(strangers.clean_B3HW, self.reversal_size),
+                )
+                for adversary, weight in self.adversaries:
+                    terms[adversary.kind] = adversary.loss(shown, step)
+                    loss = loss + strength * weight * terms[adversary.kind]
+            norm = self.extractor.step(loss, progress)
+        return {f"loss/{name}": term.detach() for name, term in terms.items()} | {"extractor/gradient": norm}

@@ -1,0 +1,65 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb (offline by default) through Accelerate."""
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, on_main_process
+
+from ppreid_dist.errors import MissingExtra
+from ppreid_dist.storage import write_text
+
+
+class JsonlTracker(GeneralTracker):
+    """One JSON object a line: ``{"step": …, "images": …, "loss/identity": …}``."""
+
+    name = "jsonl"
+    requires_logging_directory = True
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = file
+
+    @property
+    def tracker(self) -> Path:
+        return self.file
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        return None  # config.yaml holds it
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def rewind_metrics(file: Path, step: int) -> None:
+    """Drop what a killed run logged after the checkpoint of ``step``; the resumed run logs it again."""
+    rows = [row for row in read_metrics(file) if row["step"] <= step]
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_trackers(names: list[str], run_folder: Path) -> list[Any]:
+    """What Accelerate's ``log_with`` takes. MissingExtra if a tracker's package isn't installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise MissingExtra(f"the tracker {name}", "track")
+    if "wandb" in names:
+        # Without a mode, a key and a terminal wandb raises; nobody should need an account to train.
+        os.environ.setdefault("WANDB_MODE", "offline")
+        os.environ.setdefault("WANDB_DIR", str(run_folder))
+    return [JsonlTracker(run_folder / "metrics.jsonl"), *names]

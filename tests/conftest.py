@@ -1,0 +1,57 @@
+"""Shared by the tests: one tiny set of synthetic people, a tiny backbone, and a configuration that trains in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.experiment import Config
+from ppreid_dist.settings import load_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is not a fault
+hypothesis.settings.load_profile("here")
+torch.set_num_threads(1)  # tiny tensors, and the tests must not depend on how sums are split over threads
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run on a tiny world, shards written; give them to ``load_settings(Config, None, …)``."""
+    folder = tmp_path_factory.mktemp("world")
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+                "layer_type": "basic", "downsample_in_first_stage": False, "architectures": ["ResNetModel"]}  # fmt: skip
+    (folder / "backbone").mkdir()
+    (folder / "backbone" / "config.json").write_text(json.dumps(backbone))
+    people = "{train: 24, unlabelled: 32, aux: 24, test: 10, cameras: 2, shots: 2, height: 32, width: 16}"
+    settings = [
+        f"data.root={folder / 'pictures'}", f"data.shards={folder / 'shards'}", f"data.synthetic={people}",
+        "data.height=32", "data.width=16", "data.identities_per_batch=8", "data.pictures_per_identity=2",
+        "data.strangers_split=unlabelled", "data.augment.pad=2", "data.stream.backend=pillow",
+        f"model.backbone={folder / 'backbone'}", "reversal.size=[16,8]", "reversal.batch=8", "reversal.warm_steps=6",
+        "reversal.generator={width: 8, noise_dim: 4}", "reversal.critic.width=8",
+        "reversal.lazy={period: 3, catch_up: 4, window: 2}", "privacy.ridge={strangers: 16, target_size: [8, 4]}",
+        "privacy.adversaries=[{kind: gan}, {kind: ridge}]", "training.images=160", "training.warm=0.4",
+        "training.log_every=2", "training.checkpoint_every=3", "probe.every=3", "optimiser.lr=0.002",
+    ]  # fmt: skip
+    prepare_shards(load_settings(Config, None, settings).data, progress=False)
+    return settings
+
+
+def launch(processes: int, *arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py on so many processes, as the README does it, and check its exit status."""
+    several = ["--multi_gpu"] if processes > 1 else []
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+         "train.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == expect or expect < 0 and done.returncode, done.stdout + done.stderr
+    return done

@@ -1,0 +1,76 @@
+"""Made-up reports for the tests of the report: a good one and one with every warning."""
+
+from typing import Any
+
+
+def interval(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high}
+
+
+def attacker(scores: tuple[float, float, float], r: tuple[Any, Any, Any], reason: str | None = None) -> dict[str, Any]:
+    names = dict(zip(("floor", "protected", "control"), scores, strict=True))
+    return {**names, "r": interval(*r), "status": "broken" if reason else "ok", "reason": reason}
+
+
+def good_report() -> dict[str, Any]:
+    def axis(metric: str, shift: float) -> dict[str, Any]:
+        first, last = interval(0.21 + shift, 0.1, 0.32), interval(0.437 + shift, 0.381, 0.607)
+        return {
+            "metric": metric,
+            "leak": {**last, "attacker": "ridge"},
+            "urr": {
+                **interval(2.247, 1.93, 2.58), "display": "2.25 [1.93, 2.58]", "status": "ok", "reason": None,
+                "raw": 1.714, "base": 1.186,
+            },
+            "attackers": {
+                "gan": attacker((0.3312, 0.3574, 0.4028), (0.3661, 0.29, 0.445)),
+                "ridge": attacker((0.3491, 0.3912, 0.4443), (0.437 + shift, 0.381, 0.607)),
+            },
+            "curve": [
+                {"n": 40, "r": {**first, "attacker": "gan"}, "attackers": {"gan": first}},
+                {"n": 1120, "r": {**last, "attacker": "ridge"}, "attackers": {"gan": first, "ridge": last}},
+            ],
+            "n50": {"value": None, "text": "not reached by 1120"},
+        }  # fmt: skip
+
+    ranking = {"mAP": 0.6249, "rank1": 0.8123, "rank5": 0.9271, "rank10": 0.9587, "mINP": 0.3312}
+    training = {
+        "steps": 3001, "images": 192064, "seconds": 412.72, "images_per_second": 465.25, "data_wait": 0.0123,
+        "method": "none",
+    }  # fmt: skip
+    return {
+        "schema": "ppreid-report/1",
+        "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
+        "name": "a run",
+        "created": "2026-03-02T14:05:11+00:00",
+        "versions": {"torch": "2.13.0"},
+        "machine": {"cpu": "a CPU", "cores": 17, "gpu": None},
+        "utility": {
+            "control": ranking,
+            "protected": {"mAP": 0.6131, "rank1": 0.8063, "rank5": 0.9254, "rank10": 0.9563, "mINP": 0.3208},
+            "ratio": interval(0.9811, 0.9689, 0.9934),
+        },
+        "axes": {"pixel": axis("SSIM on the person", 0.0), "identity": axis("mAP of the judge", 0.031)},
+        "judge": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."},
+        "probe": {
+            "apparent": 0.1812, "fresh": 0.1763, "gap": 0.0278, "warned": False, "unit": "L1 on the person",
+            "history": [
+                {"step": 1500, "images": 96032, "apparent": 0.1521, "fresh": 0.1543},
+                {"step": 3001, "images": 192064, "apparent": 0.1812, "fresh": 0.1763},
+            ],
+        },
+        "training": {"control": training, "protected": {**training, "seconds": 981.36, "method": "ridge λ 0.4"}},
+        "attack": {"seconds": 318.45, "people": 1120, "notes": ["a width was chosen"]},
+        "notes": ["dropped 12 junk images"],
+    }  # fmt: skip
+
+
+def ugly_report() -> dict[str, Any]:
+    report = good_report()
+    pixel = report["axes"]["pixel"]
+    pixel["leak"] = {**interval(1.182, 1.05, 1.33), "attacker": "ridge"}
+    pixel["attackers"]["gan"] = attacker((0.402, 0.398, 0.401), (None, None, None), "it doesn't beat its floor")
+    closed = {"display": "n/a", "status": "n/a", "reason": "utility is 0.914", "raw": None, "base": None}
+    pixel["urr"] = {**interval(None, None, None), **closed}
+    report["probe"]["warned"] = True
+    return report

@@ -1,0 +1,135 @@
+"""The ranker against plain Python sorting, with ties, junk, distractors, and a gallery in parts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppreid_dist.errors import DataError
+from ppreid_dist.evaluation import ranking
+from ppreid_dist.evaluation.ranking import Entries, Positives, count_nearer, find_positives, rank_queries
+
+
+def sorted_ranking(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids):
+    """AP, first positive's rank and INP of each query by sorting in Python; the similarities are Python integers."""
+
+    def whole(rows):
+        unit = [[x / math.sqrt(sum(y * y for y in row)) if any(row) else 0.0 for x in row] for row in rows]
+        return [[round(x * 2**25) for x in row] for row in unit]
+
+    query, gallery = whole(query.tolist()), whole(gallery.tolist())
+    rows = []
+    for q, pid, camid in zip(query, query_pids, query_camids, strict=True):
+        kept = [i for i in range(len(gallery)) if not (gallery_pids[i] == pid and gallery_camids[i] == camid)]
+        kept.sort(key=lambda i: -sum(a * b for a, b in zip(q, gallery[i], strict=True)))  # stable
+        ranks = [rank for rank, i in enumerate(kept, 1) if gallery_pids[i] == pid]
+        if ranks:
+            ap = sum(i / rank for i, rank in enumerate(ranks, 1)) / len(ranks)
+            rows.append((ap, ranks[0], len(ranks) / ranks[-1]))
+        else:
+            rows.append((math.nan,) * 3)
+    return np.array(rows).reshape(-1, 3).T
+
+
+def measures(result):
+    return np.stack([result.ap_Q, result.first_Q, result.inp_Q])
+
+
+@st.composite
+def problems(draw):
+    """Few distinct small-integer features, people and cameras, so that ties, junk and lonely queries abound."""
+    q, g, d = draw(st.integers(1, 6)), draw(st.integers(1, 30)), draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    features = [torch.from_numpy(rng.integers(-1, 3, (n, d)).astype(np.float32)) for n in (q, g)]
+    pids = rng.integers(1, 5, q), rng.integers(0, 5, g)  # 0: distractors
+    return *features, *pids, rng.integers(0, 3, q), rng.integers(0, 3, g)
+
+
+def rank(problem, **options):
+    names = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
+    return rank_queries(problem[0], problem[1], **dict(zip(names, problem[2:], strict=True)), **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems(), chunk=st.integers(1, 7), tile=st.sampled_from([1, 2, 5, 4096]))
+def test_equals_a_stable_sort_whatever_the_tiles(problem, chunk, tile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "TILE", tile)
+        patch.setattr(ranking, "PAIRS", 3)
+        result = rank(problem, chunk=chunk)
+    np.testing.assert_allclose(measures(result), sorted_ranking(*problem), rtol=1e-14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), cut=st.integers(0, 30))
+def test_counts_of_gallery_parts_add_up(problem, cut):
+    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem
+    queries = Entries(features_ND=query, pids_N=query_pids, camids_N=query_camids)
+    cut = min(cut, len(gallery))
+    parts = [
+        Entries(features_ND=gallery[s], pids_N=gallery_pids[s], camids_N=gallery_camids[s], first=s.start)
+        for s in (slice(0, cut), slice(cut, len(gallery)))
+    ]
+    positives = Positives.join([find_positives(queries, part) for part in parts])
+    nearer = sum(count_nearer(queries, part, positives) for part in parts)
+    np.testing.assert_array_equal(measures(ranking.ranking(len(query), positives, nearer)), measures(rank(problem)))
+
+
+def real_valued(q=40, g=700, d=64, people=20, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(people, d))
+    pids = rng.integers(1, people, q), rng.integers(0, people, g)
+    features = [torch.from_numpy(centres[p] + 1.5 * rng.normal(size=(len(p), d))).float() for p in pids]
+    return *features, *pids, rng.integers(0, 4, q), rng.integers(0, 4, g)
+
+
+def test_agrees_with_a_float64_argsort_of_cosines():
+    query, gallery, query_pids, gallery_pids, query_camids, gallery_camids = problem = real_valued()
+    a, b = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (query, gallery))
+    order = (-(a @ b.T)).argsort(dim=1, stable=True).numpy()
+    aps = []
+    for q in range(len(query)):
+        junk = (gallery_pids[order[q]] == query_pids[q]) & (gallery_camids[order[q]] == query_camids[q])
+        match = (gallery_pids[order[q]] == query_pids[q])[~junk]
+        aps.append((np.cumsum(match) / np.arange(1, len(match) + 1))[match].mean())
+    result = rank(problem)
+    np.testing.assert_allclose(result.ap_Q, aps, rtol=1e-12)
+    assert 0.3 < result.summary()["mAP"] < 0.95  # neither trivial nor chance
+
+
+def test_copies_of_a_picture_are_ties_in_any_tile():
+    """With a floating-point GEMM the copies' similarities can differ in the last bit from tile to tile."""
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.randn(1, 500, generator=generator)
+    gallery = feature.repeat(5000, 1) * 2.0 ** torch.arange(5000)[:, None].remainder(9)
+    pids = np.zeros(5000, np.int64)
+    pids[[0, 4095, 4096, 4999]] = 7
+    result = rank((torch.randn(1, 500, generator=generator), gallery, np.array([7]), pids, np.array([1]), pids * 0))
+    assert result.first_Q[0] == 1
+    assert result.inp_Q[0] == 4 / 5000
+    assert result.ap_Q[0] == pytest.approx((1 + 2 / 4096 + 3 / 4097 + 4 / 5000) / 4, rel=1e-15)
+
+
+def test_summary_by_hand_leaves_out_queries_without_positive():
+    # Query 0: junk is nearest, then a distractor, its positive, another person, its positive. Query 1 has only junk.
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    angle = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])
+    gallery = torch.stack([angle.cos(), angle.sin()], 1)
+    summary = rank(
+        (query, gallery, np.array([1, 2]), np.array([1, 0, 1, 2, 1]), np.array([1, 1]), np.array([1, 1, 2, 1, 2]))
+    ).summary()
+    ap = (1 / 2 + 2 / 4) / 2
+    assert summary == pytest.approx({"mAP": ap, "rank1": 0.0, "rank5": 1.0, "rank10": 1.0, "mINP": 2 / 4})
+
+
+def test_bad_input_is_named():
+    query, gallery, *labels = real_valued(q=3, g=5)
+    with pytest.raises(DataError, match="3 features with 2 pids"):
+        rank((query, gallery, labels[0][:2], *labels[1:]))
+    with pytest.raises(DataError, match="NaN"):
+        rank((query, gallery * math.nan, *labels))
+    with pytest.raises(DataError, match="no query has"):
+        rank((query, gallery, labels[0] + 100, *labels[1:])).summary()

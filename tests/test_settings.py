@@ -1,0 +1,99 @@
+"""Settings: YAML, overrides, bounds; every mistake is one line that starts with the key or the file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.experiment import Config
+from ppreid_dist.settings import Settings, describe, help_text, load_settings, option, save_settings, to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(kw_only=True)
+class Inner(Settings):
+    rate: float = option(0.1, "a rate", more_than=0, at_most=1)
+    kind: str = option("a", "a kind", choices=("a", "b"))
+
+
+@dataclass(kw_only=True)
+class Outer(Settings):
+    inner: Inner = option(Inner(), "")
+    many: list[Inner] = option([Inner()], "several")
+    size: tuple[int, int] = option((4, 2), "a size")
+    count: int = option(3, "a count", at_least=1)
+    maybe: float | None = option(None, "or nothing")
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("countt=3", "countt:"),
+        ("inner.rat=3", "inner.rat:"),
+        ("count=three", "count:"),
+        ("count=0", "count:"),
+        ("inner.rate=0", "inner.rate:"),
+        ("inner.rate=2", "inner.rate:"),
+        ("inner.kind=c", "inner.kind:"),
+        ("many=[{kind: c}]", "many[0].kind:"),
+        ("many=[{kin: a}]", "kin:"),
+        ("count", "count:"),
+        ("size=[1,x]", "size"),
+    ],
+)
+def test_a_mistake_is_one_line_that_starts_with_the_key(override: str, start: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_settings(Outer, None, [override])
+    assert str(error.value).startswith(start)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words", "\x00"])
+def test_a_file_that_is_no_settings_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml") as error:
+        load_settings(Outer, file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such"):
+        load_settings(Outer, tmp_path / "none.yaml")
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("count: 5\ninner: {rate: 0.5}\n")
+    got = load_settings(Outer, tmp_path / "c.yaml", ["inner.rate=0.25", "maybe=1", "size=[8,4]"])
+    assert (got.count, got.inner.rate, got.inner.kind, got.maybe, got.size) == (5, 0.25, "a", 1.0, (8, 4))
+
+
+@given(rate=st.floats(0.001, 1), count=st.integers(1, 10**9), kind=st.sampled_from("ab"), maybe=st.none() | st.floats(-9, 9))
+def test_what_is_saved_is_read_again(tmp_path_factory, rate, count, kind, maybe) -> None:  # type: ignore[no-untyped-def]
+    settings = Outer(inner=Inner(rate=rate, kind=kind), count=count, maybe=maybe, many=[Inner(rate=rate), Inner()])
+    file = tmp_path_factory.mktemp("s") / "saved.yaml"
+    save_settings(settings, file)
+    assert load_settings(Outer, file) == settings
+
+
+def test_defaults_are_not_shared_between_instances() -> None:
+    first, second = Outer(), Outer()
+    first.many.append(Inner())
+    first.inner.rate = 0.9
+    assert len(second.many) == 1 and second.inner.rate == 0.1
+
+
+def test_help_names_every_key_with_its_default() -> None:
+    text = help_text(Config)
+    for key, default, explanation in describe(Config):
+        assert f"{key}={default}" in text
+        assert explanation, f"{key} is not explained"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_every_shipped_configuration_is_valid(file: Path) -> None:
+    assert to_dict(load_settings(Config, file))["output"]

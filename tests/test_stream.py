@@ -1,0 +1,254 @@
+"""From shards to batches: every placement gives pictures with their own labels; the planned ones exactly the plan's."""
+
+import gc
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from make_shards import make_catalog
+
+from ppreid_dist import distributed
+from ppreid_dist.data.decode import Decoder
+from ppreid_dist.data.plan import PKPlan, StrangersPlan
+from ppreid_dist.data.prefetch import Prefetcher
+from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
+from ppreid_dist.data.stream import (
+    StreamConfig,
+    WebDatasetSource,
+    choose_placement,
+    load_pictures,
+    open_source,
+    open_stream,
+)
+from ppreid_dist.errors import ConfigError, DataError
+
+SIZE, CPU = (32, 16), torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("stream")
+    write_shards(make_catalog(base / "raw", people=8, shots=4), base / "shards", images_per_shard=8, progress=False)
+    return base / "shards"
+
+
+@pytest.fixture(scope="module")
+def split(folder):
+    return ShardedSplit.open(folder, "train")
+
+
+@pytest.fixture(scope="module")
+def pictures(split):
+    return load_pictures(split, SIZE, backend="pillow", device=CPU, progress=False)
+
+
+def _open(split, plan, placement, start_step=0, rows=None, **options):
+    config = StreamConfig(backend="pillow", placement=placement, **options)
+    source = open_source(split, config=config, size=SIZE, device=CPU)
+    rows = rows or slice(0, plan.total)
+    return open_stream(
+        split, plan, source=source, prefetch=config.prefetch, device=CPU, start_step=start_step, rank_rows=rows
+    )
+
+
+def test_a_whole_split_is_loaded_in_its_order(split, pictures):
+    decoder = Decoder("pillow", SIZE, CPU)
+    for i in range(len(split)):
+        assert torch.equal(pictures.images_N3HW[i], decoder.decode([split.image_bytes(i)], ["x"])[0])
+    assert pictures.keys == split.keys
+    assert np.array_equal(pictures.pids_N, split.pids)
+    assert pictures.attributes == split.attributes
+    for pid, mask in zip(split.pids, pictures.masks_N1HW, strict=True):
+        assert mask[0, 0].sum() == 4 + (pid - 3) // 7  # as the person was drawn
+    query = load_pictures(split.subset(np.arange(3)), SIZE, backend="pillow", device=CPU, progress=False)
+    assert torch.equal(query.images_N3HW, pictures.images_N3HW[:3])
+
+
+@pytest.mark.parametrize("placement", ["resident", "indexed"])
+def test_planned_batches_are_the_plans(split, pictures, placement):
+    plan = PKPlan(split.pids, 4, 2, seed=1)
+    with _open(split, plan, placement) as stream:
+        for step, batch in enumerate(itertools.islice(stream, 6)):
+            rows = plan.batch(step)
+            assert batch.step == step
+            assert torch.equal(batch.images, pictures.images_N3HW[rows])
+            assert batch.labels.tolist() == [sorted(set(split.pids)).index(pid) for pid in split.pids[rows]]
+            assert batch.camids.tolist() == split.camids[rows].tolist()
+
+
+@pytest.mark.parametrize("placement", ["resident", "indexed"])
+def test_resuming_and_ranks_change_nothing(split, placement):
+    plan = PKPlan(split.pids, 4, 2, seed=1)
+    with _open(split, plan, placement) as stream:
+        unbroken = list(itertools.islice(stream, 7))
+    with _open(split, plan, placement, start_step=5) as stream:
+        for batch in itertools.islice(stream, 2):
+            assert torch.equal(batch.images, unbroken[batch.step].images)
+    parts = []
+    for rank in range(4):
+        with _open(split, plan, placement, start_step=3, rows=slice(2 * rank, 2 * rank + 2)) as stream:
+            parts.append(next(stream))
+    assert torch.equal(torch.cat([part.images for part in parts]), unbroken[3].images)
+    assert torch.equal(torch.cat([part.labels for part in parts]), unbroken[3].labels)
+
+
+def test_strangers_stream_too(split, pictures):
+    plan = StrangersPlan(split.pids, 6, seed=0)
+    with _open(split, plan, "indexed") as stream:
+        assert torch.equal(next(stream).images, pictures.images_N3HW[plan.batch(0)])
+
+
+def test_joined_splits_stream(folder, split):
+    both = join_splits([split, ShardedSplit.open(folder, "query")])
+    for placement in ("indexed", "webdataset"):
+        with _open(both, PKPlan(both.pids, 16, 2, seed=0), placement) as stream:
+            assert sorted(next(stream).labels.tolist()) == sorted(2 * list(range(16)))
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(0, 1), slice(0, 6), slice(0, 0)])
+def test_processes_must_share_a_batch_by_whole_people(split, rows):
+    with pytest.raises(ConfigError, match=r"^data\.identities_per_batch: 4 don't divide"):
+        _open(split, PKPlan(split.pids, 4, 2, seed=1), "indexed", rows=rows)
+
+
+def test_auto_placement_follows_the_size_and_says_so(caplog):
+    caplog.set_level("INFO")
+    config = StreamConfig(resident_limit_gb=1.0)
+    assert choose_placement(config, 10_000, (256, 128)) == "resident"  # 0.98 GB
+    assert choose_placement(config, 11_000, (256, 128)) == "indexed"  # 1.08 GB
+    assert len(caplog.records) == 2
+    assert choose_placement(StreamConfig(placement="resident"), 10**9, (256, 128)) == "resident"
+
+
+def _flip_a_byte(file, position):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0xFF
+    file.write_bytes(data)
+
+
+@pytest.mark.faults
+def test_damage_reaches_the_trainer_as_one_line(tmp_path):
+    write_shards(make_catalog(tmp_path / "raw"), tmp_path / "shards", progress=False)
+    split = ShardedSplit.open(tmp_path / "shards", "train")
+    _flip_a_byte(tmp_path / "shards/train-000000.tar", int(split.index.table_N["offset"][2]) + 9)
+    with (
+        _open(split, PKPlan(split.pids, 5, 3, seed=0), "indexed") as stream,
+        pytest.raises(DataError, match=rf"train-000000\.tar: {split.keys[2]}: damaged"),
+    ):
+        next(stream)
+    with pytest.raises(DataError, match=split.keys[2]):
+        _open(split, PKPlan(split.pids, 5, 3, seed=0), "resident")
+
+
+# ---- webdataset
+
+
+def _source(split, **options):
+    return WebDatasetSource(split.urls, Decoder("pillow", SIZE, CPU), **options)
+
+
+def test_streamed_batches_hold_distinct_people_with_their_own_pictures(split, pictures):
+    looks = {tuple(image.flatten().tolist()): i for i, image in enumerate(pictures.images_N3HW)}
+    met = set()
+    for images, pids, camids in itertools.islice(_source(split, pool=16).batches(3, 2, seed=0), 40):
+        rows = [looks[tuple(image.flatten().tolist())] for image in images]
+        assert split.pids[rows].tolist() == pids.tolist()
+        assert split.camids[rows].tolist() == camids.tolist()
+        assert (pids.reshape(3, 2)[:, 0] == pids.reshape(3, 2)[:, 1]).all()
+        assert len(set(pids)) == 3
+        met |= set(rows)
+    assert len(met) == len(split)
+
+
+def test_streamed_order_is_seeded(split):
+    def pids(seed):
+        return [b[1].tolist() for b in itertools.islice(_source(split, pool=16).batches(3, 2, seed=seed), 5)]
+
+    assert pids(0) == pids(0) != pids(1)
+
+
+def test_streaming_keeps_to_a_selection_and_repeats_where_pictures_are_few(split):
+    few = split.subset(np.flatnonzero(np.isin(split.pids, split.pids[:3]))[:7])
+    plan = PKPlan(few.pids, len(set(few.pids)), 4, seed=0)
+    with _open(few, plan, "webdataset") as stream:
+        for batch in itertools.islice(stream, 10):
+            assert sorted(batch.labels.tolist()) == sorted(4 * list(range(len(set(few.pids)))))
+
+
+def test_streaming_processes_read_shards_of_their_own(split, monkeypatch):
+    keys = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        keys.append({sample[0] for sample in itertools.islice(_source(split)._samples(0), 32)})
+    assert not keys[0] & keys[1]
+    assert keys[0] | keys[1] == set(split.keys)
+
+
+def test_streaming_from_far_away_needs_only_the_index_here(folder, tmp_path, split):
+    here = tmp_path / "index"
+    here.mkdir()
+    for name in ("meta.json", "train.csv"):
+        (here / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(DataError, match="missing"):
+        ShardedSplit.open(here, "train")
+    far = ShardedSplit.open(here, "train", remote=f"pipe:cat {folder}/")
+    assert far.fingerprint == split.fingerprint
+    with _open(far, PKPlan(far.pids, 4, 2, seed=0), "webdataset", start_step=9) as stream:
+        batch = next(stream)
+    assert batch.step == 9
+    assert batch.images.shape == (8, 3, *SIZE)
+
+
+def test_streaming_fails_in_one_line(split, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="holds 8 people, 9 are needed"):
+        next(_source(split).batches(9, 2, seed=0))
+    with pytest.raises(DataError, match="streaming failed"):
+        next(WebDatasetSource([str(tmp_path / "no.tar")], Decoder("pillow", SIZE, CPU)).batches(2, 2, seed=0))
+    monkeypatch.setattr(distributed, "world_size", lambda: 5)
+    with pytest.raises(ConfigError, match="a shard for each of 5 processes, but there are 4"):
+        _source(split)
+
+
+# ---- prefetching
+
+
+def test_results_come_in_order_and_end():
+    assert list(Prefetcher(lambda x: x * x, iter(range(50)), 3)) == [x * x for x in range(50)]
+
+
+def test_it_works_ahead_but_not_further_than_asked():
+    done = []
+    ahead = Prefetcher(lambda x: done.append(x) or x, itertools.count(), 3)
+    next(ahead)
+    time.sleep(0.3)
+    assert len(done) == 5  # one taken, three waiting, one in hand
+    ahead.close()
+
+
+def test_errors_come_in_their_place_and_end_it():
+    ahead = Prefetcher(lambda x: 6 // (2 - x), itertools.count(), 4)
+    assert [next(ahead), next(ahead)] == [3, 6]
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_closed_and_abandoned_prefetchers_leave_no_thread():
+    before = threading.active_count()
+    closed = Prefetcher(lambda x: x, itertools.count(), 2)
+    next(closed)
+    closed.close()
+    closed.close()
+    abandoned = Prefetcher(lambda x: x, itertools.count(), 2)
+    next(abandoned)
+    del abandoned
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == before
