@@ -124,18 +124,21 @@ class Decoder:
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return torch.cat([self.average.module(x_BK) for x_BK in self.view(features_MD).split(256)])
 
-    def go_on_from(self, weights: dict[str, Tensor], lr_factor: float = 1.0) -> None:
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+
+    def go_on_from(self, weights: dict[str, Tensor]) -> None:
         """Put these weights in place of the present ones and of their average."""
         self.generator.load_state_dict(weights)
         self.average.module.load_state_dict(weights)
-        for group in self.optimiser.param_groups:
-            group["lr"] *= lr_factor
 
     def train_to_plateau(
         self, plateau: PlateauConfig, say: Callable[[str], None], opponent: Opponent | None = None
     ) -> float:
         """Train until looks at the held-out people find nothing better; the best weights stay. Their error."""
         best, falls, since, steps = float("inf"), 0, 0, 0
+        lr = self.optimiser.param_groups[0]["lr"]
         weights: dict[str, Tensor] = {}
         while steps < plateau.max_steps:
             some = min(plateau.evaluate_every, plateau.max_steps - steps)
@@ -147,8 +150,9 @@ class Decoder:
                 say(f"{self.name}: {steps} steps, held-out error {best:.4f}")
                 if falls == plateau.falls:
                     break
-                self.go_on_from(weights, 0.25)
                 falls, since = falls + 1, 0
+                self.go_on_from(weights)
+                self.set_lr(lr / 4**falls)
         self.go_on_from(weights)
         return best
 

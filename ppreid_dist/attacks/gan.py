@@ -1,0 +1,89 @@
+"""The conditional GAN: the regression decoder with noise, driven on by a critic that sees picture and feature.
+
+Shapes: N its own pictures, M features to reverse, B batch, D feature dim, K view dim.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.base import Attacker, Progress, register
+from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig, race
+from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
+from ppreid_dist.models.critic import Critic, CriticConfig
+from ppreid_dist.models.seeding import seeded
+from ppreid_dist.settings import Settings, option
+
+
+@dataclass(kw_only=True)
+class GanConfig(Settings):
+    start: RegressionConfig = option(
+        RegressionConfig(views=["whitened"], widths=[32], lrs=[3e-3]), "the regression that it starts from"
+    )
+    noise_dim: int = option(16, "size of the noise beside the feature", at_least=1)
+    lr: float = option(1e-3, "the decoder's learning rate against the critic", more_than=0)
+    critic_lr: float = option(1e-3, "the critic's learning rate", more_than=0)
+    critic: CriticConfig = option(CriticConfig(), "")
+    adversarial: AdversarialConfig = option(AdversarialConfig(weight=0.02), "")
+    plateau: PlateauConfig = option(PlateauConfig(max_steps=6000), "")
+
+
+class Judgement:
+    """The critic in training: an :class:`~ppreid_dist.attacks.regression.Opponent`."""
+
+    def __init__(self, decoder: Decoder, config: GanConfig, seed: int):
+        size = tuple(decoder.pictures_F3hw.shape[2:])
+        spectral_norm = config.adversarial.regulariser == "spectral_norm"
+        with seeded(seed, 0xC):
+            critic = Critic(decoder.view.dim, size, config.critic.width, spectral_norm)
+        self.critic = critic.to(decoder.x_FK.device, memory_format=torch.channels_last)
+        self.options, self.steps = config.adversarial, 0
+        self.optimiser = torch.optim.Adam(critic.parameters(), config.critic_lr, betas=(0.0, 0.99))
+
+    def loss(self, fake_B3hw: Tensor, features_BK: Tensor) -> Tensor:
+        self.critic.requires_grad_(False)
+        return generator_loss(self.critic(fake_B3hw, features_BK), self.options)
+
+    def learn(self, real_B3hw: Tensor, fake_B3hw: Tensor, features_BK: Tensor) -> None:
+        self.critic.requires_grad_(True)
+        penalised = r1_due(self.steps, self.options)
+        real_B3hw = real_B3hw.detach().requires_grad_(penalised)
+        scores = self.critic(torch.cat([real_B3hw, fake_B3hw]), torch.cat([features_BK, features_BK]))
+        real_B, fake_B = scores.chunk(2)
+        loss = critic_loss(real_B, fake_B, self.options)
+        if penalised:
+            loss = loss + r1_penalty(real_B, real_B3hw, self.options)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        self.steps += 1
+
+
+@register
+class Gan(Attacker):
+    """Regression to a plateau, then L1, SSIM and the critic to the next; the best look at held-out people stays."""
+
+    name = "gan"
+    config: GanConfig
+
+    def fit(
+        self,
+        features_ND: Tensor,
+        pictures_N3hw: Tensor,
+        pids_N: np.ndarray,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        say, config = progress or (lambda line: None), self.config
+        self.decoder = race(
+            features_ND, pictures_N3hw, pids_N, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
+        )
+        self.decoder.set_lr(config.lr)
+        self.decoder.train_to_plateau(config.plateau, say, Judgement(self.decoder, config, seed))
+
+    def reconstruct(self, features_MD: Tensor) -> Tensor:
+        """With the noise at 0, the mean of its prior."""
+        return self.decoder.reconstruct(features_MD)
