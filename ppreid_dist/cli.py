@@ -72,7 +72,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser = _parser("ppreid evaluate", "mAP, CMC and mINP of finished runs on their own query and gallery.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     options = parser.parse_args(arguments)
-    from ppreid_dist.experiment import evaluate
+    from ppreid_dist.assessment import evaluate
 
     for run in options.runs:
         summary = evaluate(run)
@@ -93,8 +93,8 @@ def _attack(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
-    from ppreid_dist.experiment import attack, load_run
-    from ppreid_dist.experiment import Config
+    from ppreid_dist.assessment import attack
+    from ppreid_dist.experiment import Config, load_run
     from ppreid_dist.settings import load_settings
 
     base = options.config or options.protected / "config.yaml"
@@ -110,7 +110,7 @@ def _report(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="what `ppreid attack --out` wrote")
     parser.add_argument("--pictures", choices=("synthetic", "always", "never"), help="show pictures of people (default: as configured)")
     options = parser.parse_args(arguments)
-    from ppreid_dist.experiment import report
+    from ppreid_dist.assessment import report
 
     _say(report(options.folder, pictures=options.pictures))
     return 0

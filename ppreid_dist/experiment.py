@@ -1,4 +1,4 @@
-"""One configuration for the whole way, and the functions that join its parts: train, evaluate, attack, report."""
+"""One configuration for the whole way, and the training that joins its parts (what is asked of runs: ``assessment``)."""
 
 import logging
 import random
@@ -9,24 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ppreid_dist import distributed
+from ppreid_dist.attacks.base import ATTACKERS
 from ppreid_dist.attacks.probe import Probe, ProbeConfig
-from ppreid_dist.attacks.suite import AttackConfig, new_attacker
+from ppreid_dist.attacks.suite import AttackConfig
 from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
 from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
 from ppreid_dist.errors import ConfigError, RunError
-from ppreid_dist.evaluation.export import rank_split, save_features, stored_features
 from ppreid_dist.losses.identity import IdentityConfig
 from ppreid_dist.losses.triplet import TripletConfig
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
-from ppreid_dist.models.folder import load_extractor, save_extractor
+from ppreid_dist.models.folder import save_extractor
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
-from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary
 from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary
 from ppreid_dist.training.engine import Engine, EngineConfig
@@ -74,10 +72,11 @@ _FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers"
          "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``(full key, value)`` of every setting in a nested dictionary."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -152,13 +151,13 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
         probe_every=config.probe.every,
         identity={
-            **{key: value for key, value in _flat(to_dict(config)) if not key.startswith(_FREE)},
+            **{key: value for key, value in flat(to_dict(config)) if not key.startswith(_FREE)},
             "the training pictures": split.fingerprint,
             "the strangers' pictures": strangers_fingerprint,
         },
         progress=progress,
     )
-    engine.accelerator.init_trackers("ppreid_dist", config=dict(_flat(to_dict(config))))
+    engine.accelerator.init_trackers("ppreid_dist", config=dict(flat(to_dict(config))))
     if resume and runner.resume() and engine.is_main:
         _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
     if engine.is_main:
@@ -245,33 +244,6 @@ def _probe(config: Config, engine: Engine) -> Probe:
         pictures,
         targets.images_N3HW,
         targets.masks_N1HW,
-        fresh=lambda name: new_attacker(name, config.attack),
+        fresh=lambda name: ATTACKERS[name](getattr(config.attack, name)),
         seed=config.seed,
     )
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------
-
-
-def evaluate(run: Path, *, device: torch.device | str | None = None, progress: bool = True) -> dict[str, float]:
-    """mAP, CMC and mINP of a finished run on its query and gallery; writes RUN/evaluation.json and RUN/features/."""
-    config, saved = load_run(run), load_extractor(run / "model", device or default_device())
-    features: dict[str, Tensor] = {}
-    pictures = {}
-    for name in ("query", "gallery"):
-        pictures[name] = load_pictures(
-            open_split(config.data, name),
-            saved.size,
-            backend=config.data.stream.backend,
-            device="cpu",
-            progress=progress,
-        )
-        features[name] = stored_features(saved.extractor, pictures[name].images_N3HW).cpu()
-        save_features(run / "features", name, features[name], pictures[name])
-    summary = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"]).summary()
-    write_json(run / "evaluation.json", summary)
-    return summary
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -118,6 +118,11 @@ def to_float(pictures_N3hw: Tensor) -> Tensor:
     return pictures_N3hw.float() / 255
 
 
+def picture_size(pictures_N3hw: Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return pictures_N3hw.shape[2], pictures_N3hw.shape[3]
+
+
 def held_out_error(images_N3hw: Tensor, pictures_N3hw: Tensor) -> float:
     """What attackers choose by: mean of L1 and (1 - SSIM) / 2 between reconstructions and uint8 pictures."""
     distances = [

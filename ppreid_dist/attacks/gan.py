@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import Attacker, Progress, register
+from ppreid_dist.attacks.base import Attacker, Progress, picture_size, register
 from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig, race
 from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
 from ppreid_dist.models.critic import Critic, CriticConfig
@@ -19,9 +19,7 @@ from ppreid_dist.settings import Settings, option
 
 @dataclass(kw_only=True)
 class GanConfig(Settings):
-    start: RegressionConfig = option(
-        RegressionConfig(views=["whitened"], widths=[32], lrs=[3e-3]), "the regression that it starts from"
-    )
+    start: RegressionConfig = option(RegressionConfig(widths=[32], lrs=[3e-3]), "the regression that it starts from")
     noise_dim: int = option(16, "size of the noise beside the feature", at_least=1)
     lr: float = option(1e-3, "the decoder's learning rate against the critic", more_than=0)
     critic_lr: float = option(1e-3, "the critic's learning rate", more_than=0)
@@ -34,11 +32,10 @@ class Judgement:
     """The critic in training: an :class:`~ppreid_dist.attacks.regression.Opponent`."""
 
     def __init__(self, decoder: Decoder, config: GanConfig, seed: int):
-        size = tuple(decoder.pictures_F3hw.shape[2:])
         spectral_norm = config.adversarial.regulariser == "spectral_norm"
         with seeded(seed, 0xC):
-            critic = Critic(decoder.view.dim, size, config.critic.width, spectral_norm)
-        self.critic = critic.to(decoder.x_FK.device, memory_format=torch.channels_last)
+            critic = Critic(decoder.view.dim, picture_size(decoder.pictures_F3hw), config.critic.width, spectral_norm)
+        self.critic = critic.to(decoder.x_FK.device)
         self.options, self.steps = config.adversarial, 0
         self.optimiser = torch.optim.Adam(critic.parameters(), config.critic_lr, betas=(0.0, 0.99))
 
@@ -82,7 +79,9 @@ class Gan(Attacker):
             features_ND, pictures_N3hw, pids_N, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
         )
         self.decoder.set_lr(config.lr)
-        self.decoder.train_to_plateau(config.plateau, say, Judgement(self.decoder, config, seed))
+        self.decoder.best = float("inf")  # the best look at what the critic has shaped, not at the regression
+        opponent = Judgement(self.decoder, config, seed)
+        self.decoder.train_to_plateau(config.plateau, config.plateau.max_steps, say, opponent)
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         """With the noise at 0, the mean of its prior."""

@@ -28,7 +28,9 @@ _log = logging.getLogger(__name__)
 class ProbeConfig(Settings):
     every: int = option(1000, "extractor steps between probes during the game; 0 = never", at_least=0)
     attackers: list[str] = option(["ridge"], "the fresh attackers; the one with the smallest error counts")
-    margin: float = option(0.1, "warn when the apparent error exceeds the fresh one by more than this share", at_least=0)
+    margin: float = option(
+        0.1, "warn when the apparent error exceeds the fresh one by more than this share", at_least=0
+    )
     people: int = option(200, "auxiliary people at the most", at_least=16)
 
 
@@ -56,14 +58,18 @@ class Probe:
 
     def __call__(self, extractor: nn.Module, views: list[View], step: int) -> dict[str, float]:
         features_ND = stored_features(extractor, self.images)
-        fresh = {}
+        known_ND, unknown_ND = features_ND[self.fit_rows], features_ND[self.test_rows]
+        known = self.targets[self.fit_rows], self.pids[self.fit_rows]
+        fresh = []
         for name in self.config.attackers:
             attacker = self.fresh(name)
-            attacker.fit(features_ND[self.fit_rows], self.targets[self.fit_rows], self.pids[self.fit_rows], seed=self.seed)
-            fresh[name] = self._error(attacker.reconstruct(features_ND[self.test_rows]))
-        result = {"fresh": min(fresh.values())}
+            attacker.fit(known_ND, *known, seed=self.seed)
+            fresh.append(self._error(attacker.reconstruct(unknown_ND)))
+        for view in views:
+            view.meet(known_ND, *known)
+        result = {"fresh": min(fresh)}
         if views:
-            result["apparent"] = min(self._error(view.reconstruct(features_ND[self.test_rows])) for view in views)
+            result["apparent"] = min(self._error(view.reconstruct(unknown_ND)) for view in views)
             result["gap"] = result["apparent"] / result["fresh"] - 1
             result["warned"] = float(result["gap"] > self.config.margin)
             if result["warned"]:
@@ -75,4 +81,4 @@ class Probe:
 
     def _error(self, drawn_N3hw: Tensor) -> float:
         masks = None if self.masks is None else self.masks[self.test_rows]
-        return float(scores(drawn_N3hw, self.targets[self.test_rows], masks)["l1"].mean())
+        return float(np.nanmean(scores(drawn_N3hw, self.targets[self.test_rows], masks)["l1"]))

@@ -24,9 +24,12 @@ from ppreid_dist.settings import Settings, option
 
 @dataclass(kw_only=True)
 class RetrievalConfig(Settings):
-    neighbours: list[int] = option([1, 2, 4, 8, 16, 32, 64], "numbers of neighbours to try", at_least=1)
+    # Many neighbours at a high temperature are about the mean picture, which the floor must not be worse than.
+    neighbours: list[int] = option([1, 4, 16, 64, 512], "numbers of neighbours to try", at_least=1)
     temperatures: list[float] = option(
-        [0.1, 0.3, 1.0], "softmax temperatures to try, in units of the mean squared nearest distance", more_than=0
+        [0.1, 0.5, 2.0, 100.0],
+        "softmax temperatures to try, in units of the mean squared nearest distance",
+        more_than=0,
     )
 
 
@@ -64,7 +67,9 @@ class Retrieval(Attacker):
         self.view = fit_view(name, features_ND)
         self._remember(features_ND, pictures_N3hw)
         if progress is not None:
-            progress(f"{name} features, {self.k} nearest at temperature {self.temperature:.3g}: held-out error {best:.4f}")
+            progress(
+                f"{name} features, {self.k} nearest at temperature {self.temperature:.3g}: held-out error {best:.4f}"
+            )
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         distances_MK, nearest_MK = self._rank(features_MD)

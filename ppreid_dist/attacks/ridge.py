@@ -30,8 +30,9 @@ class RidgeConfig(Settings):
         "kernel widths to try, in root mean squared distances; 0 is the linear kernel",
         at_least=0,
     )
+    # Up to where only the mean picture is left: that is the best reconstruction, and the floor, where nothing leaks.
     ridges: list[float] = option(
-        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0], "ridges to try, per picture", more_than=0
+        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0], "ridges to try, per picture", more_than=0
     )
     components: int = option(256, "principal components of the pictures that are predicted", at_least=1)
     search_pictures: int = option(2000, "at most this many pictures choose the capacity; all are fitted", at_least=16)
@@ -64,9 +65,9 @@ class Ridge(Attacker):
             errors_WR = kernel_ridge.search(
                 view(features_ND[fit]), target_FC, view(features_ND[held]), target_HC, config.widths, config.ridges
             )
-            width, ridge = divmod(int(errors_WR.argmin()), len(config.ridges))
+            w, r = divmod(int(errors_WR.argmin()), len(config.ridges))
             if float(errors_WR.min()) < best:
-                best, chosen = float(errors_WR.min()), (name, config.widths[width], config.ridges[ridge])
+                best, chosen = float(errors_WR.min()), (name, config.widths[w], config.ridges[r])
         name, width, ridge = chosen
         self.view = fit_view(name, features_ND)
         self._learn_components(pictures_N3hw[torch.from_numpy(some)])
@@ -85,10 +86,11 @@ class Ridge(Attacker):
         x_NP = to_float(pictures_N3hw).flatten(1)
         self.mean_P = x_NP.mean(0)
         x_NP = x_NP - self.mean_P
-        kept = min(self.config.components, len(x_NP) - 1)
-        variances_N, vectors_NN = torch.linalg.eigh((x_NP @ x_NP.T).double())
-        vectors_NC, scale_C = vectors_NN[:, -kept:], variances_N[-kept:].clamp_min(1e-12).sqrt()
-        self.axes_PC = (x_NP.T @ vectors_NC.float()) / scale_C.float()
+        variances_N, vectors_NN = torch.linalg.eigh(x_NP @ x_NP.T)
+        # Below this share the Gram matrix holds rounding alone, and a division by it would make axes of noise.
+        kept = int((variances_N[-self.config.components :] > 1e-6 * variances_N[-1]).sum())
+        first = len(variances_N) - kept
+        self.axes_PC = x_NP.T @ (vectors_NN[:, first:] / variances_N[first:].sqrt())
 
     def _encode(self, pictures_N3hw: Tensor) -> Tensor:
         return (to_float(pictures_N3hw).flatten(1) - self.mean_P) @ self.axes_PC

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ppreid_dist.errors import RunError
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.settings import load_settings, to_dict
-from ppreid_dist.storage import atomic, read_json, write_json
+from ppreid_dist.storage import atomic, read_json, write_json, write_text
 
 _HEAD = "classifier."
 
@@ -37,6 +37,7 @@ def save_extractor(
     weights = {n: t.detach().cpu().contiguous() for n, t in extractor.state_dict().items() if not n.startswith(_HEAD)}
     with atomic(folder / "extractor.safetensors") as temporary:
         save_file(weights, temporary)
+    write_text(folder / "backbone" / "config.json", extractor.backbone.model.config.to_json_string())
     write_json(folder / "extractor.json", {"settings": to_dict(config), "size": list(size), "about": about})
 
 
@@ -46,8 +47,9 @@ def load_extractor(folder: Path, device: torch.device | str) -> SavedExtractor:
         raise RunError(f"{folder}: no finished extractor there; train the run to its end first")
     saved, file = read_json(folder / "extractor.json"), folder / "extractor.safetensors"
     settings = [f"{name}={'null' if value is None else value}" for name, value in saved["settings"].items()]
-    # pretrained=false: the weights come from the folder, not from where the training began.
-    extractor = Extractor(load_settings(ExtractorConfig, None, [*settings, "pretrained=false"]), num_classes=0)
+    # Shape and weights come from the folder, not from where the training began.
+    settings += [f"backbone={folder / 'backbone'}", "pretrained=false"]
+    extractor = Extractor(load_settings(ExtractorConfig, None, settings), num_classes=0)
     try:
         extractor.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -53,9 +53,8 @@ class Adversary(ABC):
         """Step B: how much is given away, 0 (no more than to a stranger) to about 1; differentiable."""
 
     @abstractmethod
-    def fit_view(self, extractor: Extractor) -> "View | None":
-        """What this adversary, as it stands, can do with features: the apparent attacker of the probe. Called on all
-        ranks alike; None where the adversary draws no pictures."""
+    def view(self) -> "View | None":
+        """What this adversary, as it stands, can do with features; None where it draws no pictures."""
 
     @property
     def players(self) -> list[Player]:
@@ -74,7 +73,12 @@ class Adversary(ABC):
 
 
 class View(ABC):
-    """Pictures from stored features, as the training-time adversary would draw them."""
+    """Pictures from stored features, as the training-time adversary would draw them: the probe's apparent attacker."""
+
+    def meet(self, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray) -> None:
+        """Be shown the people that the fresh attackers learn from. A network is what training made of it; a closed
+        form, which training solves anew for every batch, is solved for these."""
+        return None
 
     @abstractmethod
     def reconstruct(self, features_ND: Tensor) -> Tensor:

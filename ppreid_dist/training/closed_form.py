@@ -12,8 +12,7 @@ from torch import Tensor
 from ppreid_dist import distributed
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.distance_correlation import distance_correlation
-from ppreid_dist.losses.ridge import RidgeConfig, prepare_targets, ridge_best_response
-from ppreid_dist.models.extractor import Extractor
+from ppreid_dist.losses.ridge import RidgeConfig, prepare_targets, ridge_best_response, split_groups
 from ppreid_dist.training.adversary import Adversary, Exposure, View
 
 
@@ -28,7 +27,6 @@ class RidgeAdversary(Adversary):
 
     def __init__(self, config: RidgeConfig, *, seed: int):
         self.config, self.seed = config, seed
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
         loss = shown.stored_BD.new_zeros(())
@@ -44,30 +42,33 @@ class RidgeAdversary(Adversary):
     def _play(self, stored: Tensor, pictures: Tensor, persons_N: np.ndarray, step: int) -> Tensor:
         features_ND = distributed.gather(stored.float())
         targets_NM = distributed.gather(prepare_targets(pictures, self.config))
-        result = ridge_best_response(features_ND, targets_NM, persons_N, self.config, seed=self.seed, step=step)
-        self._last = (features_ND.detach(), pictures.detach(), result.best)
-        return result.loss
+        return ridge_best_response(features_ND, targets_NM, persons_N, self.config, seed=self.seed, step=step).loss
 
-    def fit_view(self, extractor: Extractor) -> View | None:
-        if self._last is None:
-            return None
-        features_ND, pictures, best = self._last
-        return _RidgeView(features_ND, distributed.gather(pictures), self.config, best)
+    def view(self) -> View | None:
+        return _RidgeView(self.config, self.seed)
 
 
 class _RidgeView(View):
-    """The strongest ridge of the last step, fitted on all of that step's rows."""
+    """The strongest of the training's own ridges: a narrow family that the extractor may have learned to evade."""
 
-    def __init__(self, features_ND: Tensor, pictures_N3hw: Tensor, config: RidgeConfig, best: Tensor):
-        width, ridge = best.tolist()
-        self._size = pictures_N3hw.shape[1:]
-        self._model = kernel_ridge.fit(
-            features_ND, pictures_N3hw.flatten(1), width=config.widths[width], ridge=config.ridges[ridge]
+    def __init__(self, config: RidgeConfig, seed: int):
+        self._config, self._seed = config, seed
+
+    @torch.no_grad()
+    def meet(self, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray) -> None:
+        widths, ridges = self._config.widths, self._config.ridges
+        targets_NM = pictures_N3hw.flatten(1).float() / 255
+        fit, held = split_groups(pids_N, self._config.fit_fraction, self._seed, 0)
+        errors_WR = kernel_ridge.search(
+            features_ND[fit], targets_NM[fit], features_ND[held], targets_NM[held], widths, ridges
         )
+        width, ridge = divmod(int(errors_WR.argmin()), len(ridges))
+        self._model = kernel_ridge.fit(features_ND, targets_NM, width=widths[width], ridge=ridges[ridge])
+        self._shape = pictures_N3hw.shape[1:]
 
     @torch.no_grad()
     def reconstruct(self, features_ND: Tensor) -> Tensor:
-        return self._model.predict(features_ND).float().reshape(-1, *self._size).clamp(0, 1)
+        return self._model.predict(features_ND).float().reshape(-1, *self._shape).clamp(0, 1)
 
 
 class DistanceCorrelationAdversary(Adversary):
@@ -82,5 +83,5 @@ class DistanceCorrelationAdversary(Adversary):
         pictures_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.config))
         return distance_correlation(distributed.gather(shown.stored_BD.float()), pictures_NM)
 
-    def fit_view(self, extractor: Extractor) -> View | None:
+    def view(self) -> View | None:
         return None

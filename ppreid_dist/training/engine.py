@@ -67,8 +67,11 @@ class Engine:
         return self.accelerator.autocast()
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The module on this process's device, its BatchNorm synchronised when several processes train."""
-        return convert_batchnorm(module.to(self.device))
+        """The module on this process's device, its BatchNorm synchronised when several processes train.
+
+        Channels last: tensor cores want it, and on CPUs MobileNetV2's training is half as fast again by it.
+        """
+        return convert_batchnorm(module.to(self.device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """What the active player's forward must be called through. Frozen players are called bare."""

@@ -220,7 +220,7 @@ class ReversalAdversary(Adversary):
     def _distance(self, drawn: Tensor, target: Tensor) -> Tensor:
         return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
 
-    def fit_view(self, extractor: Extractor) -> View | None:
+    def view(self) -> View | None:
         return _GeneratorView(self.opponent)
 
     # --- state ----------------------------------------------------------------------------------------------

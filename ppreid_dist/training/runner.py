@@ -166,10 +166,10 @@ class Runner:
 
     def _run_probe(self) -> None:
         assert self.probe is not None
-        network: Any = self.extractor.module
-        views = [view for adversary in self.adversaries if (view := adversary.fit_view(network)) is not None]
         if self.engine.is_main:
-            values = {f"probe/{k}": v for k, v in self.probe(network, views, self.step).items()}
+            views = [view for adversary in self.adversaries if (view := adversary.view()) is not None]
+            found = self.probe(self.extractor.module, views, self.step)
+            values = {f"probe/{name}": value for name, value in found.items()}
             self.engine.accelerator.log({"images": self.step * self.batch_rows, **values}, step=self.step)
         self.engine.wait()
 

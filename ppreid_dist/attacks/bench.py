@@ -1,0 +1,179 @@
+"""Attackers trained and tested: the settings, the subsets of people, and one attacker's scores on the query pictures.
+
+Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature dim, h w pixels.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Progress, to_float
+from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.regression import RegressionConfig
+from ppreid_dist.attacks.retrieval import RetrievalConfig
+from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.evaluation.images import scores
+from ppreid_dist.evaluation.ranking import Ranking, rank_queries
+from ppreid_dist.settings import Settings, option
+
+SHOWN = 12  # identities whose reconstructions are kept
+
+
+@dataclass(kw_only=True)
+class AttackConfig(Settings):
+    attackers: list[str] = option(["retrieval", "ridge", "regression", "gan"], "who attacks", choices=tuple(ATTACKERS))
+    curve_attackers: list[str] = option(
+        ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
+    )
+    people: list[int] = option(
+        [80, 160, 320, 0], "numbers of the attackers' own people; 0 is all, and more than there are is all", at_least=0
+    )
+    resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
+    seed: int = option(0, "everything is drawn from it", at_least=0)
+    retrieval: RetrievalConfig = option(RetrievalConfig(), "")
+    ridge: RidgeConfig = option(RidgeConfig(), "")
+    regression: RegressionConfig = option(RegressionConfig(), "")
+    gan: GanConfig = option(GanConfig(), "")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.attackers:
+            raise ConfigError("attackers: at least one must be named")
+        if strangers := set(self.curve_attackers) - set(self.attackers):
+            raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
+        if not self.people:
+            raise ConfigError("people: at least one number must be given")
+
+
+class Judge(Protocol):
+    """An independent ReID model: float pictures (N,3,h,w) in [0,1] to features (N,D)."""
+
+    def __call__(self, images_N3hw: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One attacker, trained once and tested on every query picture."""
+
+    pixel_Q: np.ndarray
+    identity_Q: np.ndarray
+    l1: float
+    psnr: float
+    seconds: float
+    shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``
+
+
+Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
+
+
+class Bench:
+    """What attackers are trained on and tested by; the same for every victim."""
+
+    def __init__(
+        self,
+        *,
+        aux: Pictures,
+        query: Pictures,
+        gallery_judged_GD: Tensor,
+        gallery_pids: np.ndarray,
+        gallery_camids: np.ndarray,
+        judge: Judge,
+        config: AttackConfig,
+        progress: Progress,
+    ):
+        self.aux, self.query, self.judge, self.config, self.progress = aux, query, judge, config, progress
+        self.gallery = gallery_judged_GD, gallery_pids, gallery_camids
+        people = np.unique(aux.pids_N)
+        if len(people) < 2 * HELD_OUT_PEOPLE:
+            raise ConfigError(
+                f"attack.people: {len(people)} auxiliary people are too few, an attacker needs {2 * HELD_OUT_PEOPLE}"
+            )
+        if 0 < min(n or len(people) for n in config.people) < 2 * HELD_OUT_PEOPLE:
+            raise ConfigError(f"attack.people: {min(filter(None, config.people))} is less than {2 * HELD_OUT_PEOPLE}")
+        self.order = np.random.default_rng([config.seed, 0xA0]).permutation(people)
+        self.people = sorted({min(n or len(people), len(people)) for n in config.people})
+        self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
+
+    def rank(self, images_Q3hw: Tensor) -> Ranking:
+        """How the judge finds the query people, from these pictures of them, in the gallery of real pictures."""
+        with torch.no_grad():
+            judged_QD = torch.cat([self.judge(to_float(part)) for part in images_Q3hw.split(256)])
+        features_GD, pids, camids = self.gallery
+        return rank_queries(
+            judged_QD,
+            features_GD.to(judged_QD.device),
+            query_pids=self.query.pids_N,
+            gallery_pids=pids,
+            query_camids=self.query.camids_N,
+            gallery_camids=camids,
+        )
+
+    def train_all(self, role: str, aux_ND: Tensor, query_QD: Tensor, *, permuted: bool = False) -> Trained:
+        """Every attacker with every number of people on these features, or on those of permuted people."""
+        trained: Trained = {}
+        for n in self.people:
+            rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
+            pairs = permute_people(self.aux.pids_N[rows], self.config.seed) if permuted else np.arange(len(rows))
+            for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
+                label = f"{name}, {n} people, {role}"
+                outcome = self._train(label, name, aux_ND[rows], rows, rows[pairs], query_QD)
+                trained[name, n] = outcome
+                self.progress(
+                    f"{label}: SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}, "
+                    f"{outcome.seconds:.1f} s"
+                )
+        return trained
+
+    def _train(
+        self, label: str, name: str, features_ND: Tensor, rows: np.ndarray, pictured: np.ndarray, query_QD: Tensor
+    ) -> Outcome:
+        started = time.monotonic()
+        attacker = ATTACKERS[name](getattr(self.config, name))
+        attacker.fit(
+            features_ND,
+            self.aux.images_N3HW[pictured],
+            self.aux.pids_N[rows],
+            seed=self.config.seed,
+            progress=partial(_labelled, self.progress, label),
+        )
+        # As stored pictures: uint8, so that nothing is read off digits no picture has.
+        drawn_Q3hw = torch.cat([_to_uint8(attacker.reconstruct(part)) for part in query_QD.split(512)])
+        seconds = time.monotonic() - started
+        pixel = scores(drawn_Q3hw, self.query.images_N3HW, self.query.masks_N1HW)
+        return Outcome(
+            pixel_Q=pixel["ssim"],
+            identity_Q=self.rank(drawn_Q3hw).ap_Q,
+            l1=float(np.nanmean(pixel["l1"])),
+            psnr=float(np.nanmean(pixel["psnr"])),
+            seconds=seconds,
+            shown=drawn_Q3hw[self.shown].cpu(),
+        )
+
+
+def _labelled(progress: Progress, label: str, line: str) -> None:
+    progress(f"{label}: {line}")
+
+
+def _to_uint8(images_N3hw: Tensor) -> Tensor:
+    return (images_N3hw * 255).round().to(torch.uint8)
+
+
+def permute_people(pids_N: np.ndarray, seed: int) -> np.ndarray:
+    """For every row the row of a picture of another person: identities go round a random circle.
+
+    All features of one person get pictures of one other person, so that what the pairs teach is the prior alone, and
+    a split by identity is one of the pictured people too.
+    """
+    circle = np.random.default_rng([seed, 0xF1]).permutation(np.unique(pids_N))
+    pairs = np.empty(len(pids_N), dtype=np.int64)
+    for pid, other in zip(circle, np.roll(circle, 1), strict=True):
+        mine, theirs = np.flatnonzero(pids_N == pid), np.flatnonzero(pids_N == other)
+        pairs[mine] = np.resize(theirs, len(mine))
+    return pairs

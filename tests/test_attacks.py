@@ -1,0 +1,350 @@
+"""Attackers find what features give away, find nothing where there is nothing, and don't fool themselves."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.base import ATTACKERS, VIEWS, Attacker, fit_view, held_out_error, split_people
+from ppreid_dist.attacks.bench import AttackConfig, permute_people
+from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig
+from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.attacks.suite import SuiteResult, Victim, chance_ap, run_suite
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.evaluation.images import scores
+from ppreid_dist.evaluation.ranking import rank_queries
+from ppreid_dist.storage import write_json
+
+SIZE = (16, 8)
+LOOK_DIM, FEATURE_DIM = 6, 24
+NAMES = ("retrieval", "ridge", "regression", "gan")
+
+
+def make_people(first: int, count: int, shots: int = 4, *, seed: int = 0) -> tuple[Pictures, Tensor]:
+    """People of two colours (upper and lower body) before cameras' backgrounds, and features that are their colours.
+
+    A picture's camera is its shot; background, place and light differ from picture to picture.
+    """
+    rng = np.random.default_rng([seed, first])
+    mixing = np.random.default_rng(99).standard_normal((LOOK_DIM + 2, FEATURE_DIM))
+    images, masks, codes = [], [], []
+    for look in rng.random((count, LOOK_DIM)):
+        for _ in range(shots):
+            picture = np.full((3, *SIZE), rng.uniform(0.3, 0.7, (3, 1, 1)))
+            left, mask = int(rng.integers(1, 4)), np.zeros((1, *SIZE))
+            picture[:, 2:9, left : left + 4] = look[:3, None, None]
+            picture[:, 9:15, left : left + 4] = look[3:, None, None]
+            mask[:, 2:15, left : left + 4] = 1
+            images.append(picture * rng.uniform(0.9, 1.1))
+            masks.append(mask)
+            codes.append(np.concatenate([look - 0.5, 0.2 * rng.standard_normal(2)]))
+    features = torch.from_numpy(np.array(codes) @ mixing).float()
+    pictures = Pictures(
+        images_N3HW=torch.from_numpy((np.array(images).clip(0, 1) * 255).round().astype(np.uint8)),
+        masks_N1HW=torch.from_numpy(np.array(masks).astype(np.uint8)),
+        pids_N=np.repeat(np.arange(first, first + count), shots),
+        camids_N=np.tile(np.arange(shots), count),
+        keys=[f"{first + i // shots:04d}_c{i % shots}" for i in range(count * shots)],
+        attributes={},
+    )
+    return pictures, torch.nn.functional.normalize(features, dim=1)
+
+
+def colours(images_N3hw: Tensor) -> Tensor:
+    """A judge that looks at the mean colours of the picture's middle, above and below."""
+    middle = images_N3hw[:, :, :, 2:6]
+    return torch.cat([middle[:, :, 2:9].mean((2, 3)), middle[:, :, 9:15].mean((2, 3))], dim=1) - 0.5
+
+
+def small_config(steps: int = 60, **changes: object) -> AttackConfig:
+    start = RegressionConfig(
+        widths=[16],
+        lrs=[1e-2],
+        trial_steps=max(1, steps // 3),
+        batch=16,
+        ema=0.9,
+        plateau=PlateauConfig(max_steps=steps, evaluate_every=20, patience=2, falls=1),
+    )
+    config = AttackConfig(
+        people=[0],
+        curve_attackers=["ridge"],
+        resamples=200,
+        ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
+        regression=start,
+        gan=GanConfig(start=start, noise_dim=4, plateau=PlateauConfig(max_steps=steps // 2, evaluate_every=15)),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def make(name: str, steps: int = 60) -> Attacker:
+    return ATTACKERS[name](getattr(small_config(steps), name))
+
+
+@pytest.fixture(scope="module")
+def aux() -> tuple[Pictures, Tensor]:
+    return make_people(1000, 60)
+
+
+@pytest.fixture(scope="module")
+def strangers() -> tuple[Pictures, Tensor]:
+    return make_people(0, 40)
+
+
+def judged_ap(images_Q3hw: Tensor, people: Pictures) -> float:
+    ranking = rank_queries(
+        colours(images_Q3hw),
+        colours(people.images_N3HW.float() / 255),
+        query_pids=people.pids_N,
+        gallery_pids=people.pids_N,
+        query_camids=people.camids_N,
+        gallery_camids=people.camids_N,
+    )
+    return ranking.summary()["mAP"]
+
+
+def person_l1(images_Q3hw: Tensor, people: Pictures) -> float:
+    return float(scores(images_Q3hw, people.images_N3HW, people.masks_N1HW)["l1"].mean())
+
+
+@pytest.fixture(scope="module")
+def fitted(aux: tuple[Pictures, Tensor]) -> Callable[[str], Attacker]:
+    known, features = aux
+
+    @cache
+    def fit(name: str) -> Attacker:
+        attacker = make(name)
+        attacker.fit(features, known.images_N3HW, known.pids_N, seed=0)
+        return attacker
+
+    return fit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attackers_find_what_is_there_and_nothing_where_nothing_is(
+    name: str, fitted: Callable[[str], Attacker], aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    (known, features), (people, queries) = aux, strangers
+    drawn = fitted(name).reconstruct(queries)
+    assert drawn.shape == people.images_N3HW.shape
+    assert float(drawn.min()) >= 0
+    assert float(drawn.max()) <= 1
+
+    floor = make(name)
+    floor.fit(features, known.images_N3HW[permute_people(known.pids_N, 0)], known.pids_N, seed=0)
+    prior = floor.reconstruct(queries)
+    mean = (known.images_N3HW.float().mean(0, keepdim=True) / 255).expand_as(prior)
+    # The mean picture is the best that one can draw without a clue; its ranking is a random one.
+    assert person_l1(prior, people) > 0.93 * person_l1(mean, people)
+    chance = float(chance_ap(np.array([3]), np.array([len(people.pids_N) - 1]))[0])
+    assert judged_ap(prior, people) < 2 * chance
+    assert person_l1(drawn, people) < 0.7 * person_l1(prior, people)
+    assert judged_ap(drawn, people) > 4 * chance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_attacker(name: str, strangers: tuple[Pictures, Tensor]) -> None:
+    known, features = make_people(1000, 8)
+    drawn = []
+    for disturb in (1, 2):
+        torch.manual_seed(disturb)  # nothing may come from the global state
+        before = torch.get_rng_state()
+        attacker = make(name, steps=3)
+        attacker.fit(features, known.images_N3HW, known.pids_N, seed=5)
+        drawn.append(attacker.reconstruct(strangers[1][:8]))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reconstruction_does_not_depend_on_the_others_of_its_batch(
+    name: str, fitted: Callable[[str], Attacker], strangers: tuple[Pictures, Tensor]
+) -> None:
+    together = fitted(name).reconstruct(strangers[1][:6])
+    torch.testing.assert_close(fitted(name).reconstruct(strangers[1][3:4]), together[3:4], atol=1e-4, rtol=0)
+
+
+def test_a_decoder_ends_with_the_best_weights_it_met(
+    aux: tuple[Pictures, Tensor],
+) -> None:
+    known, features = aux
+    config = small_config().regression
+    decoder = Decoder(
+        features,
+        known.images_N3HW,
+        known.pids_N,
+        view="raw",
+        width=16,
+        lr=1.0,  # so high that the looks go up and down
+        noise_dim=0,
+        config=config,
+        seed=0,
+    )
+    seen: list[float] = []
+    original = decoder.error
+    decoder.error = lambda: seen.append(original()) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    decoder.train_to_plateau(PlateauConfig(evaluate_every=1, patience=50, falls=0), 15, lambda line: None)
+    assert seen[-1] != min(seen)
+    assert original() == pytest.approx(min(seen), abs=1e-6)
+
+
+def test_more_people_are_not_worse(aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]) -> None:
+    known, features = aux
+    errors = []
+    for count in (8, 60):
+        rows = np.flatnonzero(known.pids_N < 1000 + count)
+        attacker = make("ridge")
+        attacker.fit(features[rows], known.images_N3HW[rows], known.pids_N[rows], seed=0)
+        errors.append(person_l1(attacker.reconstruct(strangers[1]), strangers[0]))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("people", "held"), [(8, 4), (15, 4), (20, 4), (50, 10), (501, 100)])
+def test_held_out_people_are_never_fitted(people: int, held: int) -> None:
+    pids = np.random.default_rng(people).permutation(np.repeat(np.arange(people) * 7, 3))
+    fit, chosen = split_people(pids, seed=3)
+    assert not set(pids[fit]) & set(pids[chosen])
+    assert sorted([*fit, *chosen]) == list(range(len(pids)))
+    assert len(set(pids[chosen])) == held
+    assert not np.array_equal(chosen, split_people(pids, seed=4)[1])
+
+
+def test_too_few_people_is_one_line_about_the_setting() -> None:
+    few, features = make_people(0, 7)
+    for name in NAMES:
+        with pytest.raises(ConfigError, match=r"^attack\.people: 7 people are too few[^\n]*$"):
+            make(name).fit(features, few.images_N3HW, few.pids_N, seed=0)
+    with pytest.raises(ConfigError, match=r"^attack\.people: [^\n]*$"):
+        suite(few, features, *make_people(0, 10))
+    with pytest.raises(ConfigError, match=r"^attack\.people: 3 is [^\n]*$"):
+        suite(*make_people(0, 20), *make_people(50, 10), people=[3, 0])
+    with pytest.raises(ConfigError, match=r"^curve_attackers: gan "):
+        small_config(attackers=["ridge"], curve_attackers=["gan"])
+
+
+def test_permuted_pairs_show_other_people_one_for_one() -> None:
+    pids = np.array([5, 5, 5, 9, 2, 2, 7, 7, 7, 7])
+    pairs = permute_people(pids, seed=1)
+    shown = {pid: set(pids[pairs[pids == pid]]) for pid in set(pids)}
+    assert all(len(others) == 1 and pid not in others for pid, others in shown.items())
+    assert set.union(*shown.values()) == set(pids)
+
+
+def test_whitening_evens_out_the_axes_and_stays_within_what_was_seen() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 10, generator=rng) * torch.logspace(0, -2, 10) + 3
+    features[:, 4] = 1.0  # says nothing
+    for name, spread in zip(VIEWS, (50, 2), strict=True):
+        view = fit_view(name, features, shrinkage=0.0)
+        seen = view(features)
+        assert float(seen.square().sum(1).mean()) == pytest.approx(1, rel=1e-3)
+        deviations = seen.std(0)[seen.std(0) > 1e-6]
+        assert (float(deviations.max() / deviations.min()) < spread) == (name == "whitened")
+    assert view.dim == 9
+    few = fit_view("whitened", features[:5])
+    assert few.dim <= 5
+    assert torch.isfinite(few(features)).all()
+
+
+def test_held_out_error_is_zero_for_the_picture_itself(strangers: tuple[Pictures, Tensor]) -> None:
+    pictures = strangers[0].images_N3HW
+    assert held_out_error(pictures.float() / 255, pictures) == pytest.approx(0, abs=1e-5)
+    assert held_out_error(pictures.flip(0).float() / 255, pictures) > 0.1
+
+
+def test_chance_ap_is_that_of_all_orders() -> None:
+    for positives, candidates in ((1, 1), (1, 5), (2, 6), (4, 4)):
+        rng, total, draws = np.random.default_rng(0), 0.0, 4000
+        for _ in range(draws):
+            ranks = np.sort(rng.permutation(candidates)[:positives]) + 1
+            total += sum((i + 1) / rank for i, rank in enumerate(ranks)) / positives
+        exact = chance_ap(np.array([positives]), np.array([candidates]))[0]
+        assert total / draws == pytest.approx(exact, abs=0.02)
+
+
+def suite(
+    known: Pictures, known_features: Tensor, met: Pictures, features: Tensor, *, blind: bool = False, **changes: object
+) -> SuiteResult:
+    """The suite against a second victim whose features are the first's or, if ``blind``, random."""
+    first = met.camids_N == 0
+    query = Pictures(
+        images_N3HW=met.images_N3HW[first],
+        masks_N1HW=met.masks_N1HW[first] if met.masks_N1HW is not None else None,
+        pids_N=met.pids_N[first],
+        camids_N=met.camids_N[first],
+        keys=[key for key, is_query in zip(met.keys, first, strict=True) if is_query],
+        attributes={},
+    )
+    control = Victim(
+        name="unprotected", aux_ND=known_features, query_QD=features[first], utility_ap_Q=np.full(first.sum(), 0.8)
+    )
+    rng = torch.Generator().manual_seed(1)
+    protected = replace(
+        control,
+        name="protected",
+        aux_ND=torch.randn(control.aux_ND.shape, generator=rng) if blind else control.aux_ND,
+        query_QD=torch.randn(control.query_QD.shape, generator=rng) if blind else control.query_QD,
+    )
+    return run_suite(
+        aux=known,
+        query=query,
+        gallery_judged_GD=colours(met.images_N3HW.float() / 255)[~first],
+        gallery_pids=met.pids_N[~first],
+        gallery_camids=met.camids_N[~first],
+        control=control,
+        protected=protected,
+        judge=colours,
+        config=small_config(**changes),
+        progress=lambda line: None,
+    )
+
+
+def test_the_same_features_leak_all(
+    tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    result = suite(*aux, *strangers, people=[20, 900, 0], attackers=["retrieval", "ridge"])
+    assert result.people == [20, 60]
+    assert any("900" in note for note in result.notes)
+    for axis in ("pixel", "identity"):
+        found = result.axes[axis]
+        assert found["leak"]["value"] == pytest.approx(1)
+        assert found["urr"]["value"] == pytest.approx(1)
+        assert found["urr"]["status"] == "ok"
+        assert set(found["attackers"]) == {"retrieval", "ridge"}
+        assert [point["n"] for point in found["curve"]] == [20, 60]
+        assert found["curve"][0]["attackers"]["ridge"]["value"] == pytest.approx(1)
+    assert result.judge["mAP"] > 0.5
+    assert result.shown.shape == (12,)
+    assert set(result.reconstructions) == {(v, a) for v in ("unprotected", "protected") for a in ("retrieval", "ridge")}
+    assert result.reconstructions["protected", "ridge"].dtype == torch.uint8
+    assert result.reconstructions["protected", "ridge"].shape == (12, 3, *SIZE)
+    assert set(result.strongest) == {"unprotected", "protected"}
+    assert result.per_query["identity", "ridge", "floor"].shape == (40,)
+    assert all(seconds > 0 for seconds in result.seconds.values())
+    write_json(tmp_path / "axes.json", result.axes)  # strict: NaN or a numpy number would raise
+
+
+def test_random_features_leak_nothing(aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]) -> None:
+    result = suite(*aux, *strangers, blind=True, attackers=["retrieval", "ridge"])
+    for axis in ("pixel", "identity"):
+        found = result.axes[axis]
+        assert {a["status"] for a in found["attackers"].values()} == {"ok"}
+        assert found["leak"]["low"] <= 0.1
+        assert found["leak"]["value"] < 0.1
+        assert found["n50"]["value"] is None
+    assert result.notes == []
+
+
+def test_a_judge_that_sees_nothing_is_called_weak(
+    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    noise = torch.Generator().manual_seed(0)
+    monkeypatch.setitem(globals(), "colours", lambda x: torch.randn(len(x), 4, generator=noise))
+    result = suite(*aux, *strangers, attackers=["ridge"])
+    assert any("judge is weak" in note for note in result.notes)
