@@ -1,10 +1,10 @@
 """What finished runs are asked: how well they match people, what they leak, and the report of both.
 
-    DIR/                        of `ppreid attack --out DIR`
-        attack.json             the report's figures and what the page needs beside them
-        per_query.safetensors   the scores behind them: AXIS/ATTACKER/ROLE, a query picture each
-        pictures.safetensors    a few query pictures and their reconstructions, by VICTIM/ATTACKER
-        report.json, report.html, figures/      by `ppreid report DIR`
+DIR/                        of `ppreid attack --out DIR`
+    attack.json             the report's figures and what the page needs beside them
+    per_query.safetensors   the scores behind them: AXIS/ATTACKER/ROLE, a query picture each
+    pictures.safetensors    a few query pictures and their reconstructions, by VICTIM/ATTACKER
+    report.json, report.html, figures/      by `ppreid report DIR`
 """
 
 import os
@@ -134,9 +134,7 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
 def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> tuple[Victim, Ranking]:
     features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
     ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
-    return Victim(
-        name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q
-    ), ranking
+    return Victim(name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q), ranking
 
 
 def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
@@ -176,7 +174,10 @@ def _figures(
         "protocol": _protocol(config, control, judge, result, pids_Q),
         "name": f"{protected.name} against {control.name}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"ppreid_dist": __version__, **{name: version(name) for name in ("torch", "transformers", "numpy")}},
+        "versions": {
+            "ppreid_dist": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        },
         "machine": {
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)),

@@ -89,7 +89,9 @@ def _attack(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--control", type=Path, required=True, metavar="RUN", help="the unprotected run")
     parser.add_argument("--protected", type=Path, required=True, metavar="RUN", help="the run under test")
-    parser.add_argument("--judge", type=Path, required=True, metavar="RUN", help="another run: backbone and seed of its own")
+    parser.add_argument(
+        "--judge", type=Path, required=True, metavar="RUN", help="another run: backbone and seed of its own"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
@@ -100,7 +102,9 @@ def _attack(arguments: Sequence[str]) -> int:
     base = options.config or options.protected / "config.yaml"
     if options.config is None:
         load_run(options.protected)
-    attack(load_settings(Config, base, options.settings), options.control, options.protected, options.judge, options.out)
+    attack(
+        load_settings(Config, base, options.settings), options.control, options.protected, options.judge, options.out
+    )
     _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0
 
@@ -108,7 +112,9 @@ def _attack(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     parser = _parser("ppreid report", "The page and the JSON file of an attack's results.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="what `ppreid attack --out` wrote")
-    parser.add_argument("--pictures", choices=("synthetic", "always", "never"), help="show pictures of people (default: as configured)")
+    parser.add_argument(
+        "--pictures", choices=("synthetic", "always", "never"), help="show pictures of people (default: as configured)"
+    )
     options = parser.parse_args(arguments)
     from ppreid_dist.assessment import report
 

@@ -29,7 +29,9 @@ def examine() -> list[Finding]:
 
 def _findings() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
-    yield Finding("ok", "python", f"{platform.python_version()}, {cores} cores, torch uses {torch.get_num_threads()} threads")
+    yield Finding(
+        "ok", "python", f"{platform.python_version()}, {cores} cores, torch uses {torch.get_num_threads()} threads"
+    )
     yield Finding("ok", "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}")
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -52,7 +54,9 @@ def _findings() -> Iterator[Finding]:
             yield _absent(module, extra)
     # The package of that name on the index is another project: NVIDIA's has these compiled parts.
     apex = importlib.util.find_spec("amp_C") and importlib.util.find_spec("apex")
-    yield Finding("ok" if apex else "none", "NVIDIA Apex", "installed" if apex else "absent: torch's own optimisers are used")
+    yield Finding(
+        "ok" if apex else "none", "NVIDIA Apex", "installed" if apex else "absent: torch's own optimisers are used"
+    )
 
 
 def _absent(what: str, extra: str) -> Finding:

@@ -1,4 +1,4 @@
-"""One configuration for the whole way, and the training that joins its parts (what is asked of runs: ``assessment``)."""
+"""One configuration for the whole way, and the training that joins its parts."""
 
 import logging
 import random
@@ -165,7 +165,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     result = runner.run()
     if engine.is_main:
         about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
-        save_extractor(folder / "model", extractor.module, config.model, config.data.size, about)  # type: ignore[arg-type]
+        save_extractor(folder / "model", extractor.module, config.model, config.data.size, about)
     engine.wait()
     engine.accelerator.end_training()
     return result

@@ -1,4 +1,4 @@
-"""Shared by the tests: one tiny set of synthetic people, a tiny backbone, and a configuration that trains in seconds."""
+"""Shared by the tests: a tiny set of synthetic people, a tiny backbone, a configuration that trains in seconds."""
 
 import json
 import os
@@ -24,8 +24,10 @@ torch.set_num_threads(1)  # tiny tensors, and the tests must not depend on how s
 def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings of a run on a tiny world, shards written; give them to ``load_settings(Config, None, …)``."""
     folder = tmp_path_factory.mktemp("world")
-    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
-                "layer_type": "basic", "downsample_in_first_stage": False, "architectures": ["ResNetModel"]}  # fmt: skip
+    backbone = {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
+        "downsample_in_first_stage": False, "architectures": ["ResNetModel"],
+    }  # fmt: skip
     (folder / "backbone").mkdir()
     (folder / "backbone" / "config.json").write_text(json.dumps(backbone))
     people = "{train: 24, unlabelled: 32, aux: 24, test: 10, cameras: 2, shots: 2, height: 32, width: 16}"
@@ -53,5 +55,5 @@ def launch(processes: int, *arguments: str, expect: int = 0, **environment: str)
         cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
-    assert done.returncode == expect or expect < 0 and done.returncode, done.stdout + done.stderr
+    assert done.returncode == expect or (expect < 0 and done.returncode), done.stdout + done.stderr
     return done

@@ -72,7 +72,12 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
     assert (got.count, got.inner.rate, got.inner.kind, got.maybe, got.size) == (5, 0.25, "a", 1.0, (8, 4))
 
 
-@given(rate=st.floats(0.001, 1), count=st.integers(1, 10**9), kind=st.sampled_from("ab"), maybe=st.none() | st.floats(-9, 9))
+@given(
+    rate=st.floats(0.001, 1),
+    count=st.integers(1, 10**9),
+    kind=st.sampled_from("ab"),
+    maybe=st.none() | st.floats(-9, 9),
+)
 def test_what_is_saved_is_read_again(tmp_path_factory, rate, count, kind, maybe) -> None:  # type: ignore[no-untyped-def]
     settings = Outer(inner=Inner(rate=rate, kind=kind), count=count, maybe=maybe, many=[Inner(rate=rate), Inner()])
     file = tmp_path_factory.mktemp("s") / "saved.yaml"

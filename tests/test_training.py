@@ -1,5 +1,6 @@
 """The game: exact over processes, exact over stops, honest about what it can't go on from."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
@@ -117,8 +119,12 @@ def test_a_finished_run_is_left_alone(world: list[str], whole: Path) -> None:
         run(world, whole)
 
 
-@pytest.mark.parametrize("change", ["privacy.weight=3", "seed=5", "data.pictures_per_identity=4", "reversal.lazy.mode=ema"])
-def test_a_resume_with_another_configuration_is_refused(world: list[str], whole: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["privacy.weight=3", "seed=5", "data.pictures_per_identity=4", "reversal.lazy.mode=ema"]
+)
+def test_a_resume_with_another_configuration_is_refused(
+    world: list[str], whole: Path, tmp_path: Path, change: str
+) -> None:
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(RunError, match=change.split("=")[0]) as error:
         run(world, tmp_path / "run", change, resume=True)
@@ -129,8 +135,6 @@ def test_a_resume_with_other_data_is_refused(world: list[str], whole: Path, tmp_
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(RunError, match="the training pictures"):
         other = [setting for setting in world if not setting.startswith(("data.shards", "data.root"))]
-        from ppreid_dist.data.dataset import prepare_shards
-
         other += [f"data.root={tmp_path / 'p'}", f"data.shards={tmp_path / 's'}"]
         people = next(s for s in world if s.startswith("data.synthetic=")).replace("}", ", seed: 9}")
         prepare_shards(load_settings(Config, None, [*other, people]).data, progress=False)
@@ -147,7 +151,9 @@ def test_a_damaged_checkpoint_is_named(world: list[str], whole: Path, tmp_path: 
         run(world, tmp_path / "run", resume=True)
 
 
-def test_not_a_number_stops_before_the_update(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_a_number_stops_before_the_update(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ppreid_dist.training import step as step_module
 
     honest, calls = step_module.triplet_loss, []
@@ -167,7 +173,9 @@ def test_not_a_number_stops_before_the_update(world: list[str], tmp_path: Path, 
 
 
 @pytest.mark.faults
-def test_a_full_disk_leaves_the_checkpoint_before(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ppreid_dist.training import checkpoint
 
     honest, calls = checkpoint.save_file, []
@@ -212,7 +220,7 @@ def test_what_the_extractor_plays(world: list[str], tmp_path: Path, mode: str) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReversalAdversary, "loss", watching)
         run(world, tmp_path / "run", f"reversal.lazy.mode={mode}", "privacy.adversaries=[{kind: gan}]")
-    changes = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    changes = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     every_period = [False, False, True, False, False]
     assert changes == (every_period if mode in ("snapshot", "rare") else [True] * 5)
 
@@ -235,7 +243,9 @@ def test_placements(world: list[str], whole: Path, tmp_path: Path, placement: st
 def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
     got = run(world, tmp_path / "run", "engine.precision=bf16")
     assert {t.dtype for n, t in got.items() if n.startswith("/modules") and t.is_floating_point()} == {torch.float32}
-    losses = [row["loss/identity"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/identity" in row]
+    losses = [
+        row["loss/identity"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/identity" in row
+    ]
     assert all(np.isfinite(losses))
 
 
@@ -287,7 +297,8 @@ def test_learning_rate(progress: float, warmup: float, decay: str) -> None:
 
 _leaves = st.none() | st.booleans() | st.integers(-9, 9) | st.text("ab", max_size=2) | st.floats(0, 1).map(torch.tensor)
 _trees = st.recursive(
-    _leaves, lambda sub: st.lists(sub, max_size=3) | st.dictionaries(st.text("xyz", min_size=1, max_size=3), sub, max_size=3)
+    _leaves,
+    lambda sub: st.lists(sub, max_size=3) | st.dictionaries(st.text("xyz", min_size=1, max_size=3), sub, max_size=3),
 )
 
 

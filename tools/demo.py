@@ -94,9 +94,10 @@ def summary(seconds: float) -> str:
         interval = "" if leak["low"] is None or leak["high"] is None else f" [{leak['low']:.2f}, {leak['high']:.2f}]"
         return f"{name}: leak r {value}{interval} of the unprotected, URR {urr['display']}"
 
-    masked = "no probe" if probe is None else (
-        f"apparent error {probe['apparent']:.4f}, fresh {probe['fresh']:.4f}: " + ("MASKING" if probe["warned"] else "no masking")
-    )  # fmt: skip
+    masked = "no probe"
+    if probe is not None:
+        verdict = "MASKING seen" if probe["warned"] else "no masking seen"
+        masked = f"apparent error {probe['apparent']:.4f}, fresh {probe['fresh']:.4f}: {verdict}"
     return "\n".join(
         [
             f"utility   mAP {control:.3f} unprotected, {protected:.3f} protected",

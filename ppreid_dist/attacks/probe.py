@@ -35,7 +35,10 @@ class ProbeConfig(Settings):
 
 
 class Probe:
-    """Called with the extractor, its adversaries' views and the step; gives the errors (L1, on the person where masks are known)."""
+    """Called with the extractor, its adversaries' views and the step; gives the errors and whether they part.
+
+    An error is the mean L1 of the held-out people's pictures, on the person where masks are known.
+    """
 
     def __init__(
         self,

@@ -17,18 +17,24 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class DataConfig(Settings):
-    kind: str = option("synthetic", "layout of the pictures' folder; synthetic renders them", choices=("synthetic", *KINDS))
+    kind: str = option(
+        "synthetic", "layout of the pictures' folder; synthetic renders them", choices=("synthetic", *KINDS)
+    )
     root: str = option("data/synthetic", "the pictures' folder, or a CSV file")
     shards: str = option("data/synthetic-shards", "the folder that `ppreid shards` writes and training reads")
     images_per_shard: int = option(4096, "pictures in a shard", at_least=1)
-    aux_identities: int = option(0, "training people set apart for the attackers; 0 where the data names its own", at_least=0)
+    aux_identities: int = option(
+        0, "training people set apart for the attackers; 0 where the data names its own", at_least=0
+    )
     split_seed: int = option(0, "which people are set apart", at_least=0)
     train_splits: list[str] = option(["train"], "what the extractor trains on", choices=SPLITS)
     height: int = option(256, "pixels of the extractor's input", at_least=16)
     width: int = option(128, "pixels of the extractor's input", at_least=8)
     identities_per_batch: int = option(16, "P, people in a batch, over all ranks", at_least=2)
     pictures_per_identity: int = option(4, "K, pictures of each", at_least=2)
-    strangers_split: str = option("train", "where the privacy loss takes its strangers", choices=("train", "unlabelled"))
+    strangers_split: str = option(
+        "train", "where the privacy loss takes its strangers", choices=("train", "unlabelled")
+    )
     synthetic: SyntheticConfig = option(SyntheticConfig(), "")
     stream: StreamConfig = option(StreamConfig(), "")
     augment: AugmentConfig = option(AugmentConfig(), "")
@@ -54,7 +60,11 @@ def prepare_shards(config: DataConfig, *, progress: bool = True) -> str:
     if config.aux_identities:
         catalog = hold_out(catalog, config.aux_identities, config.split_seed)
     write_shards(
-        catalog, Path(config.shards), images_per_shard=config.images_per_shard, seed=config.split_seed, progress=progress
+        catalog,
+        Path(config.shards),
+        images_per_shard=config.images_per_shard,
+        seed=config.split_seed,
+        progress=progress,
     )
     return catalog.table()
 

@@ -37,7 +37,8 @@ def save_extractor(
     weights = {n: t.detach().cpu().contiguous() for n, t in extractor.state_dict().items() if not n.startswith(_HEAD)}
     with atomic(folder / "extractor.safetensors") as temporary:
         save_file(weights, temporary)
-    write_text(folder / "backbone" / "config.json", extractor.backbone.model.config.to_json_string())
+    shape: Any = extractor.backbone.model.config
+    write_text(folder / "backbone" / "config.json", shape.to_json_string())
     write_json(folder / "extractor.json", {"settings": to_dict(config), "size": list(size), "about": about})
 
 

@@ -1,6 +1,7 @@
 """What the extractor plays against: one interface for learned and closed-form adversaries.
 
-Shapes: B this rank's labelled rows, N those of all ranks, S this rank's strangers, D feature, h×w the reversal's picture.
+Shapes: B this rank's labelled rows, N those of all ranks, S this rank's strangers, D feature, h×w the reversal's
+picture.
 """
 
 from abc import ABC, abstractmethod

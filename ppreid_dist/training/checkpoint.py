@@ -25,7 +25,7 @@ from ppreid_dist.storage import atomic, read_json, write_json, write_text
 
 
 def flatten(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Split nested dicts and lists into tensors by path and a JSON skeleton with ``{"tensor": path}`` in their place."""
+    """Split nested dicts and lists into tensors by path, and JSON with ``{"tensor": path}`` in their place."""
     if isinstance(tree, Tensor):
         return {path: tree.detach().contiguous()}, {"tensor": path}
     if isinstance(tree, Mapping):

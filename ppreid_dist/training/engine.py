@@ -5,7 +5,6 @@ is the only one whose gradients are reduced.
 """
 
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
@@ -22,14 +20,13 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
 
-# A frozen-buffer broadcast at each forward would be wasted: BatchNorm is synchronised, so buffers are equal anyway.
-_DDP = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-
 
 @dataclass(kw_only=True)
 class EngineConfig(Settings):
     precision: str = option(
-        "no", "bf16 runs the models under autocast; parameters, statistics and closed forms stay fp32", choices=("no", "bf16")
+        "no",
+        "bf16 runs the models under autocast; parameters, statistics and closed forms stay fp32",
+        choices=("no", "bf16"),
     )
     trackers: list[str] = option(
         [], "besides metrics.jsonl: these trackers, through Accelerate (extra: track)", choices=("tensorboard", "wandb")
@@ -40,14 +37,12 @@ class Engine:
     """One process's hold on the group: device, precision, wrapping and backward."""
 
     def __init__(self, config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any] = ()):
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=config.precision,
             log_with=list(loggers) or None,
             project_dir=str(run_folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(**_DDP)],
         )
         if self.accelerator.num_processes != expected or distributed.world_size() != expected:
             raise ConfigError(
@@ -77,8 +72,11 @@ class Engine:
         """What the active player's forward must be called through. Frozen players are called bare."""
         if distributed.world_size() == 1:
             return module
+        # Buffers are equal on all ranks, since BatchNorm is synchronised: broadcasting them would be wasted.
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices, **_DDP)
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)

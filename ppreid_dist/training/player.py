@@ -24,9 +24,13 @@ class OptimiserConfig(Settings):
     beta1: float = option(0.9, "Adam's first decay", at_least=0, at_most=1)
     beta2: float = option(0.999, "Adam's second decay", at_least=0, at_most=1)
     weight_decay: float = option(5e-4, "weight decay", at_least=0)
-    warmup: float = option(0.0, "share of the training over which lr rises linearly from a hundredth", at_least=0, at_most=1)
+    warmup: float = option(
+        0.0, "share of the training over which lr rises linearly from a hundredth", at_least=0, at_most=1
+    )
     decay: str = option("none", "how lr falls afterwards", choices=("none", "steps", "cosine"))
-    decay_at: list[float] = option([0.33, 0.58], "shares of the training at which `steps` divides lr by 10", at_least=0, at_most=1)
+    decay_at: list[float] = option(
+        [0.33, 0.58], "shares of the training at which `steps` divides lr by 10", at_least=0, at_most=1
+    )
     clip: float = option(10.0, "largest norm of the gradient; 0 = unlimited", at_least=0)
 
     def __post_init__(self) -> None:
@@ -53,7 +57,7 @@ class Player:
 
     def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: Engine):
         self.name, self.config, self.engine = name, config, engine
-        self.module = engine.place(module)
+        self.module: Any = engine.place(module)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.forward = engine.wrap(self.module)
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW

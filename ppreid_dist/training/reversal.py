@@ -231,7 +231,7 @@ class ReversalAdversary(Adversary):
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
-        modules = {"snapshot": self.snapshot, "lagged": self.lagged, "ema": self.ema and self.ema.module}
+        modules = {"snapshot": self.snapshot, "lagged": self.lagged, "ema": self.ema.module if self.ema else None}
         return {name: module for name, module in modules.items() if module is not None}
 
     def counters(self) -> dict[str, Any]:
@@ -251,4 +251,6 @@ class _GeneratorView(View):
 
     @torch.no_grad()
     def reconstruct(self, features_ND: Tensor) -> Tensor:
-        return torch.cat([self._generator(f_BD) for f_BD in features_ND.split(256)])  # without noise: the mean's picture
+        return torch.cat(
+            [self._generator(f_BD) for f_BD in features_ND.split(256)]
+        )  # without noise: the mean's picture

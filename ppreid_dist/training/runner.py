@@ -45,7 +45,9 @@ Probe = Callable[[nn.Module, list[View], int], dict[str, float]]
 
 @dataclass(kw_only=True)
 class TrainingConfig(Settings):
-    images: int = option(1_550_000, "labelled pictures to train on, repeats counted; a multiple of the batch is taken", at_least=1)
+    images: int = option(
+        1_550_000, "labelled pictures to train on, repeats counted; a multiple of the batch is taken", at_least=1
+    )
     warm: float = option(0.4, "share of the training by identity losses alone, before the game", at_least=0, at_most=1)
     log_every: int = option(20, "steps between rows of the log", at_least=1)
     checkpoint_every: int = option(500, "steps between checkpoints; the last step always makes one", at_least=1)
@@ -104,9 +106,8 @@ class Runner:
                 if self.step % self.config.log_every == 0 or self.step == self.total:
                     bar.set_postfix(self._log(), refresh=False)
                 bar.update()
-                if self.probe is not None and self.probe_every and self.step > self.game_from:
-                    if (self.step - self.game_from) % self.probe_every == 0 or self.step == self.total:
-                        self._run_probe()
+                if self.probe is not None and self._probe_due():
+                    self._run_probe()
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.total:
                     self.save()
         except NotFinite as error:
@@ -163,6 +164,10 @@ class Runner:
     def _data_wait(self) -> float:
         """The share of the time in which this process stood waiting for pictures."""
         return (self.waited + sum(feed.waited for feed in self._feeds())) / max(self.elapsed, 1e-9)
+
+    def _probe_due(self) -> bool:
+        played = self.step - self.game_from
+        return played > 0 and (played % self.probe_every == 0 or self.step == self.total)
 
     def _run_probe(self) -> None:
         assert self.probe is not None
