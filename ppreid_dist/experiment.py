@@ -157,7 +157,9 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         },
         progress=progress,
     )
-    engine.accelerator.init_trackers("ppreid_dist", config=dict(flat(to_dict(config))))
+    # TensorBoard takes plain values only.
+    table = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flat(to_dict(config))}
+    engine.accelerator.init_trackers("ppreid_dist", config=table)
     if resume and runner.resume() and engine.is_main:
         _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
     if engine.is_main:
@@ -167,7 +169,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
         save_extractor(folder / "model", extractor.module, config.model, config.data.size, about)
     engine.wait()
-    engine.accelerator.end_training()
+    engine.close()
     return result
 
 

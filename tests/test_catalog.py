@@ -281,10 +281,25 @@ def test_csv_with_masks_and_attributes_as_folder_or_file(tmp_path):
     assert read_catalog("csv", tmp_path / "index.csv").records == catalog.records
 
 
+def test_csv_names_of_identities_and_the_short_word_test(tmp_path):
+    rows = [
+        ["a.jpg", "bus", 2, "train"], ["b.jpg", "bus", 1, "train"], ["q.jpg", "car", 3, "test"],
+        ["r.jpg", "car", 3, "test"], ["g.jpg", "car", 7, "test"], ["h.jpg", "car", 5, "test"],
+    ]  # fmt: skip
+    touch(*(tmp_path / row[0] for row in rows))
+    small_csv(tmp_path, rows)
+    catalog = read_catalog("csv", tmp_path)
+    assert {(r.path.name, r.pid, r.split) for r in catalog.records} == {
+        ("a.jpg", 1, "train"), ("b.jpg", 1, "train"), ("q.jpg", 2, "query"), ("r.jpg", 2, "query"),
+        ("g.jpg", 2, "gallery"), ("h.jpg", 2, "gallery"),
+    }  # fmt: skip
+    assert "numbered 1 to 2" in catalog.notes[0] and "first camera are query" in catalog.notes[1]
+
+
 BAD = {
     "pid": ["x", 1, "gallery"], "float": ["1.5", 1, "gallery"],
     "no pid": ["", 1, "gallery"], "low": ["-2", 1, "gallery"],
-    "camid": [2, "c1", "gallery"], "negative camera": [2, -1, "gallery"], "split": [2, 1, "test"],
+    "camid": [2, "c1", "gallery"], "negative camera": [2, -1, "gallery"], "split": [2, 1, "probe"],
     "short": [2, 1], "long": [2, 1, "gallery", "more"], "unicode digit": ["٣", 1, "gallery"],
 }  # fmt: skip
 

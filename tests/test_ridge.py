@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels.kernel_ridge import LINEAR, fit, gaussian_kernels, search, solve
-from ppreid_dist.losses.ridge import RidgeConfig, prepare_targets, ridge_best_response, split_groups
+from ppreid_dist.losses.ridge import (
+    RidgeConfig,
+    centre_by_camera,
+    prepare_targets,
+    ridge_best_response,
+    split_groups,
+)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -192,3 +198,12 @@ def test_minimising_it_leaves_less_to_a_fresh_attacker() -> None:
     after = fresh_leak()
     assert before > 0.7
     assert after < 0.5 * before
+
+
+def test_centring_by_camera_takes_off_each_camera_s_mean() -> None:
+    rng = np.random.default_rng(0)
+    targets_NM, cameras_N = torch.from_numpy(rng.normal(size=(9, 4))), torch.tensor([3, 1, 3, 7, 1, 1, 3, 7, 9])
+    got_NM = centre_by_camera(targets_NM, cameras_N)
+    for row, camera in enumerate(cameras_N.tolist()):
+        mean_M = torch.stack([t for t, c in zip(targets_NM, cameras_N.tolist(), strict=True) if c == camera]).mean(0)
+        torch.testing.assert_close(got_NM[row], targets_NM[row] - mean_M)

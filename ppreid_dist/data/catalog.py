@@ -19,6 +19,7 @@ import numpy as np
 from ppreid_dist.errors import ConfigError, DataError
 
 SPLITS = ("train", "unlabelled", "aux", "query", "gallery")  # aux: the attackers' own people
+_TEST = "test"  # a CSV's short word: divided into query and gallery by camera
 _GROUPS = {"train": ("train",), "unlabelled": ("unlabelled",), "aux": ("aux",), "query/gallery": ("query", "gallery")}
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 _MSMT17_TEST = 10_000  # MSMT17 numbers its test people from 0 again
@@ -324,6 +325,7 @@ def _read_csv(root: Path) -> Read:
         raise DataError(f"{file}: no such file; the csv kind is a CSV or a folder with an index.csv")
     records: list[Record] = []
     lines: dict[Path, int] = {}
+    names: dict[str, int] = {}
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -332,33 +334,60 @@ def _read_csv(root: Path) -> Read:
                 raise DataError(f"{file}: no column {', '.join(missing)} in its first line")
             if "" in columns or len(set(columns)) < len(columns):
                 raise DataError(f"{file}: its first line names a column twice or leaves one unnamed")
-            for row in reader:
-                record = _record(file, reader.line_num, row)
+            rows = [(reader.line_num, row) for row in reader]
+            names = _names(rows)
+            for line, row in rows:
+                record = _record(file, line, row, names)
                 if record.path in lines:
-                    raise DataError(
-                        f"{file} line {reader.line_num}: {row['path']!r} is in line {lines[record.path]} too"
-                    )
-                lines[record.path] = reader.line_num
+                    raise DataError(f"{file} line {line}: {row['path']!r} is in line {lines[record.path]} too")
+                lines[record.path] = line
                 records.append(record)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a CSV in UTF-8: {' '.join(str(error).split())}") from None
     if not records:
         raise DataError(f"{file}: lists no picture")
-    return records, []
+    notes = [f"{len(names)} identities have names: numbered 1 to {len(names)} in their order"] if names else []
+    if any(record.split == _TEST for record in records):
+        notes.append(f"{_TEST}: an identity's pictures by its first camera are query, the others gallery")
+    return _divide_test(records), notes
 
 
-def _record(file: Path, line: int, row: dict[str, str]) -> Record:
+def _names(rows: Sequence[tuple[int, dict[str, str]]]) -> dict[str, int]:
+    """Numbers for identities that are named by words; empty where any pid is a number, for then all must be."""
+    pids = {(row.get("pid") or "").strip() for _, row in rows}
+    if "" in pids or any(re.fullmatch("-?[0-9]+", pid) for pid in pids):
+        return {}
+    return {pid: number for number, pid in enumerate(sorted(pids), start=1)}
+
+
+def _divide_test(records: Sequence[Record]) -> list[Record]:
+    first: dict[int, int] = {}
+    for record in records:
+        if record.split == _TEST:
+            first[record.pid] = min(record.camid, first.get(record.pid, record.camid))
+    return [
+        replace(record, split="query" if record.camid == first[record.pid] else "gallery")
+        if record.split == _TEST
+        else record
+        for record in records
+    ]
+
+
+def _record(file: Path, line: int, row: dict[str, str], names: dict[str, int]) -> Record:
     where = f"{file} line {line}"
     if None in row or None in row.values():
         raise DataError(f"{where}: another number of fields than the first line")
     numbers = {}
     for column, least in (("pid", -1), ("camid", 0)):
         text = row[column].strip()
+        if column == "pid" and names:
+            numbers[column] = names[text]
+            continue
         if not re.fullmatch("-?[0-9]{1,18}", text) or int(text) < least:
             raise DataError(f"{where}: {column} {text!r} isn't a whole number of at least {least}")
         numbers[column] = int(text)
-    if row["split"] not in SPLITS:
-        raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(SPLITS)}")
+    if row["split"] not in (*SPLITS, _TEST):
+        raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(SPLITS)}, {_TEST}")
     return Record(
         path=_inside(file.parent, row["path"], where),
         mask=_inside(file.parent, row["mask"], where) if row.get("mask") else None,

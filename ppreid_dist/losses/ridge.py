@@ -38,6 +38,12 @@ class RidgeConfig(Settings):
     ridges: list[float] = option([1e-3, 1e-2, 1e-1], "ridges, as a share of the kernel's mean diagonal", more_than=0.0)
     fit_fraction: float = option(0.6, "share of the identities to fit on; the others test", at_least=0.1, at_most=0.9)
     target_size: list[int] = option([32, 16], "height and width of the pictures aimed at", at_least=1)
+    centre: str = option(
+        "camera",
+        "what is taken off the targets: the batch's mean picture, or each camera's, so that the adversary is judged by "
+        "what it tells of the person and not of the scene",
+        choices=("batch", "camera"),
+    )
     select: str = option("strongest", "which adversary counts", choices=("strongest", "softmin"))
     temperature: float = option(0.02, "softmin over errors in units of the floor; smaller is harder", more_than=0.0)
     strangers: int = option(512, "unlabelled pictures, of as many people, that a step adds; 0 is none", at_least=0)
@@ -70,6 +76,16 @@ def prepare_targets(clean_B3HW: Tensor, config: RidgeConfig) -> Tensor:
     """The pictures the adversaries aim at, reduced by area to ``target_size`` and flattened: float32 (B, M)."""
     height, width = config.target_size
     return F.adaptive_avg_pool2d(clean_B3HW.float(), (height, width)).flatten(1)
+
+
+def centre_by_camera(targets_NM: Tensor, cameras_N: Tensor) -> Tensor:
+    """Targets (N, M) less the mean picture of their camera in this batch; cameras are known even of strangers."""
+    places_N = torch.unique(cameras_N, return_inverse=True)[1]
+    ones_N = torch.ones_like(places_N, dtype=targets_NM.dtype)
+    sums_CM = torch.zeros(len(places_N), targets_NM.shape[1], dtype=targets_NM.dtype, device=targets_NM.device)
+    counts_C = torch.zeros_like(sums_CM[:, 0]).index_add(0, places_N, ones_N)
+    means_CM = sums_CM.index_add(0, places_N, targets_NM) / counts_C.clamp_min(1)[:, None]
+    return targets_NM - means_CM[places_N]
 
 
 def ridge_best_response(

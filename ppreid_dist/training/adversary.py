@@ -1,7 +1,6 @@
 """What the extractor plays against: one interface for learned and closed-form adversaries.
 
-Shapes: B this rank's labelled rows, N those of all ranks, S this rank's strangers, D feature, h×w the reversal's
-picture.
+Shapes: B this rank's rows, N those of all ranks, D feature, h×w the reversal's picture.
 """
 
 from abc import ABC, abstractmethod
@@ -26,14 +25,14 @@ class AdversaryConfig(Settings):
 
 @dataclass(frozen=True)
 class Exposure:
-    """What an extractor step shows its adversaries, this rank's rows."""
+    """Pictures and what the extractor stores of them, this rank's rows; their people, all ranks' rows."""
 
     stored_BD: Tensor  # T(E(x)), with gradient
     clean_B3hw: Tensor  # the pictures behind it, before erasing, at the reversal's size
     labels_B: Tensor  # their identities
-    persons_N: np.ndarray  # the identities of all ranks' labelled rows, on the host
-    strangers_SD: Tensor | None  # T(E(x)) of mutually distinct people, with gradient
-    strangers_S3hw: Tensor | None
+    cameras_B: Tensor
+    persons_N: np.ndarray  # the identities of all ranks' rows, on the host
+    strangers: "Exposure | None" = None  # the same of mutually distinct people, for whom no labels are used
 
 
 class Adversary(ABC):

@@ -1,6 +1,6 @@
 """Adversaries without a network: they answer every batch at once, so the extractor can't outrun them.
 
-Shapes: B labelled rows of this rank, S strangers of this rank, N rows of all ranks, D feature, M picture values.
+Shapes: B rows of this rank, N rows of all ranks, D feature, M picture values.
 """
 
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor
 from ppreid_dist import distributed
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.distance_correlation import distance_correlation
-from ppreid_dist.losses.ridge import RidgeConfig, prepare_targets, ridge_best_response, split_groups
+from ppreid_dist.losses.ridge import RidgeConfig, centre_by_camera, prepare_targets, ridge_best_response, split_groups
 from ppreid_dist.training.adversary import Adversary, Exposure, View
 
 
@@ -31,17 +31,17 @@ class RidgeAdversary(Adversary):
     def loss(self, shown: Exposure, step: int) -> Tensor:
         loss = shown.stored_BD.new_zeros(())
         if self.config.labelled_weight:
-            part = self._play(shown.stored_BD, shown.clean_B3hw, shown.persons_N, step)
-            loss = loss + self.config.labelled_weight * part
-        if shown.strangers_SD is not None and shown.strangers_S3hw is not None:
-            persons = np.arange(len(shown.strangers_SD) * distributed.world_size())
-            part = self._play(shown.strangers_SD, shown.strangers_S3hw, persons, step)
-            loss = loss + self.config.stranger_weight * part
+            loss = loss + self.config.labelled_weight * self._play(shown, step)
+        if shown.strangers is not None:
+            loss = loss + self.config.stranger_weight * self._play(shown.strangers, step)
         return loss
 
-    def _play(self, stored: Tensor, pictures: Tensor, persons_N: np.ndarray, step: int) -> Tensor:
-        features_ND = distributed.gather(stored.float())
-        targets_NM = distributed.gather(prepare_targets(pictures, self.config))
+    def _play(self, shown: Exposure, step: int) -> Tensor:
+        features_ND = distributed.gather(shown.stored_BD.float())
+        targets_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.config))
+        if self.config.centre == "camera":
+            targets_NM = centre_by_camera(targets_NM, distributed.gather(shown.cameras_B))
+        persons_N = shown.persons_N
         return ridge_best_response(features_ND, targets_NM, persons_N, self.config, seed=self.seed, step=step).loss
 
     def view(self) -> View | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
@@ -83,3 +84,8 @@ class Engine:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End the trackers, and forget Accelerate's global state: a process may train again, otherwise."""
+        self.accelerator.end_training()
+        AcceleratorState._reset_state()

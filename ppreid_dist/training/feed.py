@@ -21,6 +21,7 @@ class FeedBatch:
     x_B3HW: Tensor  # what the extractor sees, in [0, 1]
     clean_B3HW: Tensor  # the same before erasing: what a reversal aims at
     labels_B: Tensor  # identities, 0 to C-1
+    cameras_B: Tensor
     persons_N: np.ndarray  # the identities of the global batch, on the host
 
 
@@ -62,7 +63,7 @@ class Feed:
             persons_N = distributed.gather(batch.labels).cpu().numpy()
         else:  # known beforehand, which spares the device a stop
             persons_N = self._labels[self._plan.batch(step)]
-        return FeedBatch(x, clean, batch.labels, persons_N)
+        return FeedBatch(x, clean, batch.labels, batch.camids, persons_N)
 
     def close(self) -> None:
         """Stop reading ahead."""

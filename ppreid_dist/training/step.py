@@ -1,10 +1,10 @@
 """Step B of a round: the extractor's turn, the adversaries frozen.
 
-Shapes: B labelled rows of this rank, S strangers of this rank, C identities, D feature.
+Shapes: B rows of this rank, C identities, D feature.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,16 +72,15 @@ class ExtractorStep:
             }
             loss = terms["identity"] + terms["triplet"]
             if strength > 0:
-                shown = Exposure(
-                    stored_BD=out.stored_BD[:rows],
-                    clean_B3hw=resize(labelled.clean_B3HW, self.reversal_size),
-                    labels_B=labelled.labels_B,
-                    persons_N=labelled.persons_N,
-                    strangers_SD=None if strangers is None else out.stored_BD[rows:],
-                    strangers_S3hw=None if strangers is None else resize(strangers.clean_B3HW, self.reversal_size),
-                )
+                shown = self._expose(out.stored_BD[:rows], labelled)
+                if strangers is not None:
+                    shown = replace(shown, strangers=self._expose(out.stored_BD[rows:], strangers))
                 for adversary, weight in self.adversaries:
                     terms[adversary.kind] = adversary.loss(shown, step)
                     loss = loss + strength * weight * terms[adversary.kind]
             norm = self.extractor.step(loss, progress)
         return {f"loss/{name}": term.detach() for name, term in terms.items()} | {"extractor/gradient": norm}
+
+    def _expose(self, stored_BD: Tensor, batch: FeedBatch) -> Exposure:
+        clean_B3hw = resize(batch.clean_B3HW, self.reversal_size)
+        return Exposure(stored_BD, clean_B3hw, batch.labels_B, batch.cameras_B, batch.persons_N)

@@ -1,0 +1,179 @@
+"""The commands, as a user types them: from pictures to the report, and one line for every mistake."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch
+
+from ppreid_dist.reporting.page import load_report
+
+ATTACK = [
+    "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression]",
+    "attack.curve_attackers=[ridge]",
+    "attack.ridge={widths: [1, 0], ridges: [0.01, 1, 100]}",
+    "attack.regression={views: [raw], widths: [8], lrs: [0.005], trial_steps: 4, batch: 8,"
+    " plateau: {max_steps: 8, evaluate_every: 4}}",
+]  # fmt: skip
+
+
+def ppreid(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", "from ppreid_dist.cli import main; main()", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """judge, control and protected, trained by the commands."""
+    folder = tmp_path_factory.mktemp("runs")
+    ppreid("shards", *world)
+    judge = ["privacy.weight=0", "seed=1", "data.train_splits=[train,aux]"]
+    ppreid("train", *world, f"output={folder / 'judge'}", *judge)
+    ppreid("train", *world, f"output={folder / 'control'}", "privacy.weight=0")
+    launch(2, *world, f"output={folder / 'protected'}")
+    return folder
+
+
+def attack(runs: Path, out: Path, *settings: str, expect: int = 0, **other: str) -> subprocess.CompletedProcess[str]:
+    roles = {"control": "control", "protected": "protected", "judge": "judge"} | other
+    flags = [word for role, run in roles.items() for word in (f"--{role}", str(runs / run))]
+    return ppreid("attack", *flags, "--out", str(out), *settings, expect=expect)
+
+
+def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
+    said = ppreid("evaluate", *(str(runs / name) for name in ("judge", "control", "protected"))).stdout
+    assert len(re.findall(r"mAP 0\.\d{4}", said)) == 3
+    attack(runs, tmp_path, *ATTACK)
+    ppreid("report", str(tmp_path))
+    report = load_report(tmp_path / "report.json")
+    for name in ("control", "protected"):
+        evaluated = json.loads((runs / name / "evaluation.json").read_text())
+        assert report["utility"][name] == pytest.approx(evaluated)
+    assert {row["n"] for row in report["axes"]["identity"]["curve"]} == {12, 24}
+    assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression"}
+    assert report["probe"]["history"] and report["training"]["protected"]["steps"] == 10
+    page = (tmp_path / "report.html").read_text()
+    assert report["protocol"] in page and "data:image/png" in page
+    pictures = list((tmp_path / "figures").glob("panel_*.png"))
+    assert len(pictures) == 3
+    ppreid("report", str(tmp_path), "--pictures", "never")
+    assert not list((tmp_path / "figures").glob("panel_*.png"))
+
+
+@pytest.mark.parametrize(
+    ("other", "settings", "message"),
+    [
+        ({"control": "protected"}, [], "three different runs"),
+        ({"control": "judge", "judge": "control"}, [], "not the control"),
+        ({"protected": "none"}, [], "none: not a run: it has no config.yaml"),
+        ({}, ["attack.people=[3]"], "attack.people: 3"),
+        ({}, ["attack.attackers=[psychic]"], "attack.attackers: 'psychic'"),
+    ],
+)
+def test_runs_that_can_not_be_compared(
+    runs: Path, tmp_path: Path, other: dict[str, str], settings: list[str], message: str
+) -> None:
+    done = attack(runs, tmp_path / "out", *settings, expect=2, **other)
+    assert message in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_finds_this_installation_sound() -> None:
+    said = ppreid("doctor").stdout
+    assert "FAIL" not in said and re.search(r"ok +torch: 2\.", said)
+
+
+@pytest.mark.parametrize("command", ["shards", "train", "attack"])
+def test_help_shows_every_default(command: str) -> None:
+    said = ppreid(command, "--help").stdout
+    assert "privacy.weight=1.0" in said and "data.identities_per_batch=16" in said
+
+
+def test_shards_are_checked(world: list[str], tmp_path: Path) -> None:
+    folder = next(s for s in world if s.startswith("data.shards=")).split("=")[1]
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "shards")
+    here = [*world, f"data.shards={tmp_path / 'shards'}"]
+    assert "every sample is whole" in ppreid("shards", "--check", *here).stdout
+    tar = tmp_path / "shards" / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 0xFF
+    tar.write_bytes(data)
+    assert "train-000000.tar" in ppreid("shards", "--check", *here, expect=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["train", "optimiser.lrr=1"], "optimiser.lrr:"),
+        (["shards", "data.kind=market1501", "data.root=/nowhere"], "/nowhere"),
+        (["report", "/nowhere"], "/nowhere/attack.json: no such file"),
+        (["evaluate", "/nowhere"], "/nowhere: not a run"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    done = ppreid(*arguments, expect=2)
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+# --- the README -------------------------------------------------------------------------------------------------
+
+# Which test runs a command of the README: the command's first words, and the test that has them run for real.
+PROVEN = {
+    "make demo": "tests/test_demo.py",
+    "make test": ".ci/run",
+    "ppreid shards": "test_from_pictures_to_the_report",
+    "ppreid evaluate": "test_from_pictures_to_the_report",
+    "ppreid attack": "test_from_pictures_to_the_report",
+    "ppreid report": "test_from_pictures_to_the_report",
+    "ppreid doctor": "test_doctor_finds_this_installation_sound",
+    "accelerate launch": "test_from_pictures_to_the_report",
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_every_command_of_the_readme_is_proven() -> None:
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        if not command.startswith(("pip ", "git ", "cd ", "python3 -m venv", "tar ", "export ")):
+            assert any(command.startswith(words) for words in PROVEN), f"no test runs: {command}"
+        for word in shlex.split(command):
+            if word.startswith("configs/"):
+                assert (ROOT / word).is_file(), f"{command}: no {word}"
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith(("ppreid", "accelerate"))])
+def test_the_readme_s_words_are_understood(command: str) -> None:
+    """Flags and settings as printed in the README parse: settings by the real loader, flags by --help."""
+    from ppreid_dist.experiment import Config
+    from ppreid_dist.settings import load_settings
+
+    words = shlex.split(command)
+    settings = [word for word in words if re.fullmatch(r"[a-z_.]+=.*", word)]
+    config = words[words.index("--config") + 1] if "--config" in words else None
+    load_settings(Config, ROOT / config if config else None, settings)
+    program = ["ppreid", words[1]] if words[0] == "ppreid" else ["train.py"]
+    helped = ppreid(*(program[1:] or ["train"]), "--help").stdout
+    ours = words[words.index("train.py") :] if "train.py" in words else words
+    for flag in (word for word in ours if word.startswith("--")):
+        assert flag in helped, f"{command}: {flag}"
