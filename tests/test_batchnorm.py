@@ -72,14 +72,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
 
 
 def test_two_processes_equal_one_with_the_whole_batch(two_ranks: list[dict[str, Tensor]]) -> None:
-    # In fp64, because torch's own layer in fp32 is up to 1.4e-5 from it here, and ours up to 4e-6.
-    whole = _train(_net().double(), slice(None))
+    # In fp64; where torch's own layer in fp32 is further from that than 1e-5 (a gradient of small differences), ours
+    # may be as far.
+    whole, torchs = _train(_net().double(), slice(None)), _train(_net(), slice(None))
     assert [set(found) - {"far"} for found in two_ranks] == [set(whole)] * 2  # the state's keys among them
     for name, expected in whole.items():
         for rank, found in enumerate(two_ranks):
             wanted = expected if name.startswith(("parameter", "state")) else expected[ROWS[rank]]
             # Relative to the largest entry: a gradient's small entries are differences of large ones.
-            tolerance = 1e-5 * max(1.0, float(wanted.abs().max()))
+            torch_off = float((torchs[name].double() - expected).abs().max())
+            tolerance = max(1e-5 * max(1.0, float(wanted.abs().max())), 1.25 * torch_off)
             off = float((found[name].double() - wanted).abs().max())
             assert off <= tolerance, f"rank {rank}: {name} is {off} off"
 

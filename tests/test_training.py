@@ -306,3 +306,33 @@ _trees = st.recursive(
 def test_flatten_is_undone(tree: object) -> None:
     tensors, skeleton = flatten(tree)
     assert unflatten(json.loads(json.dumps(skeleton)), tensors) == tree
+
+
+def test_canary_a_rarely_updated_reversal_is_masked_and_the_probe_warns(tmp_path: Path) -> None:
+    """The extractor outruns a reversal module that learns every 50 steps: that module's error rises, a fresh
+    attacker's doesn't. With next to no privacy pressure the two agree, and the probe is silent."""
+    (tmp_path / "backbone").mkdir()
+    backbone = {
+        "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1],
+        "layer_type": "basic", "downsample_in_first_stage": False, "architectures": ["ResNetModel"],
+    }  # fmt: skip
+    (tmp_path / "backbone" / "config.json").write_text(json.dumps(backbone))
+    people = "{train: 200, unlabelled: 0, aux: 60, test: 4, cameras: 2, shots: 2, height: 32, width: 16}"
+    settings = [
+        f"data.root={tmp_path / 'p'}", f"data.shards={tmp_path / 's'}", f"data.synthetic={people}", "data.height=32",
+        "data.width=16", "data.augment.pad=2", "data.stream.backend=pillow", f"model.backbone={tmp_path / 'backbone'}",
+        "reversal.size=[16,8]", "reversal.batch=64", "reversal.warm_steps=400", "reversal.critic.width=8",
+        "reversal.generator={width: 16, noise_dim: 4}", "reversal.lazy={mode: rare, period: 50}",
+        "privacy.adversaries=[{kind: gan}]", "privacy.ramp=0", "optimiser.lr=0.002", "training.images=16000",
+        "training.warm=0.6", "probe.every=50",
+    ]  # fmt: skip
+    prepare_shards(load_settings(Config, None, settings).data, progress=False)
+    probes = {}
+    for name, weight in (("masked", 20), ("quiet", 1e-6)):
+        run(settings, tmp_path / name, f"privacy.weight={weight}")
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        probes[name] = [row for row in rows if "probe/gap" in row][-1]
+    masked, quiet = probes["masked"], probes["quiet"]
+    assert masked["probe/gap"] > 0.25 and masked["probe/warned"] == 1
+    assert masked["probe/fresh"] < 1.15 * quiet["probe/fresh"], "it was not masking but protection"
+    assert abs(quiet["probe/gap"]) < 0.1 and quiet["probe/warned"] == 0

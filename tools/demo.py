@@ -6,6 +6,7 @@
 What is there already and was made by the same settings is used again.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,8 +20,6 @@ from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings
 
-CONFIG = "configs/demo.yaml"
-OUT = Path("runs/demo")
 CONTROL = ["privacy.weight=0"]
 JUDGE = [*CONTROL, "seed=1", "model.backbone=configs/backbones/resnet_tiny_b", "data.train_splits=[train,aux]"]
 RUNS = {"judge": JUDGE, "control": CONTROL, "protected": []}
@@ -45,13 +44,13 @@ def call(title: str, *command: str) -> None:
     print(f"=== {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def train(name: str, settings: list[str]) -> None:
+def train(name: str, config: str, settings: list[str], out: Path) -> None:
     """One run, unless it is finished; a run that was stopped goes on."""
-    run = OUT / name
-    arguments = [*settings, f"output={run}"]
+    run = out / name
+    arguments = [*settings, *RUNS[name], f"output={run}"]
     if (run / "model" / "extractor.json").is_file():
-        if load_run(run) != load_settings(Config, CONFIG, arguments):
-            sys.exit(f"error: {run}: was made by other settings; remove {OUT} to begin anew")
+        if load_run(run) != load_settings(Config, config, arguments):
+            sys.exit(f"error: {run}: was made by other settings; remove {out} to begin anew")
         print(f"\n=== {run} is finished, used again", flush=True)
         return
     several = ["--multi_gpu"] if processes() > 1 else []
@@ -59,32 +58,38 @@ def train(name: str, settings: list[str]) -> None:
         f"train {name}",
         *["accelerate", "launch", *several, "--num_processes", str(processes()), "--num_machines", "1"],
         *["--mixed_precision", "no", "--dynamo_backend", "no"],
-        *["train.py", "--config", CONFIG, "--resume", *arguments],
+        *["train.py", "--config", config, "--resume", *arguments],
     )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Train, attack and report on synthetic people.")
+    parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    config, out, settings = options.config, options.out, options.settings
     started = time.perf_counter()
-    call("synthetic pedestrians and their shards", "ppreid", "shards", "--config", CONFIG)
-    for name, settings in RUNS.items():
-        train(name, settings)
-    runs = {name: str(OUT / name) for name in RUNS}
-    if (OUT / "attack.json").is_file():
-        print(f"\n=== {OUT / 'attack.json'} is there, used again", flush=True)
+    call("synthetic pedestrians and their shards", "ppreid", "shards", "--config", config, *settings)
+    for name in RUNS:
+        train(name, config, settings, out)
+    runs = {name: str(out / name) for name in RUNS}
+    if (out / "attack.json").is_file():
+        print(f"\n=== {out / 'attack.json'} is there, used again", flush=True)
     else:
         call("utility of all three", "ppreid", "evaluate", *runs.values())
         call(
             "fresh attackers",
-            *["ppreid", "attack", "--config", CONFIG, "--control", runs["control"]],
-            *["--protected", runs["protected"], "--judge", runs["judge"], "--out", str(OUT)],
+            *["ppreid", "attack", "--config", config, "--control", runs["control"]],
+            *["--protected", runs["protected"], "--judge", runs["judge"], "--out", str(out), *settings],
         )
-    call("the report", "ppreid", "report", str(OUT))
-    print("\n" + summary(time.perf_counter() - started), flush=True)
+    call("the report", "ppreid", "report", str(out))
+    print("\n" + summary(out, time.perf_counter() - started), flush=True)
 
 
-def summary(seconds: float) -> str:
+def summary(out: Path, seconds: float) -> str:
     """What was found, in five lines."""
-    report = load_report(OUT / "report.json")
+    report = load_report(out / "report.json")
     control, protected = (report["utility"][name]["mAP"] for name in ("control", "protected"))
     axes, probe = report["axes"], report["probe"]
 
@@ -104,7 +109,7 @@ def summary(seconds: float) -> str:
             f"attackers {report['attack']['people']} people of their own; {axis('identity')}",
             f"          {axis('pixel')}",
             f"probe     {masked}",
-            f"look at   {OUT / 'report.html'} (numbers: {OUT / 'report.json'}); this took {seconds:.0f} s",
+            f"look at   {out / 'report.html'} (numbers: {out / 'report.json'}); this took {seconds:.0f} s",
         ]
     )
 

@@ -1,17 +1,67 @@
-"""BatchNorm over the batches of all processes, so that training doesn't depend on how many there are."""
+"""BatchNorm over the batches of all processes, so that training doesn't depend on how many there are.
+
+Shapes: B rows of this process, C channels.
+"""
+
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ppreid_dist.distributed import sum_over_ranks, world_size
+from ppreid_dist.distributed import world_size
+
+
+class _NormaliseTogether(torch.autograd.Function):
+    """Normalise by the statistics of all processes' rows: one all-reduce forward, one backward, both of 2C numbers.
+
+    The passes over x are torch's fused ones. Written with elementary differentiable operations instead, MobileNetV2
+    trained three times slower on two processes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes = [0, *range(2, x.ndim)]
+        own_var, own_mean = (value.double() for value in torch.var_mean(x, axes, correction=0))
+        rows = own_mean.new_full((1,), x.numel() / x.shape[1])
+        # fp64: with sums of squares a small variance about a large mean would drown in fp32.
+        sums = torch.cat([rows, rows * own_mean, rows * (own_var + own_mean.square())])
+        dist.all_reduce(sums)
+        count, (total, squares) = sums[:1], sums[1:].chunk(2)
+        mean = total / count
+        var = (squares / count - mean.square()).clamp_min(0)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        # Centred first: torch computes x * scale + shift, which for a large mean is a difference of large numbers.
+        centred, var32 = x - mean.float().view(shape), var.float()
+        zero = torch.zeros_like(var32)
+        ctx.save_for_backward(centred, weight, zero, var32, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var, count)
+        return nn.functional.batch_norm(centred, zero, var32, weight, bias, training=False, eps=eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        centred, weight, zero, var, count = ctx.saved_tensors
+        # As if the statistics were constants: sum(g xhat) and sum(g) come with it, as the gradients of weight and bias.
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], centred, weight, zero, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([of_weight, of_bias]).double()
+        dist.all_reduce(sums)
+        g_xhat, g = (sums / count).float()
+        # What flows through the statistics: - weight / std * (mean of g + xhat * mean of g xhat).
+        inverse_std = (var + ctx.eps).rsqrt()
+        slope, offset = weight * inverse_std.square() * g_xhat, weight * inverse_std * g
+        shape = [1, -1] + [1] * (centred.ndim - 2)
+        of_x = of_x.sub_(offset.view(shape)).addcmul_(centred, slope.view(shape), value=-1)
+        return of_x, of_weight, of_bias, None
 
 
 class SummedBatchNorm(_BatchNorm):
-    """BatchNorm of the global batch by one differentiable all-reduce; any device, any number of rows a rank.
+    """BatchNorm of the global batch by an all-reduce; any device, any number of rows a rank.
 
-    ``nn.SyncBatchNorm`` does this on GPUs alone. The sums are fp64: in fp32 a small variance about a large mean
-    would drown. Running variances are unbiased over the global batch, as torch's are.
+    ``nn.SyncBatchNorm`` does this on GPUs alone. Running variances are unbiased over the global batch, as torch's are.
     """
 
     running_mean: Tensor
@@ -23,17 +73,9 @@ class SummedBatchNorm(_BatchNorm):
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        axes, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        x32 = x.float()
-        own_var, own_mean = (value.double() for value in torch.var_mean(x32, axes, correction=0))
-        rows = own_mean.new_full((1,), x.numel() / x.shape[1])
-        sums = sum_over_ranks(torch.cat([rows, rows * own_mean, rows * (own_var + own_mean.square())]))
-        count, (total, squares) = sums[0], sums[1:].chunk(2)
-        mean = total / count
-        var = squares / count - mean.square()
-        self._remember(mean.detach(), (var * count / (count - 1)).detach())
-        scale = (var + self.eps).rsqrt().float() * self.weight
-        return ((x32 - mean.float().view(shape)) * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        y, mean, var, count = _NormaliseTogether.apply(x.float(), self.weight, self.bias, self.eps)
+        self._remember(mean, var * count / (count - 1))
+        return y.to(x.dtype)
 
     def _remember(self, mean: Tensor, unbiased_var: Tensor) -> None:
         self.num_batches_tracked.add_(1)
