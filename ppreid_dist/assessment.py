@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import SCHEMA, check_report
 from ppreid_dist.settings import to_dict
-from ppreid_dist.storage import atomic, read_json, write_json
+from ppreid_dist.storage import read_json, read_tensors, write_json, write_tensors
 from ppreid_dist.training.reversal import resize
 from ppreid_dist.training.tracking import read_metrics
 
@@ -119,13 +118,12 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
     figures = _figures(config, control, protected, judge, result, rankings, query.pids_N, seconds)
     check_report(figures, str(out / "attack.json"))
     pictures = {f"{victim}/{name}": drawn for (victim, name), drawn in result.reconstructions.items()}
-    pictures["real"] = query.images_N3HW[torch.from_numpy(result.shown)].cpu()
+    pictures["real"] = query.images_N3HW[torch.from_numpy(result.shown)]
     for name, tensors in (
         ("pictures", pictures),
         ("per_query", {"/".join(key): torch.from_numpy(values) for key, values in result.per_query.items()}),
     ):
-        with atomic(out / f"{name}.safetensors") as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+        write_tensors(out / f"{name}.safetensors", tensors)
     beside = {"synthetic": config.data.kind == "synthetic", "settings": to_dict(config.report)}
     attackers = {"protected": result.strongest["protected"], "control": result.strongest["control"]}
     write_json(out / "attack.json", {"report": figures, "strongest": attackers, **beside})
@@ -275,7 +273,7 @@ def report(folder: Path, *, pictures: str | None = None) -> str:
 
 
 def _panel(folder: Path, attacker: str, people: int, synthetic: bool) -> Panel:
-    drawn = load_file(folder / "pictures.safetensors")
+    drawn = read_tensors(folder / "pictures.safetensors")
     return Panel(
         real_K3hw=drawn["real"][:people],
         control_K3hw=drawn[f"control/{attacker}"][:people],

@@ -160,14 +160,14 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     # TensorBoard takes plain values only.
     table = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flat(to_dict(config))}
     engine.accelerator.init_trackers("ppreid_dist", config=table)
-    if resume and runner.resume() and engine.is_main:
+    if runner.resume() and engine.is_main:
         _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
     if engine.is_main:
         save_settings(config, folder / "config.yaml")
     result = runner.run()
     if engine.is_main:
         about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
-        save_extractor(folder / "model", extractor.module, config.model, config.data.size, about)
+        save_extractor(folder / "model", runner.finished, config.model, config.data.size, about)
     engine.wait()
     engine.close()
     return result
@@ -175,12 +175,12 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
 
 def _check_world(config: Config) -> None:
     ranks = distributed.world_size()
-    for key, rows in (
-        ("data.identities_per_batch", config.data.identities_per_batch),
-        ("privacy.ridge.strangers", config.privacy.ridge.strangers),
-        ("reversal.batch", config.reversal.batch),
+    for key, rows, used in (
+        ("data.identities_per_batch", config.data.identities_per_batch, True),
+        ("privacy.ridge.strangers", config.privacy.ridge.strangers, config.privacy.weight > 0),
+        ("reversal.batch", config.reversal.batch, config.privacy.weight > 0),
     ):
-        if rows % ranks:
+        if used and rows % ranks:
             raise ConfigError(f"{key}: {rows} can't be shared evenly by {ranks} processes")
 
 

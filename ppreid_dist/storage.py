@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ppreid_dist.errors import DataError
 
@@ -42,6 +46,26 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_tensors(target: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors (of any device, copied) as safetensors, atomically."""
+    with atomic(target) as temporary:
+        try:
+            # Cloned, since safetensors refuses storage that two entries share (a snapshot just taken, a tied weight).
+            save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, temporary)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+
+
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
+    """Read safetensors onto the CPU; DataError naming the file if it is missing or damaged."""
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: not whole: {' '.join(str(error).split())}") from None
 
 
 def write_text(target: str | Path, text: str) -> None:

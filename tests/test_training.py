@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModel
 
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
@@ -176,9 +177,9 @@ def test_not_a_number_stops_before_the_update(
 def test_a_full_disk_leaves_the_checkpoint_before(
     world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ppreid_dist.training import checkpoint
+    from ppreid_dist import storage
 
-    honest, calls = checkpoint.save_file, []
+    honest, calls = storage.save_file, []
 
     def full(tensors: dict[str, Tensor], file: Path) -> None:
         calls.append(1)
@@ -187,8 +188,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             file.write_bytes(file.read_bytes()[:50])
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunError, match=r"step_00000006: could not be written: No space left"):
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(RunError, match=r"/step_00000006/tensors.safetensors: could not be written: No space left"):
         run(world, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000003"]
 
@@ -230,6 +231,29 @@ def test_every_adversary_plays(world: list[str], tmp_path: Path, adversary: str)
     run(world, tmp_path / "run", f"privacy.adversaries=[{{kind: {adversary}}}]", "training.images=96")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert any(0 < row.get(f"loss/{adversary}", 0) < 1.5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["reversal.adversarial={kind: hinge, regulariser: spectral_norm}"],
+        ["training.ema=0.5"],
+        ["privacy.bounded=false", "privacy.ridge.centre=batch"],
+        ["reversal.reconstruction.perceptual=0.5", "reversal.reconstruction.perceptual_backbone={weights}"],
+    ],
+)
+def test_every_variant_trains(world: list[str], whole: Path, tmp_path: Path, settings: list[str]) -> None:
+    """…and each makes a difference to the extractor."""
+    backbone = Path(next(s for s in world if s.startswith("model.backbone=")).split("=")[1])
+    weights = tmp_path / "weights"
+    AutoModel.from_config(AutoConfig.from_pretrained(backbone)).save_pretrained(weights)
+    run(
+        world,
+        tmp_path / "run",
+        *(setting.format(weights=weights) if "{weights}" in setting else setting for setting in settings),
+    )
+    ours, theirs = (load_file(f / "model" / "extractor.safetensors") for f in (tmp_path / "run", whole))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("placement", ["indexed", "webdataset"])

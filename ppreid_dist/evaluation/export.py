@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.ranking import Ranking, rank_queries
-from ppreid_dist.storage import atomic, write_text
+from ppreid_dist.storage import write_tensors, write_text
 
 
 @torch.no_grad()
@@ -37,10 +36,9 @@ def rank_split(query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: P
 def save_features(folder: Path, split: str, features_ND: Tensor, pictures: Pictures) -> None:
     """Write SPLIT.safetensors (features, pids, camids) and SPLIT.keys.txt (a key a line) into ``folder``."""
     tensors = {
-        "features": features_ND.cpu().contiguous(),
-        "pids": torch.from_numpy(pictures.pids_N.copy()),
-        "camids": torch.from_numpy(pictures.camids_N.copy()),
+        "features": features_ND,
+        "pids": torch.from_numpy(pictures.pids_N),
+        "camids": torch.from_numpy(pictures.camids_N),
     }
-    with atomic(folder / f"{split}.safetensors") as temporary:
-        save_file(tensors, temporary)
+    write_tensors(folder / f"{split}.safetensors", tensors)
     write_text(folder / f"{split}.keys.txt", "".join(f"{key}\n" for key in pictures.keys))

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ppreid_dist.errors import RunError
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.settings import load_settings, to_dict
-from ppreid_dist.storage import atomic, read_json, write_json, write_text
+from ppreid_dist.storage import read_json, read_tensors, write_json, write_tensors, write_text
 
 _HEAD = "classifier."
 
@@ -34,9 +32,8 @@ def save_extractor(
     folder: Path, extractor: Extractor, config: ExtractorConfig, size: tuple[int, int], about: dict[str, Any]
 ) -> None:
     """Write ``folder`` whole, over an earlier one's files."""
-    weights = {n: t.detach().cpu().contiguous() for n, t in extractor.state_dict().items() if not n.startswith(_HEAD)}
-    with atomic(folder / "extractor.safetensors") as temporary:
-        save_file(weights, temporary)
+    weights = {name: value for name, value in extractor.state_dict().items() if not name.startswith(_HEAD)}
+    write_tensors(folder / "extractor.safetensors", weights)
     shape: Any = extractor.backbone.model.config
     write_text(folder / "backbone" / "config.json", shape.to_json_string())
     write_json(folder / "extractor.json", {"settings": to_dict(config), "size": list(size), "about": about})
@@ -52,8 +49,8 @@ def load_extractor(folder: Path, device: torch.device | str) -> SavedExtractor:
     settings += [f"backbone={folder / 'backbone'}", "pretrained=false"]
     extractor = Extractor(load_settings(ExtractorConfig, None, settings), num_classes=0)
     try:
-        extractor.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        extractor.load_state_dict(read_tensors(file))
+    except RuntimeError as error:
         raise RunError(f"{file}: doesn't hold this extractor: {' '.join(str(error).split())[:200]}") from None
     extractor.to(device).eval().requires_grad_(False)
     return SavedExtractor(extractor, tuple(saved["size"]), saved["about"])

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppreid_dist.errors import DataError, RunError
-from ppreid_dist.storage import atomic, read_json, write_json, write_text
+from ppreid_dist.storage import atomic, read_json, read_tensors, write_json, write_tensors, write_text
 
 
 def flatten(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -48,23 +46,26 @@ def unflatten(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [unflatten(value, tensors) for value in skeleton] if isinstance(skeleton, list) else skeleton
 
 
-def save_tree(folder: Path, tree: Any) -> None:
-    """Write ``tree`` into an empty ``folder`` as tensors.safetensors and state.json."""
+def write_tree(folder: Path, tree: Any) -> None:
+    """Write ``tree`` as a new ``folder`` of tensors.safetensors and state.json, whole or not at all."""
     tensors, skeleton = flatten(tree)
-    # Cloned, since safetensors refuses storage that two entries share (a snapshot just taken, a tied weight).
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
-    write_json(folder / "state.json", skeleton)
+    with atomic(folder) as staged:
+        try:
+            write_tensors(staged / "tensors.safetensors", tensors)
+            write_json(staged / "state.json", skeleton)
+        except DataError as error:  # name the place that the user knows
+            raise DataError(str(error).replace(str(staged), str(folder))) from error
 
 
 def load_tree(folder: Path) -> Any:
-    """Read what :func:`save_tree` wrote. RunError naming the file if it is missing or damaged."""
+    """Read what :func:`write_tree` wrote. RunError naming the file if it is missing or damaged."""
     file = folder / "tensors.safetensors"
     try:
-        return unflatten(read_json(folder / "state.json"), load_file(file))
+        return unflatten(read_json(folder / "state.json"), read_tensors(file))
     except DataError as error:
         raise RunError(str(error)) from None
-    except (OSError, SafetensorError, KeyError) as error:
-        raise RunError(f"{file}: not a whole checkpoint: {' '.join(str(error).split())}") from None
+    except KeyError as error:
+        raise RunError(f"{file}: not a whole checkpoint: {error} is missing") from None
 
 
 def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -102,12 +103,7 @@ class CheckpointFolder:
         target = self.folder / f"step_{step:08d}"
         if not target.exists():
             try:
-                with atomic(target) as staged:
-                    staged.mkdir()
-                    try:
-                        save_tree(staged, tree)
-                    except SafetensorError as error:  # safetensors hides a full disk behind its own error
-                        raise OSError(str(error)) from error
+                write_tree(target, tree)
             except DataError as error:
                 raise RunError(str(error)) from error
         write_text(self.folder / "latest", target.name + "\n")

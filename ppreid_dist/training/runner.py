@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import RunError
+from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary, View
@@ -32,7 +33,7 @@ from ppreid_dist.training.checkpoint import (
     load_optimiser,
     load_tree,
     optimiser_state,
-    save_tree,
+    write_tree,
 )
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import Feed
@@ -52,6 +53,9 @@ class TrainingConfig(Settings):
     log_every: int = option(20, "steps between rows of the log", at_least=1)
     checkpoint_every: int = option(500, "steps between checkpoints; the last step always makes one", at_least=1)
     keep: int = option(2, "checkpoints kept", at_least=1)
+    ema: float = option(
+        0.0, "decay of the averaged extractor that is kept and probed; 0 = keep the last", at_least=0, at_most=1
+    )
 
 
 class Runner:
@@ -85,6 +89,7 @@ class Runner:
         self.total = max(1, config.images // batch_rows)
         self.game_from = round(self.total * config.warm) if adversaries else self.total
         self.checkpoints = CheckpointFolder(folder, config.keep)
+        self.ema = Ema(extractor.module, config.ema) if config.ema else None
         self.step, self.prepared, self.elapsed, self.waited = 0, False, 0.0, 0.0
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
@@ -134,7 +139,14 @@ class Runner:
         terms = self.extractor_step(
             self.labelled[self.step], strangers, step=self.step, strength=strength, progress=self.step / self.total
         )
+        if self.ema is not None:
+            self.ema.update(self.extractor.module)
         self._note(terms | {"privacy/strength": torch.tensor(strength)})
+
+    @property
+    def finished(self) -> Any:
+        """The extractor to keep: the averaged one, where there is one."""
+        return self.extractor.module if self.ema is None else self.ema.module
 
     def strength(self, step: int) -> float:
         """λ at an extractor step: 0 in the warm-up, then a linear ramp to ``privacy.weight``."""
@@ -173,7 +185,7 @@ class Runner:
         assert self.probe is not None
         if self.engine.is_main:
             views = [view for adversary in self.adversaries if (view := adversary.view()) is not None]
-            found = self.probe(self.extractor.module, views, self.step)
+            found = self.probe(self.finished, views, self.step)
             values = {f"probe/{name}": value for name, value in found.items()}
             self.engine.accelerator.log({"images": self.step * self.batch_rows, **values}, step=self.step)
         self.engine.wait()
@@ -198,7 +210,8 @@ class Runner:
         return {"extractor": self.extractor, **learned}
 
     def _frozen(self) -> dict[str, nn.Module]:
-        return {f"{a.kind}.{name}": module for a in self.adversaries for name, module in a.frozen.items()}
+        averaged = {"extractor.ema": self.ema.module} if self.ema is not None else {}
+        return averaged | {f"{a.kind}.{name}": module for a in self.adversaries for name, module in a.frozen.items()}
 
     def state(self) -> dict[str, Any]:
         """Everything the game depends on, as one tree of tensors and plain values."""
@@ -221,6 +234,7 @@ class Runner:
         """Continue from the newest checkpoint; False if there is none. RunError if it belongs to another run."""
         newest = self.checkpoints.latest()
         if newest is None:
+            self._rewind(-1)
             return False
         saved = load_tree(newest)
         for key, value in self.identity.items():
@@ -236,18 +250,20 @@ class Runner:
             adversary.restore(saved["adversaries"][adversary.kind])
         self.step, self.prepared = saved["step"], saved["prepared"]
         self.elapsed, self.waited = saved["elapsed"], saved["waited"]
-        if self.engine.is_main:
-            rewind_metrics(self.folder / "metrics.jsonl", self.step)
-        self.engine.wait()
+        self._rewind(self.step)
         return True
+
+    def _rewind(self, step: int) -> None:
+        if self.engine.is_main:
+            rewind_metrics(self.folder / "metrics.jsonl", step)
+        self.engine.wait()
 
     def _stopped(self, error: NotFinite) -> RunError:
         """Keep the batch, the loss terms and all weights from before the step, and say where."""
         target = self.folder / f"not_finite_step_{self.step:08d}"
         if self.engine.is_main and not target.exists():
             batch = self.labelled[self.step]
-            target.mkdir()
-            save_tree(
+            write_tree(
                 target,
                 {**self.state(), "terms": self.extractor_step.terms, "batch": batch.x_B3HW, "labels": batch.labels_B},
             )
