@@ -44,15 +44,15 @@ def call(title: str, *command: str) -> None:
     print(f"=== {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def train(name: str, config: str, settings: list[str], out: Path) -> None:
-    """One run, unless it is finished; a run that was stopped goes on."""
+def train(name: str, config: str, settings: list[str], out: Path) -> bool:
+    """One run, unless it is finished (False); a run that was stopped goes on."""
     run = out / name
     arguments = [*settings, *RUNS[name], f"output={run}"]
     if (run / "model" / "extractor.json").is_file():
         if load_run(run) != load_settings(Config, config, arguments):
             sys.exit(f"error: {run}: was made by other settings; remove {out} to begin anew")
         print(f"\n=== {run} is finished, used again", flush=True)
-        return
+        return False
     several = ["--multi_gpu"] if processes() > 1 else []
     call(
         f"train {name}",
@@ -60,6 +60,7 @@ def train(name: str, config: str, settings: list[str], out: Path) -> None:
         *["--mixed_precision", "no", "--dynamo_backend", "no"],
         *["train.py", "--config", config, "--resume", *arguments],
     )
+    return True
 
 
 def main() -> None:
@@ -71,10 +72,9 @@ def main() -> None:
     config, out, settings = options.config, options.out, options.settings
     started = time.perf_counter()
     call("synthetic pedestrians and their shards", "ppreid", "shards", "--config", config, *settings)
-    for name in RUNS:
-        train(name, config, settings, out)
+    trained = [train(name, config, settings, out) for name in RUNS]
     runs = {name: str(out / name) for name in RUNS}
-    if (out / "attack.json").is_file():
+    if (out / "attack.json").is_file() and not any(trained):
         print(f"\n=== {out / 'attack.json'} is there, used again", flush=True)
     else:
         call("utility of all three", "ppreid", "evaluate", *runs.values())
