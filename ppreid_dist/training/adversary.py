@@ -40,7 +40,7 @@ class Adversary(ABC):
 
     kind: ClassVar[str]
 
-    def prepare(self, extractor: Extractor) -> dict[str, float]:
+    def prepare(self, extractor: Extractor) -> dict[str, Tensor]:
         """The extractor's warm-up is over: reach a first plateau against it. Metrics."""
         return {}
 

@@ -112,7 +112,7 @@ class ReversalAdversary(Adversary):
 
     # --- step A ---------------------------------------------------------------------------------------------
 
-    def prepare(self, extractor: Extractor) -> dict[str, float]:
+    def prepare(self, extractor: Extractor) -> dict[str, Tensor]:
         self._take_lagged(extractor)
         metrics = self._until_plateau(self.lagged or extractor, self.config.warm_steps)
         self._take_snapshot()
@@ -124,9 +124,9 @@ class ReversalAdversary(Adversary):
         metrics: dict[str, Tensor] = {}
         if lazy.mode == "snapshot" and boundary:
             self._take_lagged(extractor)
-            reached = self._until_plateau(self.lagged or extractor, lazy.catch_up)
+            metrics = self._until_plateau(self.lagged or extractor, lazy.catch_up)
             self._take_snapshot()
-            return {name: torch.tensor(value) for name, value in reached.items()}
+            return metrics
         if lazy.mode == "rare" and not boundary:
             return metrics
         for _ in range(self.config.steps):
@@ -143,7 +143,7 @@ class ReversalAdversary(Adversary):
         if self.snapshot is not None:
             self.snapshot.load_state_dict(self.generator.module.state_dict())
 
-    def _until_plateau(self, extractor: nn.Module, most: int) -> dict[str, float]:
+    def _until_plateau(self, extractor: nn.Module, most: int) -> dict[str, Tensor]:
         """Turns until a window's mean error falls by less than the tolerance, ``most`` at the most."""
         window, before, errors = self.config.lazy.window, float("inf"), []
         for turn in range(1, most + 1):
@@ -154,7 +154,7 @@ class ReversalAdversary(Adversary):
                 if now > before * (1 - self.config.lazy.tolerance):
                     break
                 before, errors = now, []
-        return {"error": now, "turns": float(turn)}
+        return {"error": torch.tensor(now), "turns": torch.tensor(turn)}
 
     def _turn(self, extractor: nn.Module) -> dict[str, Tensor]:
         """One step of critic and generator against a frozen extractor."""

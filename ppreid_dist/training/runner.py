@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ppreid_dist import distributed
@@ -39,7 +39,7 @@ from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import Feed
 from ppreid_dist.training.player import NotFinite, Player
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
-from ppreid_dist.training.tracking import rewind_metrics
+from ppreid_dist.training.tracking import Averages, rewind_metrics
 
 Probe = Callable[[nn.Module, list[View], int], dict[str, float]]
 
@@ -91,7 +91,7 @@ class Runner:
         self.checkpoints = CheckpointFolder(folder, config.keep)
         self.ema = Ema(extractor.module, config.ema) if config.ema else None
         self.step, self.prepared, self.elapsed, self.waited = 0, False, 0.0, 0.0
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self.averages = Averages(engine.device)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -129,11 +129,10 @@ class Runner:
         if self.step >= self.game_from:
             if not self.prepared:
                 for adversary in self.adversaries:
-                    self._note({f"{adversary.kind}/{k}": torch.tensor(v) for k, v in adversary.prepare(frozen).items()})
+                    self.averages.note(adversary.prepare(frozen), adversary.kind)
                 self.prepared = True
             for adversary in self.adversaries:
-                turn = adversary.respond(frozen, self.step)
-                self._note({f"{adversary.kind}/{name}": value for name, value in turn.items()})
+                self.averages.note(adversary.respond(frozen, self.step), adversary.kind)
             strength = self.strength(self.step)
             strangers = self.strangers[self.step] if self.strangers is not None else None
         terms = self.extractor_step(
@@ -141,7 +140,7 @@ class Runner:
         )
         if self.ema is not None:
             self.ema.update(self.extractor.module)
-        self._note(terms | {"privacy/strength": torch.tensor(strength)})
+        self.averages.note(terms | {"privacy/strength": torch.tensor(strength)})
 
     @property
     def finished(self) -> Any:
@@ -156,16 +155,8 @@ class Runner:
 
     # --- what is seen of it ---------------------------------------------------------------------------------
 
-    def _note(self, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            total, count = self._sums.get(name, (torch.zeros((), device=self.engine.device), 0))
-            self._sums[name] = total + value.detach().float().to(self.engine.device), count + 1
-
     def _log(self) -> dict[str, str]:
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name][0] / self._sums[name][1] for name in names])
-        means = dict(zip(names, distributed.mean_over_ranks(stacked).tolist(), strict=True))
-        self._sums = {}
+        means = self.averages.take()
         speed = {"images_per_second": self.step * self.batch_rows / self.elapsed, "data_wait": self._data_wait()}
         self.engine.accelerator.log({"images": self.step * self.batch_rows, **means, **speed}, step=self.step)
         return {name.removeprefix("loss/"): f"{mean:.3f}" for name, mean in means.items() if name.startswith("loss/")}
