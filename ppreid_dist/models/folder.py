@@ -52,5 +52,5 @@ def load_extractor(folder: Path, device: torch.device | str) -> SavedExtractor:
         extractor.load_state_dict(read_tensors(file))
     except RuntimeError as error:
         raise RunError(f"{file}: doesn't hold this extractor: {' '.join(str(error).split())[:200]}") from None
-    extractor.to(device).eval().requires_grad_(False)
+    extractor.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     return SavedExtractor(extractor, tuple(saved["size"]), saved["about"])
