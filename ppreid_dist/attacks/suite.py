@@ -203,10 +203,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
             "raw": whole.urr_raw,
             "base": whole.urr_base,
         },
-        "attackers": {
-            name: {key: value for key, value in asdict(result).items() if key != "reason"}
-            for name, result in whole.attackers.items()
-        },
+        "attackers": {name: asdict(result) for name, result in whole.attackers.items()},
         "curve": [
             {
                 "n": point.n,
