@@ -223,6 +223,8 @@ def test_a_full_disk_leaves_nothing(catalog, tmp_path, monkeypatch, how):
 
 
 SLOW_WRITER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
