@@ -28,7 +28,7 @@ from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.export import rank_split, save_features, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
-from ppreid_dist.experiment import Config, flat, load_run
+from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import SCHEMA, check_report
@@ -39,8 +39,6 @@ from ppreid_dist.training.tracking import read_metrics
 
 # Control and protected must be the same training but for these.
 _METHOD = ("privacy.", "reversal.", "data.strangers_split")
-_ELSEWHERE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "training.log_every",
-              "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
 def default_device() -> torch.device:
@@ -141,7 +139,7 @@ def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
     settings = {run: dict(flat(to_dict(load_run(run)))) for run in (control, protected, judge)}
     for key, value in settings[control].items():
         other = settings[protected][key]
-        if not key.startswith((*_METHOD, *_ELSEWHERE)) and value != other:
+        if not key.startswith((*_METHOD, *FREE)) and value != other:
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
     if settings[control]["privacy.weight"]:
         raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")

@@ -68,7 +68,7 @@ class Config(Settings):
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
-_FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "training.log_every",
+FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "training.log_every",
          "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
         probe_every=config.probe.every,
         identity={
-            **{key: value for key, value in flat(to_dict(config)) if not key.startswith(_FREE)},
+            **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
             "the training pictures": split.fingerprint,
             "the strangers' pictures": strangers_fingerprint,
         },

@@ -3,7 +3,7 @@
 Shapes: B rows of this rank, N rows of all ranks, D feature, M picture values.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class DistanceCorrelationAdversary(Adversary):
 
     kind: ClassVar[str] = "distance_correlation"
 
-    def __init__(self, config: RidgeConfig, **_: Any):
+    def __init__(self, config: RidgeConfig):
         self.config = config
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
