@@ -1,6 +1,7 @@
 """What finished runs are asked: how well they match people, what they leak, and the report of both.
 
 DIR/                        of `ppreid attack --out DIR`
+    trained/                every attacker's training, kept as soon as it is done: a stopped attack goes on from them
     attack.json             the report's figures and what the page needs beside them
     per_query.safetensors   the scores behind them: AXIS/ATTACKER/ROLE, a query picture each
     pictures.safetensors    a few query pictures and their reconstructions, by VICTIM/ATTACKER
@@ -9,7 +10,6 @@ DIR/                        of `ppreid attack --out DIR`
 
 import os
 import platform
-import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppreid_dist import __version__
+from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.suite import SuiteResult, Victim, run_suite
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.data.stream import Pictures, load_pictures
@@ -73,7 +74,7 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
     Raises RunError where the runs can't be compared: control and protected must be the same training but for the
     protection, the judge another run than both, the auxiliary people unknown to control and protected.
     """
-    started, device = time.perf_counter(), default_device()
+    device = default_device()
     _check_comparable(control, protected, judge)
     judging = load_extractor(judge / "model", device)
     size = config.reversal.size
@@ -111,9 +112,9 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
             judge=look,
             config=config.attack,
             progress=say,
+            kept=Kept(out / "trained"),
         )
-    seconds = time.perf_counter() - started
-    figures = _figures(config, control, protected, judge, result, rankings, query.pids_N, seconds)
+    figures = _figures(config, control, protected, judge, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))
     pictures = {f"{victim}/{name}": drawn for (victim, name), drawn in result.reconstructions.items()}
     pictures["real"] = query.images_N3HW[torch.from_numpy(result.shown)]
@@ -158,7 +159,6 @@ def _figures(
     result: SuiteResult,
     rankings: dict[str, Ranking],
     pids_Q: np.ndarray,
-    seconds: float,
 ) -> dict[str, Any]:
     ranking = rankings["protected"]
     bootstrap = Bootstrap(pids_Q, config.attack.resamples, config.attack.seed, 0.95)
@@ -193,7 +193,11 @@ def _figures(
         },
         "probe": _probe_history(protected, config),
         "training": training,
-        "attack": {"seconds": round(seconds, 1), "people": max(result.people), "notes": result.notes},
+        "attack": {
+            "seconds": round(sum(result.seconds.values()), 1),
+            "people": max(result.people),
+            "notes": result.notes,
+        },
         "notes": [],
     }
 

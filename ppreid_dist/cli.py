@@ -150,7 +150,8 @@ def _say(text: str) -> None:
 def _guard(work: Callable[[], int]) -> NoReturn:
     """Run a command; a mistake of the user's or the machine's is one line on stderr and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("ppreid_dist").setLevel(logging.INFO)
+    # What is said, the first process says; the others would repeat it.
+    logging.getLogger("ppreid_dist").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         sys.exit(work())
     except PPReIDError as error:

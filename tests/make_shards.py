@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ppreid_dist.data.catalog import Catalog, Record
+from ppreid_dist.data.catalog import Catalog
+from ppreid_dist.data.records import Record
 
 
 def encode(pixels: np.ndarray, form: str = "JPEG", **options: object) -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ppreid_dist.attacks.base import ATTACKERS, VIEWS, Attacker, fit_view, held_out_error, split_people
 from ppreid_dist.attacks.bench import AttackConfig, permute_people
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, Victim, chance_ap, run_suite
@@ -269,7 +270,14 @@ def test_chance_ap_is_that_of_all_orders() -> None:
 
 
 def suite(
-    known: Pictures, known_features: Tensor, met: Pictures, features: Tensor, *, blind: bool = False, **changes: object
+    known: Pictures,
+    known_features: Tensor,
+    met: Pictures,
+    features: Tensor,
+    *,
+    blind: bool = False,
+    kept: Kept | None = None,
+    **changes: object,
 ) -> SuiteResult:
     """The suite against a second victim whose features are the first's or, if ``blind``, random."""
     first = met.camids_N == 0
@@ -302,6 +310,7 @@ def suite(
         judge=colours,
         config=small_config(**changes),
         progress=lambda line: None,
+        kept=kept,
     )
 
 
@@ -348,3 +357,38 @@ def test_a_judge_that_sees_nothing_is_called_weak(
     monkeypatch.setitem(globals(), "colours", lambda x: torch.randn(len(x), 4, generator=noise))
     result = suite(*aux, *strangers, attackers=["ridge"])
     assert any("judge is weak" in note for note in result.notes)
+
+
+def test_what_is_kept_is_not_trained_again_unless_something_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    fitted: list[str] = []
+
+    class Counted(ATTACKERS["ridge"]):  # type: ignore[misc]
+        def fit(self, features_ND: Tensor, *others: object, **more: object) -> None:
+            fitted.append(self.name)
+            super().fit(features_ND, *others, **more)
+
+    monkeypatch.setitem(ATTACKERS, "ridge", Counted)
+    kept = Kept(tmp_path / "trained")
+
+    def attack(**changes: object) -> SuiteResult:
+        fitted.clear()
+        return suite(*aux, *strangers, blind=True, kept=kept, attackers=["ridge"], **changes)
+
+    first = attack()
+    assert len(fitted) == 3  # ceiling, floor, protected
+    again = attack()
+    assert fitted == []
+    assert again.axes == first.axes and again.means == first.means and again.seconds == first.seconds
+    for key, shown in first.reconstructions.items():
+        assert torch.equal(again.reconstructions[key], shown)
+    attack(ridge=RidgeConfig(widths=[1.0], ridges=[1.0]))
+    assert len(fitted) == 3
+    for file in (tmp_path / "trained").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert attack().axes == first.axes
+    assert len(fitted) == 3  # what is damaged is made again
+    monkeypatch.setattr("ppreid_dist.attacks.bench.source_digest", lambda: "an attacker was changed")
+    attack()
+    assert len(fitted) == 3

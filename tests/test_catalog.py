@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppreid_dist.data.catalog import KINDS, SPLITS, Catalog, Record, hold_out, parse_name, read_catalog
+from ppreid_dist.data.catalog import KINDS, Catalog, hold_out, read_catalog
+from ppreid_dist.data.layouts import parse_name
+from ppreid_dist.data.records import SPLITS, Record
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError
 
 PIDS, CAMERAS = st.integers(0, 99999), st.integers(0, 999)

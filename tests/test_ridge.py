@@ -44,6 +44,15 @@ def predict_oracle(x: np.ndarray, y: np.ndarray, other: np.ndarray, width: float
 # --- the kernel file
 
 
+def whitened_oracle(x: np.ndarray) -> np.ndarray:
+    """Through the inverse square root of the shrunk covariance."""
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    shrunk = 0.9 * covariance + 0.1 * np.trace(covariance) / min(len(x) - 1, x.shape[1]) * np.eye(x.shape[1])
+    values, vectors = np.linalg.eigh(shrunk)
+    return centred @ vectors / np.sqrt(values) @ vectors.T
+
+
 @pytest.mark.parametrize("width", [LINEAR, 0.5, 2.0])
 def test_fit_predict_and_search_equal_numpy(width: float) -> None:
     x, y, other, wanted = random(9, 4), random(9, 3, seed=1), random(5, 4, seed=2), random(5, 3, seed=3)
@@ -85,21 +94,23 @@ def test_solve_takes_a_ridge_a_system_and_ignores_autocast() -> None:
 
 
 def test_best_response_equals_numpy_over_all_adversaries() -> None:
-    config = RidgeConfig(widths=[0.2, 0.6, LINEAR], ridges=[1e-3, 0.1])
+    config = RidgeConfig(views=["raw", "whitened"], widths=[0.2, 0.6, LINEAR], ridges=[1e-3, 0.1])
     x = F.normalize(random(14, 5))
     y, groups = x @ random(5, 6, seed=1) + 0.3 * random(14, 6, seed=2), np.repeat(np.arange(7), 2)
     result = ridge_best_response(x, y, groups, config, seed=4, step=9)
     fitted, tested = split_groups(groups, 0.6, 4, 9)
     x_, y_ = x.numpy(), y.numpy()
     floor = ((y_[tested] - y_[fitted].mean(0)) ** 2).mean(1)
+    views = [x_, whitened_oracle(x_)]
     errors = {
-        (w, r): ((predict_oracle(x_[fitted], y_[fitted], x_[tested], width, ridge) - y_[tested]) ** 2).mean(1)
+        (v, w, r): ((predict_oracle(z[fitted], y_[fitted], z[tested], width, ridge) - y_[tested]) ** 2).mean(1)
+        for v, z in enumerate(views)
         for w, width in enumerate(config.widths)
         for r, ridge in enumerate(config.ridges)
     }
     best = min(errors, key=lambda key: errors[key].mean())
     assert tuple(result.best.tolist()) == best
-    assert best[0] == 2  # else the order of widths and ridges isn't tested
+    assert best[1] == 2  # else the order of widths and ridges isn't tested
     assert result.error.item() == pytest.approx(errors[best].mean())
     assert result.floor.item() == pytest.approx(floor.mean())
     expected = sum(max(0, f - e) for f, e in zip(floor, errors[best], strict=True)) / sum(floor)
@@ -112,8 +123,9 @@ def test_best_response_equals_numpy_over_all_adversaries() -> None:
 
 
 @pytest.mark.parametrize("widths", [[LINEAR], [0.7], [LINEAR, 0.5, 2.0]])
-def test_gradient_through_fit_test_and_scale(widths: list[float]) -> None:
-    config = RidgeConfig(widths=widths, ridges=[0.01, 0.1])
+@pytest.mark.parametrize("view", ["raw", "whitened"])
+def test_gradient_through_fit_test_and_scale(view: str, widths: list[float]) -> None:
+    config = RidgeConfig(views=[view], widths=widths, ridges=[0.01, 0.1])
     x, groups = random(8, 3).requires_grad_(), np.arange(8)
     y = x.detach() @ random(3, 4, seed=1) + 0.1 * random(8, 4, seed=2)
 

@@ -54,6 +54,18 @@ class Attacker(ABC):
         """Pictures (M,3,h,w), float in [0,1], of the people whose features these are."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One attacker, trained once and tested on every query picture."""
+
+    pixel_Q: np.ndarray
+    identity_Q: np.ndarray
+    l1: float
+    psnr: float
+    seconds: float
+    shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``
+
+
 ATTACKERS: dict[str, type[Attacker]] = {}
 
 

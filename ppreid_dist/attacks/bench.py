@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Progress, to_float
+from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Outcome, Progress, to_float
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -21,7 +22,7 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.evaluation.ranking import Ranking, rank_queries
-from ppreid_dist.settings import Settings, option
+from ppreid_dist.settings import Settings, option, to_dict
 
 SHOWN = 12  # identities whose reconstructions are kept
 
@@ -58,23 +59,14 @@ class Judge(Protocol):
     def __call__(self, images_N3hw: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One attacker, trained once and tested on every query picture."""
-
-    pixel_Q: np.ndarray
-    identity_Q: np.ndarray
-    l1: float
-    psnr: float
-    seconds: float
-    shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``
-
-
 Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
 
 
 class Bench:
-    """What attackers are trained on and tested by; the same for every victim."""
+    """What attackers are trained on and tested by; the same for every victim.
+
+    Every training that is done is put into ``kept``, and taken from there instead of being made again.
+    """
 
     def __init__(
         self,
@@ -87,7 +79,9 @@ class Bench:
         judge: Judge,
         config: AttackConfig,
         progress: Progress,
+        kept: Kept | None = None,
     ):
+        self.kept = kept
         self.aux, self.query, self.judge, self.config, self.progress = aux, query, judge, config, progress
         self.gallery = gallery_judged_GD, gallery_pids, gallery_camids
         people = np.unique(aux.pids_N)
@@ -100,6 +94,9 @@ class Bench:
         self.order = np.random.default_rng([config.seed, 0xA0]).permutation(people)
         self.people = sorted({min(n or len(people), len(people)) for n in config.people})
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
+        world = (aux.images_N3HW, aux.pids_N, query.images_N3HW, query.pids_N, query.camids_N, gallery_judged_GD)
+        masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
+        self.world = digest(source_digest(), *world, *masks, gallery_pids, gallery_camids)
 
     def rank(self, images_Q3hw: Tensor) -> Ranking:
         """How the judge finds the query people, from these pictures of them, in the gallery of real pictures."""
@@ -123,11 +120,18 @@ class Bench:
             pairs = permute_people(self.aux.pids_N[rows], self.config.seed) if permuted else np.arange(len(rows))
             for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
                 label = f"{name}, {n} people, {role}"
-                outcome = self._train(label, name, aux_ND[rows], rows, rows[pairs], query_QD)
+                parts = (name, aux_ND[rows], rows, rows[pairs], query_QD)
+                settings = [name, to_dict(getattr(self.config, name)), self.config.seed]
+                key = digest(self.world, settings, *parts[1:])
+                outcome, how = self.kept.get(key) if self.kept else None, "kept from before"
+                if outcome is None:
+                    outcome, how = self._train(label, *parts), ""
+                    if self.kept:
+                        self.kept.put(key, outcome)
                 trained[name, n] = outcome
                 self.progress(
                     f"{label}: SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}, "
-                    f"{outcome.seconds:.1f} s"
+                    f"{how or f'{outcome.seconds:.1f} s'}"
                 )
         return trained
 

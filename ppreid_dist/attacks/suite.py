@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.base import Progress
 from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained
+from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.urr import AttackScores, attack_curve, urr
 
@@ -95,11 +96,14 @@ def run_suite(
     judge: Judge,
     config: AttackConfig,
     progress: Progress,
+    kept: Kept | None = None,
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
     ``gallery_judged_GD`` are the judge's features of the real gallery pictures. Features and pictures lie on one
-    device. Raises ConfigError naming ``attack.people`` where there are too few auxiliary people.
+    device. Trainings found in ``kept`` are not made again.
+
+    Raises ConfigError naming ``attack.people`` where there are too few auxiliary people.
     """
     bench = Bench(
         aux=aux,
@@ -110,6 +114,7 @@ def run_suite(
         judge=judge,
         config=config,
         progress=progress,
+        kept=kept,
     )
     reference = attack_control(bench, control)
     trained = bench.train_all("protected", protected.aux_ND, protected.query_QD)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppreid_dist.data.augment import AugmentConfig
-from ppreid_dist.data.catalog import KINDS, SPLITS, hold_out, read_catalog
+from ppreid_dist.data.catalog import KINDS, hold_out, read_catalog
+from ppreid_dist.data.records import SPLITS
 from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
 from ppreid_dist.data.stream import StreamConfig
 from ppreid_dist.data.synthetic import SyntheticConfig, render

@@ -33,8 +33,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ppreid_dist.data.catalog import SPLITS, Catalog, Record
+from ppreid_dist.data.catalog import Catalog
 from ppreid_dist.data.index import FORMAT, ROW, Index, join, load_index, read_meta, write_index
+from ppreid_dist.data.records import SPLITS, Record
 from ppreid_dist.errors import DataError
 from ppreid_dist.storage import atomic, write_json
 

@@ -24,6 +24,35 @@ def squared_distances(a_ND: Tensor, b_VD: Tensor) -> Tensor:
     return (a_ND.square().sum(1)[:, None] + b_VD.square().sum(1)[None, :] - 2 * a_ND @ b_VD.mT).clamp_min(0)
 
 
+@dataclass(frozen=True)
+class Whitening:
+    """Features in which no direction is louder than another, up to a rotation; make it with :func:`whitening`."""
+
+    mean_D: Tensor
+    factor_DD: Tensor
+
+    def __call__(self, features_VD: Tensor) -> Tensor:
+        """Whitened rows, float64 (V, D)."""
+        centred_VD = features_VD.double() - self.mean_D
+        return torch.linalg.solve_triangular(self.factor_DD, centred_VD.mT, upper=False).mT
+
+
+def whitening(features_ND: Tensor, shrinkage: float = 0.1) -> Whitening:
+    """Of the covariance of these rows, shrunk towards its mean variance by ``shrinkage``.
+
+    Without shrinking the smallest directions, which are noise, would drown the others. Gradients pass through it.
+    """
+    features_ND = features_ND.double()
+    rows, dim = features_ND.shape
+    mean_D = features_ND.mean(0)
+    covariance_DD = (features_ND - mean_D).mT @ (features_ND - mean_D) / rows
+    # The mean over as many directions as so many rows can span.
+    variance = covariance_DD.diagonal().sum() / min(max(rows - 1, 1), dim)
+    eye_DD = torch.eye(dim, dtype=torch.float64, device=features_ND.device)
+    factor_DD, _ = torch.linalg.cholesky_ex((1 - shrinkage) * covariance_DD + (shrinkage * variance + _TINY) * eye_DD)
+    return Whitening(mean_D, factor_DD)
+
+
 def gaussian_kernels(fitted_ND: Tensor, other_VD: Tensor, widths: Tensor | Sequence[float]) -> Tensor:
     """Kernels exp(-|a - b|^2 / (2 width^2 s)) between fitted and other rows, float64 (W, N, V).
 

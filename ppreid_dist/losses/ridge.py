@@ -5,11 +5,12 @@ others; the extractor lowers what the strongest of them gains over knowing nothi
 every step and the gradient passes through its fit and its test, so there is no stale opponent to mislead: playing
 against a lagging generator hid the leak from that generator and not from a fresh one.
 
-Shapes: N rows of all processes, F rows to fit and T rows to test, D feature dim, M picture values, W widths, R ridges,
-X adversaries.
+Shapes: N rows of all processes, F rows to fit and T rows to test, D feature dim, M picture values, V views, W widths, R
+ridges, X adversaries.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve
+from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve, whitening
 from ppreid_dist.losses.privacy import bounded
 from ppreid_dist.settings import Settings, option
 
@@ -30,6 +31,11 @@ _SPLIT = 0x51  # the tag of this file's random stream
 class RidgeConfig(Settings):
     """The family of ridge adversaries and the pictures they aim at."""
 
+    views: list[str] = option(
+        ["raw", "whitened"],
+        "features as they are, and with all directions made equal: without it what is known hides in the small ones",
+        choices=("raw", "whitened"),
+    )
     widths: list[float] = option(
         [0.5, 1.0, 2.0],
         "gaussian kernel widths, in root mean squared distances; 0 is the linear kernel",
@@ -52,7 +58,7 @@ class RidgeConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("widths", "ridges"):
+        for name in ("views", "widths", "ridges"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}: at least one is needed")
         if len(self.target_size) != 2:
@@ -69,7 +75,7 @@ class RidgeResult(NamedTuple):
     loss: Tensor  # scalar: 0 is no better than the mean picture, 1 is perfect reconstruction of every test row
     error: Tensor  # scalar: the strongest adversary's mean squared error on the test rows
     floor: Tensor  # scalar: the mean picture's
-    best: Tensor  # int64 (2,): the strongest adversary's places in widths and ridges
+    best: Tensor  # int64 (3,): the strongest adversary's places in views, widths and ridges
 
 
 def prepare_targets(clean_B3HW: Tensor, config: RidgeConfig) -> Tensor:
@@ -109,12 +115,14 @@ def ridge_best_response(
         for values in (config.widths, config.ridges)
     )
     dtype, features_ND, targets_NM = features_ND.dtype, features_ND.double(), targets_NM.detach().double()
-    fit_FD, test_TD = features_ND[fit_F], features_ND[test_T]
+    # Whitened by all rows: an attacker needs no pictures for that, and has more features than a batch.
+    views_VND = torch.stack([seen_as(view, features_ND)(features_ND) for view in config.views])
     mean_M = targets_NM[fit_F].mean(0)
     fit_FM, test_TM = targets_NM[fit_F] - mean_M, targets_NM[test_T] - mean_M
     floor_T = test_TM.square().mean(1)
 
-    def errors(widths_W: Tensor, ridges_R: Tensor) -> Tensor:
+    def errors(view_ND: Tensor, widths_W: Tensor, ridges_R: Tensor) -> Tensor:
+        fit_FD, test_TD = view_ND[fit_F], view_ND[test_T]
         own_WFF = gaussian_kernels(fit_FD, fit_FD, widths_W)
         cross_WFT = gaussian_kernels(fit_FD, test_TD, widths_W)
         # Solved for the test rows, which are fewer than the picture's values.
@@ -123,18 +131,25 @@ def ridge_best_response(
 
     # The choice alone needs no backward, which is what grows with the number of adversaries.
     with torch.set_grad_enabled(config.select == "softmin" and torch.is_grad_enabled()):
-        errors_WRT = errors(widths_W, ridges_R)
-    mean_X = errors_WRT.detach().mean(-1).flatten()
+        errors_XT = torch.cat([errors(view_ND, widths_W, ridges_R).flatten(0, 1) for view_ND in views_VND])
+    mean_X = errors_XT.detach().mean(-1)
     place = mean_X.argmin(keepdim=True)
-    best = torch.cat((place // len(ridges_R), place % len(ridges_R)))
+    count = len(config.ridges)
+    best = torch.cat((place // (len(config.widths) * count), place // count % len(config.widths), place % count))
     if config.select == "softmin":
-        errors_XT = errors_WRT.flatten(0, 1)
         weights_X = torch.softmax(-mean_X / (config.temperature * floor_T.mean()), 0)
     else:
-        errors_XT = errors(widths_W.index_select(0, best[:1]), ridges_R.index_select(0, best[1:])).flatten(0, 1)
+        view_ND = views_VND.index_select(0, best[:1])[0]
+        width_W, ridge_R = widths_W.index_select(0, best[1:2]), ridges_R.index_select(0, best[2:])
+        errors_XT = errors(view_ND, width_W, ridge_R).flatten(0, 1)
         weights_X = torch.ones_like(errors_XT[:, 0])
     loss_X = torch.stack([bounded(error_T, floor_T) for error_T in errors_XT])
     return RidgeResult((weights_X * loss_X).sum().to(dtype), mean_X.min(), floor_T.mean(), best)
+
+
+def seen_as(view: str, features_ND: Tensor) -> Callable[[Tensor], Tensor]:
+    """How a ridge adversary looks at features, learnt from these rows: ``raw`` or ``whitened``."""
+    return whitening(features_ND) if view == "whitened" else Tensor.double
 
 
 def split_groups(groups_N: np.ndarray, fraction: float, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:

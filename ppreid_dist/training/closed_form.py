@@ -12,7 +12,14 @@ from torch import Tensor
 from ppreid_dist import distributed
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.distance_correlation import distance_correlation
-from ppreid_dist.losses.ridge import RidgeConfig, centre_by_camera, prepare_targets, ridge_best_response, split_groups
+from ppreid_dist.losses.ridge import (
+    RidgeConfig,
+    centre_by_camera,
+    prepare_targets,
+    ridge_best_response,
+    seen_as,
+    split_groups,
+)
 from ppreid_dist.training.adversary import Adversary, Exposure, View
 
 
@@ -56,19 +63,26 @@ class _RidgeView(View):
 
     @torch.no_grad()
     def meet(self, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray) -> None:
-        widths, ridges = self._config.widths, self._config.ridges
+        views, widths, ridges = self._config.views, self._config.widths, self._config.ridges
         targets_NM = pictures_N3hw.flatten(1).float() / 255
         fit, held = split_groups(pids_N, self._config.fit_fraction, self._seed, 0)
-        errors_WR = kernel_ridge.search(
-            features_ND[fit], targets_NM[fit], features_ND[held], targets_NM[held], widths, ridges
+        looks = [seen_as(view, features_ND) for view in views]
+        errors_VWR = torch.stack(
+            [
+                kernel_ridge.search(
+                    look(features_ND[fit]), targets_NM[fit], look(features_ND[held]), targets_NM[held], widths, ridges
+                )
+                for look in looks
+            ]
         )
-        width, ridge = divmod(int(errors_WR.argmin()), len(ridges))
-        self._model = kernel_ridge.fit(features_ND, targets_NM, width=widths[width], ridge=ridges[ridge])
+        view, width, ridge = np.unravel_index(int(errors_VWR.argmin()), errors_VWR.shape)
+        self._look = looks[view]
+        self._model = kernel_ridge.fit(self._look(features_ND), targets_NM, width=widths[width], ridge=ridges[ridge])
         self._shape = pictures_N3hw.shape[1:]
 
     @torch.no_grad()
     def reconstruct(self, features_ND: Tensor) -> Tensor:
-        return self._model.predict(features_ND).float().reshape(-1, *self._shape).clamp(0, 1)
+        return self._model.predict(self._look(features_ND)).float().reshape(-1, *self._shape).clamp(0, 1)
 
 
 class DistanceCorrelationAdversary(Adversary):

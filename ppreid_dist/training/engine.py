@@ -4,7 +4,9 @@ Today's engine is DDP (or a single process). Every player has its own wrapper, s
 is the only one whose gradients are reduced.
 """
 
+import inspect
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
+
+_DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"  # torch 2.13
 
 
 @dataclass(kw_only=True)
@@ -73,11 +78,12 @@ class Engine:
         """What the active player's forward must be called through. Frozen players are called bare."""
         if distributed.world_size() == 1:
             return module
-        # Buffers are equal on all ranks, since BatchNorm is synchronised: broadcasting them would be wasted.
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # Buffers are equal on all ranks, since BatchNorm is synchronised: broadcasting them would be wasted.
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
+        # A Linear of one output has a gradient of other strides in an axis of length 1, which costs nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **buffers)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)

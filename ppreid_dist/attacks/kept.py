@@ -1,0 +1,69 @@
+"""Trainings that are done, kept in a folder: a stopped attack goes on, and what the same data gave is not made twice.
+
+A training is found again by a digest of all it was made of: features, pictures, people, settings, seed, judge, and the
+source of this package, so that an attacker that was changed never answers with an old figure.
+"""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ppreid_dist
+from ppreid_dist.attacks.base import Outcome
+from ppreid_dist.errors import DataError
+from ppreid_dist.storage import read_tensors, write_tensors
+
+_ARRAYS, _NUMBERS = ("pixel_Q", "identity_Q"), ("l1", "psnr", "seconds")
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256, as hex, of tensors, arrays and whatever JSON can write, each with its shape and type."""
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().numpy()
+        if isinstance(part, np.ndarray):
+            whole.update(f"{part.dtype} {part.shape}\n".encode())
+            whole.update(np.ascontiguousarray(part).data)
+        else:
+            whole.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return whole.hexdigest()
+
+
+@cache
+def source_digest() -> str:
+    """Digest of this package's own source files."""
+    root = Path(ppreid_dist.__file__).parent
+    return digest(*[[str(file.relative_to(root)), file.read_text()] for file in sorted(root.rglob("*.py"))])
+
+
+class Kept:
+    """Outcomes by digest, a safetensors file each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, key: str) -> Outcome | None:
+        """What was kept under ``key``; None where nothing was, or it is damaged (and will be made again)."""
+        file = self.folder / f"{key}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            found = read_tensors(file)
+            parts: dict[str, Any] = {name: found[name].numpy() for name in _ARRAYS}
+            parts |= zip(_NUMBERS, found["numbers"].tolist(), strict=True)
+            return Outcome(**parts, shown=found["shown"])
+        except (DataError, KeyError, ValueError):
+            return None
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        """Keep ``outcome``; DataError naming the file if it can't be written."""
+        arrays = {name: torch.from_numpy(getattr(outcome, name)) for name in _ARRAYS}
+        numbers = torch.tensor([getattr(outcome, name) for name in _NUMBERS], dtype=torch.float64)
+        write_tensors(self.folder / f"{key}.safetensors", {**arrays, "numbers": numbers, "shown": outcome.shown})

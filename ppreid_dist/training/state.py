@@ -1,0 +1,107 @@
+"""Everything that a game depends on: written as checkpoints, read back to go on, kept for a look where it broke."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ppreid_dist.errors import RunError
+from ppreid_dist.models.ema import Ema
+from ppreid_dist.training.adversary import Adversary
+from ppreid_dist.training.checkpoint import (
+    CheckpointFolder,
+    load_module,
+    load_optimiser,
+    load_tree,
+    optimiser_state,
+    write_tree,
+)
+from ppreid_dist.training.engine import Engine
+from ppreid_dist.training.player import Player
+
+
+@dataclass(kw_only=True)
+class Position:
+    """How far a run is."""
+
+    step: int = 0
+    prepared: bool = False  # the adversaries have reached a first plateau against the warm extractor
+    elapsed: float = 0.0  # seconds of training
+    waited: float = 0.0  # of these, seconds in which this process stood waiting for pictures
+
+
+class GameState:
+    """Players, snapshots and counters of one run, as one tree of tensors and plain values.
+
+    ``identity`` must be equal for a resume: settings and data by name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        engine: Engine,
+        extractor: Player,
+        adversaries: Sequence[Adversary],
+        ema: Ema | None,
+        identity: Mapping[str, Any],
+    ):
+        self.folder, self.engine, self.identity = folder, engine, dict(identity)
+        self.adversaries = {adversary.kind: adversary for adversary in adversaries}
+        self.players = {"extractor": extractor} | {
+            f"{adversary.kind}.{player.name}": player for adversary in adversaries for player in adversary.players
+        }
+        self.ema = ema
+        self.checkpoints = CheckpointFolder(folder, keep)
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """What no optimiser touches: the averaged extractor, snapshots."""
+        averaged = {"extractor.ema": self.ema.module} if self.ema is not None else {}
+        each = self.adversaries.items()
+        return averaged | {f"{kind}.{name}": module for kind, who in each for name, module in who.frozen.items()}
+
+    def tree(self, position: Position) -> dict[str, Any]:
+        return {
+            **asdict(position),
+            "identity": self.identity,
+            "adversaries": {kind: adversary.counters() for kind, adversary in self.adversaries.items()},
+            "modules": {name: player.module.state_dict() for name, player in self.players.items()},
+            "frozen": {name: module.state_dict() for name, module in self.frozen().items()},
+            "optimisers": {name: optimiser_state(player.optimiser) for name, player in self.players.items()},
+        }
+
+    def save(self, position: Position) -> None:
+        """A checkpoint, written by the main process while the others wait."""
+        if self.engine.is_main:
+            self.checkpoints.save(position.step, self.tree(position))
+        self.engine.wait()
+
+    def restore(self) -> Position | None:
+        """Go back to the newest checkpoint; None if there is none. RunError if it belongs to another run."""
+        newest = self.checkpoints.latest()
+        if newest is None:
+            return None
+        saved = load_tree(newest)
+        for key, value in self.identity.items():
+            if saved["identity"].get(key) != value:
+                was = saved["identity"].get(key)
+                raise RunError(f"{newest}: can't resume, {key} was {was!r} and is now {value!r}")
+        for name, player in self.players.items():
+            load_module(player.module, saved["modules"][name], newest)
+            load_optimiser(player.optimiser, saved["optimisers"][name])
+        for name, module in self.frozen().items():
+            load_module(module, saved["frozen"][name], newest)
+        for kind, adversary in self.adversaries.items():
+            adversary.restore(saved["adversaries"][kind])
+        return Position(**{name: saved[name] for name in asdict(Position())})
+
+    def keep_failed(self, position: Position, seen: Mapping[str, Any]) -> Path:
+        """Write all weights from before the step that failed, and what it saw; returns where."""
+        target = self.folder / f"not_finite_step_{position.step:08d}"
+        if self.engine.is_main and not target.exists():
+            write_tree(target, {**self.tree(position), **seen})
+        self.engine.wait()
+        return target
