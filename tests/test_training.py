@@ -229,6 +229,17 @@ def test_what_the_extractor_plays(world: list[str], tmp_path: Path, mode: str) -
     assert changes == (every_period if mode in ("snapshot", "rare") else [True] * 5)
 
 
+def test_a_game_in_one_of_two_steps(world: list[str], tmp_path: Path) -> None:
+    settings = [*world, "privacy.every=2", "privacy.ramp=0", "privacy.weight=3", "training.log_every=1"]
+    alone = run(settings, tmp_path / "whole")
+    rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "privacy/strength" in row]
+    game = [row["privacy/strength"] for row in rows[next(i for i, row in enumerate(rows) if "loss/ridge" in row) :]]
+    assert len(game) > 3 and set(game[::2]) == {6.0} and set(game[1::2]) == {0.0}
+    assert all(("loss/ridge" in row) == (row["privacy/strength"] > 0) for row in rows)
+    first_part(settings, tmp_path / "stopped", 6)
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+
+
 @pytest.mark.parametrize("adversary", ["regression", "distance_correlation"])
 def test_every_adversary_plays(world: list[str], tmp_path: Path, adversary: str) -> None:
     run(world, tmp_path / "run", f"privacy.adversaries=[{{kind: {adversary}}}]", "training.images=96")
