@@ -27,9 +27,10 @@ from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
 from ppreid_dist.training.adversary import Adversary
 from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary
-from ppreid_dist.training.engine import Engine, EngineConfig
+from ppreid_dist.training.engine import Engine, EngineConfig, open_engine
 from ppreid_dist.training.feed import Feed
-from ppreid_dist.training.player import OptimiserConfig, Player
+from ppreid_dist.training.optimiser import OptimiserConfig
+from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import ReversalAdversary, ReversalConfig
 from ppreid_dist.training.runner import Runner, TrainingConfig
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
@@ -68,8 +69,8 @@ class Config(Settings):
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
-FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "engine.timeout", "training.log_every",
-         "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
+FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
+        "training.log_every", "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,7 +103,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     random.seed(config.seed)
     torch.manual_seed(config.seed)  # nothing of ours draws from it; a library's stray draw is at least repeated
     split = open_training(config.data)
-    engine = Engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
+    engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
     _check_world(config)
     classes, labels_N = np.unique(split.pids, return_inverse=True)
     with seeded(config.seed, _EXTRACTOR):
@@ -127,7 +128,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     if "gan" in kinds or "regression" in kinds:
         crowd = StrangersPlan(split.pids, config.reversal.batch, config.seed + 1, key="reversal.batch")
         reversal = _feed(config, split, source, crowd, labels_N, engine, _REVERSAL)
-    adversaries = [_adversary(kind, config, extractor.module, engine, reversal) for kind in kinds]
+    adversaries = [_adversary(kind, config, extractor, engine, reversal) for kind in kinds]
     weights = [adversary.weight for adversary in config.privacy.adversaries]
     runner = Runner(
         folder=folder,
@@ -152,6 +153,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         probe_every=config.probe.every,
         identity={
             **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
+            "engine.precision": engine.precision,
             "the training pictures": split.fingerprint,
             "the strangers' pictures": strangers_fingerprint,
         },
@@ -169,9 +171,10 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     except Stopped:
         engine.close()
         raise
+    finished = runner.finished()
     if engine.is_main:
         about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
-        save_extractor(folder / "model", runner.finished, config.model, config.data.size, about)
+        save_extractor(folder / "model", finished, config.model, config.data.size, about)
     engine.wait()
     engine.close()
     return result
@@ -213,7 +216,7 @@ def _feed(
     return Feed(open_at, plan=plan, labels_N=planned, augmentation=config.data.augment, seed=seed)
 
 
-def _adversary(kind: str, config: Config, extractor: Any, engine: Engine, reversal: Feed | None) -> Adversary:
+def _adversary(kind: str, config: Config, extractor: Player, engine: Engine, reversal: Feed | None) -> Adversary:
     if kind == "ridge":
         return RidgeAdversary(config.privacy.ridge, seed=config.seed)
     if kind == "distance_correlation":

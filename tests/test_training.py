@@ -25,7 +25,7 @@ from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
-from ppreid_dist.training.player import OptimiserConfig, learning_rate
+from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
 

@@ -109,7 +109,7 @@ class Decoder:
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
-            self.average.update(self.generator)
+            self.average.update(self.generator.state_dict())
             if opponent is not None:
                 opponent.learn(real_B3hw, fake_B3hw.detach(), x_BK)
 

@@ -1,9 +1,10 @@
 """The moving average of a module's weights."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -17,8 +18,11 @@ class Ema:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        for average, now in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(now.to(average), 1 - self.decay)
-        for copied, latest in zip(self.module.buffers(), module.buffers(), strict=True):
-            copied.copy_(latest)
+    def update(self, state: Mapping[str, Tensor]) -> None:
+        """``state`` is the original's ``state_dict()``."""
+        trained = {name for name, _ in self.module.named_parameters()}
+        for name, average in self.module.state_dict().items():
+            if name in trained:
+                average.lerp_(state[name].to(average), 1 - self.decay)
+            else:
+                average.copy_(state[name])

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.player import Player
 
@@ -40,11 +39,11 @@ class Adversary(ABC):
 
     kind: ClassVar[str]
 
-    def prepare(self, extractor: Extractor) -> dict[str, Tensor]:
+    def prepare(self, extractor: Player) -> dict[str, Tensor]:
         """The extractor's warm-up is over: reach a first plateau against it. Metrics."""
         return {}
 
-    def respond(self, extractor: Extractor, step: int) -> dict[str, Tensor]:
+    def respond(self, extractor: Player, step: int) -> dict[str, Tensor]:
         """Step A, before extractor step ``step``. Metrics, left on the device."""
         return {}
 
@@ -54,7 +53,8 @@ class Adversary(ABC):
 
     @abstractmethod
     def view(self) -> "View | None":
-        """What this adversary, as it stands, can do with features; None where it draws no pictures."""
+        """What this adversary, as it stands, can do with features; None where it draws no pictures. Asked of every
+        process, used by one."""
 
     @property
     def players(self) -> list[Player]:

@@ -15,12 +15,11 @@ process dies, the pointer names a whole checkpoint.
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppreid_dist.errors import DataError, RunError
 from ppreid_dist.storage import atomic, read_json, read_tensors, write_json, write_tensors, write_text
@@ -93,21 +92,10 @@ def load_tree(folder: Path) -> Any:
         raise RunError(f"{file}: not a whole checkpoint: {error} is missing") from None
 
 
-def optimiser_state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state; its hyperparameters come from the configuration and are not kept."""
-    return {"state": optimiser.state_dict()["state"]}
-
-
-def load_optimiser(optimiser: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restore what :func:`optimiser_state` gave, its integer keys having become strings."""
-    state = {int(key): value for key, value in saved["state"].items()}
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def load_module(module: nn.Module, state: dict[str, Any], file: Path) -> None:
-    """Load weights strictly; RunError naming ``file`` if they are another model's."""
+def load_weights(load: Callable[[dict[str, Any]], object], state: dict[str, Any], file: Path) -> None:
+    """Give a module's weights to what loads them; RunError naming ``file`` if they are another model's."""
     try:
-        module.load_state_dict(state)
+        load(state)
     except (RuntimeError, KeyError) as error:
         raise RunError(f"{file}: holds another model: {' '.join(str(error).split())[:200]}") from None
 

@@ -1,16 +1,20 @@
 """How modules are wrapped, losses are differentiated and processes are counted: Accelerate, and nothing else.
 
-Today's engine is DDP (or a single process). Every player has its own wrapper, so that the one that is active
-is the only one whose gradients are reduced.
+An :class:`Engine` is a process's hold on the group, a :class:`Held` its hold on one player. Here are both for DDP and
+for a single process; ``training.zero`` has them for DeepSpeed's ZeRO. Every player has its own wrapper and optimiser,
+so that the one that is active is the only one whose gradients are reduced.
 """
 
+import copy
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,11 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
-from ppreid_dist.errors import ConfigError
+from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
+from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched
+from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"  # torch 2.13
@@ -31,10 +37,17 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS
 
 @dataclass(kw_only=True)
 class EngineConfig(Settings):
+    kind: str = option(
+        "auto",
+        "how processes share a player: ddp (each has all of it), or DeepSpeed's zero1 (each has part of the moments), "
+        "zero2 (of the gradients, too), zero3 (of the weights, too); auto takes the launcher's word, else ddp",
+        choices=("auto", *KINDS),
+    )
     precision: str = option(
-        "no",
-        "bf16 runs the models under autocast; parameters, statistics and closed forms stay fp32",
-        choices=("no", "bf16"),
+        "auto",
+        "bf16 runs the models under autocast; parameters, statistics and closed forms stay fp32; auto takes the "
+        "launcher's word, else no",
+        choices=("auto", *PRECISIONS),
     )
     timeout: float = option(
         1800.0, "seconds after which a process that waits for another gives it up; a probe must end sooner", more_than=0
@@ -44,23 +57,142 @@ class EngineConfig(Settings):
     )
 
 
-class Engine:
-    """One process's hold on the group: device, precision, wrapping and backward."""
+class NotFinite(Exception):
+    """A gradient is NaN or infinite; raised on all ranks alike, before the optimiser's step."""
 
-    def __init__(self, config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any] = ()):
+
+class Held(ABC):
+    """One player in an engine's hands. All processes call every method but those of what :meth:`alone` returns.
+
+    ``module`` is bare, ``parameters`` are those that train. ``forward`` is what the active player is called through,
+    once for each :meth:`step`.
+    """
+
+    forward: Any
+
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig):
+        self.name, self.module, self.config = name, module, config
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    @abstractmethod
+    def step(self, loss: Tensor, lr: float) -> Tensor:
+        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite before anything is updated."""
+
+    @abstractmethod
+    def weights(self) -> Mapping[str, Tensor]:
+        """What ``module.state_dict()`` gives where the module is whole; only to be read, before the next step."""
+
+    @abstractmethod
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Set them, strictly. RuntimeError or KeyError if they are another module's."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """Of every trained parameter, by its number, what the optimiser knows: step, exp_avg, exp_avg_sq.
+
+        Empty before the first step. Hyperparameters come from the configuration and are not kept.
+        """
+
+    @abstractmethod
+    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set what :meth:`moments` gave, under whatever engine and number of processes."""
+
+    @abstractmethod
+    def copy(self) -> Any:
+        """A frozen module of its own with these weights, in eval mode."""
+
+    @abstractmethod
+    def alone(self) -> Any:
+        """What a single process may call and read while the player is frozen; not to be changed or kept."""
+
+
+class _Whole(Held):
+    """A player that every process has all of: DDP, or one process."""
+
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine"):
+        super().__init__(name, module, config)
+        self._engine = engine
+        self.forward = self._wrap()
+        self._optimiser = make_optimiser(self.parameters, config)
+
+    def _wrap(self) -> nn.Module:
+        if distributed.world_size() == 1:
+            return self.module
+        device = self._engine.device
+        # Buffers are equal on all ranks, since BatchNorm is synchronised: broadcasting them would be wasted.
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
+        # A Linear of one output has a gradient of other strides in an axis of length 1, which costs nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        return nn.parallel.DistributedDataParallel(
+            self.module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **buffers,
+        )
+
+    def step(self, loss: Tensor, lr: float) -> Tensor:
+        self._optimiser.zero_grad(set_to_none=True)
+        self._engine.accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
+        # The reduced gradient is the same on every rank, so all of them stop here together.
+        if not torch.isfinite(norm):
+            raise NotFinite(f"the gradient of the {self.name}")
+        for group in self._optimiser.param_groups:
+            group["lr"] = lr
+        self._optimiser.step()
+        return norm
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.module.state_dict()
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict(state)
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        return {str(number): known for number, known in self._optimiser.state_dict()["state"].items()}
+
+    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        state = {int(number): known for number, known in saved.items()}
+        self._optimiser.load_state_dict({"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]})
+
+    def copy(self) -> Any:
+        return copy.deepcopy(self.module).eval().requires_grad_(False)
+
+    def alone(self) -> Any:
+        return self.module
+
+
+class Engine:
+    """One process's hold on the group: device, precision, players. This one is DDP's, or a single process's."""
+
+    def __init__(
+        self,
+        kind: str,
+        precision: str,
+        *,
+        launched: Launched,
+        timeout: float,
+        run_folder: Path,
+        loggers: Sequence[Any] = (),
+    ):
+        self.kind, self.precision, self.launched = kind, precision, launched
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=config.precision,
-            log_with=list(loggers) or None,
-            project_dir=str(run_folder),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
+            log_with=list(loggers) or None, project_dir=str(run_folder), **self._options(timeout)
         )
         if self.accelerator.num_processes != expected or distributed.world_size() != expected:
             raise ConfigError(
                 f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees "
                 f"{self.accelerator.num_processes}; on CPU use `accelerate launch --multi_gpu --num_processes N`"
             )
+
+    def _options(self, timeout: float) -> dict[str, Any]:
+        """What Accelerate is to be opened with."""
+        return {
+            "cpu": not torch.cuda.is_available(),
+            "mixed_precision": self.precision,
+            "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        }
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +202,8 @@ class Engine:
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
-    def autocast(self) -> AbstractContextManager[None]:
-        return self.accelerator.autocast()
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def place(self, module: nn.Module) -> nn.Module:
         """The module on this process's device, its BatchNorm synchronised when several processes train.
@@ -80,19 +212,9 @@ class Engine:
         """
         return convert_batchnorm(module.to(self.device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """What the active player's forward must be called through. Frozen players are called bare."""
-        if distributed.world_size() == 1:
-            return module
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are equal on all ranks, since BatchNorm is synchronised: broadcasting them would be wasted.
-        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
-        # A Linear of one output has a gradient of other strides in an axis of length 1, which costs nothing.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **buffers)
-
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+    def hold(self, name: str, module: nn.Module, config: OptimiserConfig) -> Held:
+        """Take a player's module over, for good: placed, wrapped, with an optimiser."""
+        return _Whole(name, self.place(module), config, self)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -101,3 +223,17 @@ class Engine:
         """End the trackers, and forget Accelerate's global state: a process may train again, otherwise."""
         self.accelerator.end_training()
         AcceleratorState._reset_state()
+
+
+def open_engine(config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any] = ()) -> Engine:
+    """The engine that configuration and launcher agree on. ConfigError where they contradict each other."""
+    launched = Launched.read()
+    kind, precision = launched.agreed(config.kind, config.precision)
+    made = Engine
+    if kind != "ddp":
+        if find_spec("deepspeed") is None:
+            raise MissingExtra(f"engine.kind={kind}", "deepspeed")
+        from ppreid_dist.training.zero import ZeroEngine
+
+        made = ZeroEngine
+    return made(kind, precision, launched=launched, timeout=config.timeout, run_folder=run_folder, loggers=loggers)

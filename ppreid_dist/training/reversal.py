@@ -7,7 +7,6 @@ the same without critic and noise. Every random draw derives from (seed, turn), 
 Shapes: B this rank's rows, D feature, h×w the reversal's picture, z noise.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +22,14 @@ from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
 from ppreid_dist.models.critic import Critic, CriticConfig
 from ppreid_dist.models.ema import Ema
-from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.generator import Generator, GeneratorConfig
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.adversary import Adversary, Exposure, View
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import Feed
-from ppreid_dist.training.player import OptimiserConfig, Player
+from ppreid_dist.training.optimiser import OptimiserConfig
+from ppreid_dist.training.player import Player
 
 _WEIGHTS, _TURN, _ANSWER = 31, 32, 33  # tags of what is drawn from the seed
 
@@ -80,7 +79,7 @@ class ReversalAdversary(Adversary):
         kind: str,
         config: ReversalConfig,
         *,
-        extractor: Extractor,
+        extractor: Player,
         engine: Engine,
         feed: Feed,
         seed: int,
@@ -93,10 +92,13 @@ class ReversalAdversary(Adversary):
         self.noise_dim = config.generator.noise_dim if self.adversarial else 0
         with seeded(seed, _WEIGHTS):
             generator = Generator(
-                extractor.feature_dim, size=config.size, width=config.generator.width, noise_dim=self.noise_dim
+                extractor.module.feature_dim,
+                size=config.size,
+                width=config.generator.width,
+                noise_dim=self.noise_dim,
             )
             critic = Critic(
-                extractor.feature_dim,
+                extractor.module.feature_dim,
                 size=config.size,
                 width=config.critic.width,
                 spectral_norm=config.adversarial.regulariser == "spectral_norm",
@@ -104,44 +106,44 @@ class ReversalAdversary(Adversary):
         self.generator = Player("generator", generator, config.generator_optimiser, engine)
         self.critic = Player("critic", critic, config.critic_optimiser, engine) if self.adversarial else None
         lazy = config.lazy.mode
-        self.snapshot = _frozen_copy(self.generator.module) if lazy == "snapshot" else None
-        self.lagged = _frozen_copy(extractor) if lazy == "snapshot" else None
-        self.ema = Ema(self.generator.module, config.lazy.ema_decay) if lazy == "ema" else None
+        self.snapshot = self.generator.held.copy() if lazy == "snapshot" else None
+        self.lagged = extractor.held.copy() if lazy == "snapshot" else None
+        self.ema = Ema(self.generator.held.copy(), config.lazy.ema_decay) if lazy == "ema" else None
         self.turns = 0  # reversal steps done
         self.rounds = 0  # extractor steps answered
 
     # --- step A ---------------------------------------------------------------------------------------------
 
-    def prepare(self, extractor: Extractor) -> dict[str, Tensor]:
+    def prepare(self, extractor: Player) -> dict[str, Tensor]:
         self._take_lagged(extractor)
-        metrics = self._until_plateau(self.lagged or extractor, self.config.warm_steps)
+        metrics = self._until_plateau(self.lagged or extractor.module, self.config.warm_steps)
         self._take_snapshot()
         return metrics
 
-    def respond(self, extractor: Extractor, step: int) -> dict[str, Tensor]:
+    def respond(self, extractor: Player, step: int) -> dict[str, Tensor]:
         lazy, boundary = self.config.lazy, self.rounds % self.config.lazy.period == 0
         self.rounds += 1
         metrics: dict[str, Tensor] = {}
         if lazy.mode == "snapshot" and boundary:
             self._take_lagged(extractor)
-            metrics = self._until_plateau(self.lagged or extractor, lazy.catch_up)
+            metrics = self._until_plateau(self.lagged or extractor.module, lazy.catch_up)
             self._take_snapshot()
             return metrics
         if lazy.mode == "rare" and not boundary:
             return metrics
         for _ in range(self.config.steps):
-            metrics = self._turn(self.lagged or extractor)
+            metrics = self._turn(self.lagged or extractor.module)
             if self.ema is not None:
-                self.ema.update(self.generator.module)
+                self.ema.update(self.generator.held.weights())
         return metrics
 
-    def _take_lagged(self, extractor: Extractor) -> None:
+    def _take_lagged(self, extractor: Player) -> None:
         if self.lagged is not None:
-            self.lagged.load_state_dict(extractor.state_dict())
+            self.lagged.load_state_dict(extractor.held.weights())
 
     def _take_snapshot(self) -> None:
         if self.snapshot is not None:
-            self.snapshot.load_state_dict(self.generator.module.state_dict())
+            self.snapshot.load_state_dict(self.generator.held.weights())
 
     def _until_plateau(self, extractor: nn.Module, most: int) -> dict[str, Tensor]:
         """Turns until a window's mean error falls by less than the tolerance, ``most`` at the most."""
@@ -181,18 +183,19 @@ class ReversalAdversary(Adversary):
     def _critic_step(self, target: Tensor, stored: Tensor, noise: Tensor | None) -> Tensor:
         assert self.critic is not None
         options = self.config.adversarial
-        penalise = r1_due(self.turns, options)
         with torch.no_grad(), self.engine.autocast():
             drawn = self.generator.module(stored, noise)
-        real = target.detach().clone().requires_grad_(penalise)
+        real = target.detach()
         with self.critic.active() as forward:
             with self.engine.autocast():
                 # Real and drawn in one batch: one forward, one backward, whatever engine wraps the critic.
                 scores = forward(torch.cat([real, drawn.to(real.dtype)]), torch.cat([stored, stored]))
                 real_score, drawn_score = scores.chunk(2)
                 loss = critic_loss(real_score, drawn_score, options)
-            if penalise:
-                loss = loss + r1_penalty(real_score, real, options)
+            if r1_due(self.turns, options):
+                # Through the bare critic: the gradient inside R1 would look like the step's own to the wrapper's hooks.
+                real = real.clone().requires_grad_()
+                loss = loss + r1_penalty(self.critic.module(real, stored), real, options)
             self.critic.step(loss, progress=1.0)
         return loss.detach()
 
@@ -239,10 +242,6 @@ class ReversalAdversary(Adversary):
 
     def restore(self, counters: dict[str, Any]) -> None:
         self.turns, self.rounds = counters["turns"], counters["rounds"]
-
-
-def _frozen_copy(module: nn.Module) -> Any:
-    return copy.deepcopy(module).eval().requires_grad_(False)
 
 
 class _GeneratorView(View):

@@ -27,9 +27,9 @@ from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary, View
-from ppreid_dist.training.engine import Engine
+from ppreid_dist.training.engine import Engine, NotFinite
 from ppreid_dist.training.feed import Feed
-from ppreid_dist.training.player import NotFinite, Player
+from ppreid_dist.training.player import Player
 from ppreid_dist.training.state import GameState, Position
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
 from ppreid_dist.training.stopping import StopRequests
@@ -81,7 +81,7 @@ class Runner:
         self.batch_rows = batch_rows
         self.total = max(1, config.images // batch_rows)
         self.game_from = round(self.total * config.warm) if adversaries else self.total
-        self.ema = Ema(extractor.module, config.ema) if config.ema else None
+        self.ema = Ema(extractor.held.copy(), config.ema) if config.ema else None
         self.state = GameState(
             folder,
             config.keep,
@@ -147,20 +147,19 @@ class Runner:
 
     def _round(self) -> None:
         strength, strangers = self.strength(self.step), None
-        frozen = self.extractor.module
         if self.step >= self.game_from and not self.at.prepared:
             for adversary in self.adversaries:
-                self.averages.note(adversary.prepare(frozen), adversary.kind)
+                self.averages.note(adversary.prepare(self.extractor), adversary.kind)
             self.at.prepared = True
         if self._plays(self.step):
             for adversary in self.adversaries:
-                self.averages.note(adversary.respond(frozen, self.step), adversary.kind)
+                self.averages.note(adversary.respond(self.extractor, self.step), adversary.kind)
             strangers = self.strangers[self._played(self.step)] if self.strangers is not None else None
         terms = self.extractor_step(
             self.labelled[self.step], strangers, step=self.step, strength=strength, progress=self.step / self.total
         )
         if self.ema is not None:
-            self.ema.update(self.extractor.module)
+            self.ema.update(self.extractor.held.weights())
         self.averages.note(terms | {"privacy/strength": torch.tensor(strength)})
 
     def _plays(self, step: int) -> bool:
@@ -170,10 +169,9 @@ class Runner:
         """The number of this round among those in which the game is played."""
         return (step - self.game_from) // self.privacy.every
 
-    @property
     def finished(self) -> Any:
-        """The extractor to keep: the averaged one, where there is one."""
-        return self.extractor.module if self.ema is None else self.ema.module
+        """The extractor to keep: the averaged one, where there is one. Asked of every process, used by one."""
+        return self.extractor.held.alone() if self.ema is None else self.ema.module
 
     def strength(self, step: int) -> float:
         """λ at an extractor step: 0 in the warm-up, then a linear ramp to ``privacy.weight``. Where the game is played
@@ -208,9 +206,9 @@ class Runner:
 
     def _run_probe(self) -> None:
         assert self.probe is not None
+        extractor, views = self.finished(), [adversary.view() for adversary in self.adversaries]
         if self.engine.is_main:
-            views = [view for adversary in self.adversaries if (view := adversary.view()) is not None]
-            found = self.probe(self.finished, views, self.step)
+            found = self.probe(extractor, [view for view in views if view is not None], self.step)
             values = {f"probe/{name}": value for name, value in found.items()}
             self.engine.accelerator.log({"images": self.step * self.batch_rows, **values}, step=self.step)
         self.engine.wait()

@@ -11,14 +11,7 @@ from ppreid_dist import distributed
 from ppreid_dist.errors import RunError
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.training.adversary import Adversary
-from ppreid_dist.training.checkpoint import (
-    CheckpointFolder,
-    load_module,
-    load_optimiser,
-    load_tree,
-    optimiser_state,
-    write_tree,
-)
+from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree, load_weights, write_tree
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.player import Player
 
@@ -65,19 +58,21 @@ class GameState:
         return averaged | {f"{kind}.{name}": module for kind, who in each for name, module in who.frozen.items()}
 
     def tree(self, position: Position) -> dict[str, Any]:
+        """The whole game, whatever engine plays it. Called by every process: each may have a part of it only."""
         return {
             **asdict(position),
             "identity": self.identity,
             "adversaries": {kind: adversary.counters() for kind, adversary in self.adversaries.items()},
-            "modules": {name: player.module.state_dict() for name, player in self.players.items()},
+            "modules": {name: player.held.weights() for name, player in self.players.items()},
             "frozen": {name: module.state_dict() for name, module in self.frozen().items()},
-            "optimisers": {name: optimiser_state(player.optimiser) for name, player in self.players.items()},
+            "optimisers": {name: {"state": player.held.moments()} for name, player in self.players.items()},
         }
 
     def save(self, position: Position) -> None:
         """A checkpoint, written by the main process while the others wait."""
+        tree = self.tree(position)
         if self.engine.is_main:
-            self.checkpoints.save(position.step, self.tree(position))
+            self.checkpoints.save(position.step, tree)
         self.engine.wait()
 
     def restore(self) -> Position | None:
@@ -91,10 +86,10 @@ class GameState:
                 was = saved["identity"].get(key)
                 raise RunError(f"{newest}: can't resume, {key} was {was!r} and is now {value!r}")
         for name, player in self.players.items():
-            load_module(player.module, saved["modules"][name], newest)
-            load_optimiser(player.optimiser, saved["optimisers"][name])
+            load_weights(player.held.load_weights, saved["modules"][name], newest)
+            player.held.load_moments(saved["optimisers"][name]["state"])
         for name, module in self.frozen().items():
-            load_module(module, saved["frozen"][name], newest)
+            load_weights(module.load_state_dict, saved["frozen"][name], newest)
         for kind, adversary in self.adversaries.items():
             adversary.restore(saved["adversaries"][kind])
         return Position(**{name: saved[name] for name in asdict(Position())})
@@ -114,8 +109,8 @@ class GameState:
 
     def keep_failed(self, position: Position, seen: Mapping[str, Any]) -> Path:
         """Write all weights from before the step that failed, and what it saw; returns where."""
-        target = self.folder / f"not_finite_step_{position.step:08d}"
+        target, tree = self.folder / f"not_finite_step_{position.step:08d}", self.tree(position)
         if self.engine.is_main and not target.exists():
-            write_tree(target, {**self.tree(position), **seen})
+            write_tree(target, {**tree, **seen})
         self.engine.wait()
         return target

@@ -1,0 +1,104 @@
+"""What `accelerate launch` says by its environment: the engine, the precision and DeepSpeed's settings.
+
+A user's own `accelerate config` file arrives here. Nothing of it is dropped silently: what can't be done is refused.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppreid_dist.errors import ConfigError, DataError
+from ppreid_dist.storage import read_json
+
+KINDS = ("ddp", "zero1", "zero2", "zero3")
+PRECISIONS = ("no", "bf16")
+_PREFIX = "ACCELERATE_"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """``kind`` and ``precision`` are None where it doesn't say; ``deepspeed`` is what it says to DeepSpeed."""
+
+    kind: str | None = None
+    precision: str | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> "Launched":
+        """Of this process's environment. ConfigError for what no engine here can do."""
+        said = {key.removeprefix(_PREFIX): value for key, value in environment.items() if key.startswith(_PREFIX)}
+        precision = said.get("MIXED_PRECISION", "no").lower()
+        if precision not in PRECISIONS:
+            raise ConfigError(f"engine.precision: the launcher says {precision}; there are {', '.join(PRECISIONS)}")
+        # The launcher says "no" whether or not its user did.
+        found = None if precision == "no" else precision
+        if said.get("USE_DEEPSPEED", "false").lower() != "true":
+            return cls(precision=found)
+        deepspeed = _deepspeed(said)
+        if "torch_autocast" in deepspeed:
+            found = "bf16" if deepspeed["torch_autocast"].get("enabled") else "no"
+        return cls(kind=f"zero{deepspeed['zero_optimization']['stage']}", precision=found, deepspeed=deepspeed)
+
+    def agreed(self, kind: str, precision: str) -> tuple[str, str]:
+        """``engine.kind`` and ``engine.precision`` with `auto` resolved. ConfigError for a contradiction."""
+        return _agreed("kind", kind, self.kind, "ddp"), _agreed("precision", precision, self.precision, "no")
+
+
+def _agreed(key: str, configured: str, launched: str | None, otherwise: str) -> str:
+    if configured == "auto":
+        return launched or otherwise
+    if launched not in (None, configured):
+        raise ConfigError(
+            f"engine.{key}: the configuration says {configured} but the launcher says {launched}; leave it at auto, or "
+            f"launch without it"
+        )
+    return configured
+
+
+def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
+    """The launcher's DeepSpeed settings, from its JSON file or its flags, checked."""
+    if (file := said.get("DEEPSPEED_CONFIG_FILE", "none")) != "none":
+        try:
+            settings, where = read_json(Path(file)), file
+        except DataError as error:
+            raise ConfigError(str(error)) from None
+    else:
+        where = "the launcher's deepspeed_config"
+        offload = {
+            f"offload_{what}": {"device": said.get(f"DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")}
+            for what in ("optimizer", "param")
+        }
+        settings = {
+            "zero_optimization": {"stage": int(said.get("DEEPSPEED_ZERO_STAGE", "2")), **offload},
+            "gradient_accumulation_steps": said.get("GRADIENT_ACCUMULATION_STEPS", "1"),
+            "gradient_clipping": said.get("GRADIENT_CLIPPING", "auto"),
+        }
+    zero = settings.get("zero_optimization", {})
+    for wrong, reason in (
+        (zero.get("stage") not in (1, 2, 3), "zero_optimization.stage: 1, 2 or 3 (without ZeRO, launch as MULTI_GPU)"),
+        (_on(settings, "bf16"), "bf16: it rounds weights and BatchNorm's statistics; use torch_autocast"),
+        (_on(settings, "fp16"), "fp16: there is no loss scaling here; use torch_autocast with bfloat16"),
+        (
+            _on(settings, "torch_autocast") and settings["torch_autocast"].get("dtype") not in ("bfloat16", "bf16"),
+            "torch_autocast.dtype: only bfloat16",
+        ),
+        ("optimizer" in settings, "optimizer: every player has its own, see optimiser.name"),
+        ("scheduler" in settings, "scheduler: every player has its own, see optimiser.decay"),
+        (
+            str(settings.get("gradient_accumulation_steps", "auto")) not in ("1", "auto"),
+            "gradient_accumulation_steps: a batch is one step here",
+        ),
+        (
+            any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")),
+            "zero_optimization.offload: not supported",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{where}: {reason}")
+    return settings
+
+
+def _on(settings: Mapping[str, Any], section: str) -> bool:
+    return str(settings.get(section, {}).get("enabled", False)).lower() == "true"

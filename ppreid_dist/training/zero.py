@@ -1,0 +1,200 @@
+"""DeepSpeed's ZeRO through Accelerate: each process keeps a part of the moments (stage 1), of the gradients too (2), of
+the weights too (3).
+
+Learnt by trying, and held by tests/test_engines.py:
+- Accelerate takes one model an ``Accelerator`` under DeepSpeed, so every player has its own, and its own plugin.
+- Without ``backend="gloo"`` it trains one process on every rank where there is no GPU, and says nothing.
+- A torch optimiser goes in, so none of DeepSpeed's is compiled; its shared-memory collective still is, at first use.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from ppreid_dist import distributed
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.models.batchnorm import convert_batchnorm
+from ppreid_dist.training.engine import Engine, Held, NotFinite
+from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FLAG = "ACCELERATE_USE_DEEPSPEED"
+
+
+class ZeroEngine(Engine):
+    """One process's hold on a group that trains by ZeRO."""
+
+    @property
+    def stage(self) -> int:
+        return int(self.kind.removeprefix("zero"))
+
+    def _options(self, timeout: float) -> dict[str, Any]:
+        self._flag = os.environ.get(_FLAG)
+        backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
+        return {
+            "deepspeed_plugins": {"": self._plugin(0.0)},
+            "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend)],
+        }
+
+    def _plugin(self, clip: float) -> DeepSpeedPlugin:
+        said = copy.deepcopy(self.launched.deepspeed)
+        settings = said | {
+            "zero_optimization": {"stage": self.stage} | said.get("zero_optimization", {}),
+            # The size of the batch serves DeepSpeed's clock only.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            # Autocast leaves weights and BatchNorm's statistics in fp32, which DeepSpeed's own bf16 would not. No layer
+            # counts as "safe": the gradients of such are summed over processes in bf16.
+            "torch_autocast": {
+                "enabled": self.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
+            },
+        }  # fmt: skip
+        return DeepSpeedPlugin(hf_ds_config=settings)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        # Not channels last, as elsewhere: DeepSpeed lays all weights end to end, and can't send any that lie otherwise.
+        return convert_batchnorm(module.to(self.device))
+
+    def hold(self, name: str, module: nn.Module, config: OptimiserConfig) -> Held:
+        clip = self.launched.deepspeed.get("gradient_clipping", "auto")
+        if clip != "auto" and float(clip) != config.clip:
+            raise ConfigError(
+                f"optimiser.clip: {config.clip} for the {name}, but the launcher's gradient_clipping is {clip}"
+            )
+        state = self.accelerator.state
+        key = f"{len(state.deepspeed_plugins)} {name}"
+        state.deepspeed_plugins[key] = self._plugin(config.clip)
+        state.select_deepspeed_plugin(key)
+        return _Partitioned(name, self.place(module), config, stage=self.stage)
+
+    def close(self) -> None:
+        super().close()
+        if self._flag is None:  # Accelerate set it, and would take it for the launcher's word next time
+            os.environ.pop(_FLAG, None)
+
+
+class _Partitioned(Held):
+    """A player of which every process has a part."""
+
+    parameters: list[Any]  # to which DeepSpeed adds attributes
+
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, *, stage: int):
+        super().__init__(name, module, config)
+        self._partitioned = stage == 3
+        self._device = next(module.parameters()).device
+        # What DeepSpeed has taken over can't be copied: it holds hooks, groups and, in stage 3, empty weights.
+        self._shape = copy.deepcopy(module).to("meta")
+        self._accelerator = Accelerator()
+        self.forward, _ = self._accelerator.prepare(module, make_optimiser(self.parameters, config))
+        self._zero = self.forward.optimizer
+        self._steps = 0
+
+    def step(self, loss: Tensor, lr: float) -> Tensor:
+        # DeepSpeed's own engine, since Accelerate's backward would step and hide how that went: DeepSpeed looks at the
+        # norm of the reduced gradient, the same on every rank, and if it isn't finite leaves all as it was, silently.
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self.forward.backward(loss)
+        self.forward.step()
+        if not self.forward.was_step_applied():
+            raise NotFinite(f"the gradient of the {self.name}")
+        self._steps += 1
+        return torch.as_tensor(self.forward.get_global_grad_norm())
+
+    def weights(self) -> Mapping[str, Tensor]:
+        if not self._partitioned:
+            return self.module.state_dict()
+        with self._gathered():
+            return {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        with self._gathered(modifier_rank=0):
+            self.module.load_state_dict(state)
+        self._zero.refresh_fp32_params()
+
+    def _gathered(self, modifier_rank: int | None = None) -> AbstractContextManager[None]:
+        """Within it the module is whole; nothing happens where it is so anyway."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank, enabled=self._partitioned)
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_optimizer_state as full
+
+        if not self._steps:
+            return {}
+        with self._trainable():
+            return {
+                str(number): {"step": torch.tensor(float(self._steps))} | {key: full(p, key) for key in _MOMENTS}
+                for number, p in enumerate(self.parameters)
+            }
+
+    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not saved:
+            return
+        self._steps = int(next(iter(saved.values()))["step"])
+        # Adam makes its state in the first step, and there is nothing to write into before.
+        for flat in self._flat:
+            zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
+            self._zero.optimizer.state[flat] = {"step": torch.tensor(float(self._steps)), **zeros}
+        if not self._partitioned:
+            self._zero._lazy_init_hp_params_optimizer_state()
+        with self._trainable():
+            for number, parameter in enumerate(self.parameters):
+                for key in _MOMENTS:
+                    whole = saved[str(number)][key].to(self._device)
+                    if self._partitioned:
+                        # Not the full one, which fails where the processes don't share a parameter evenly.
+                        safe_set_local_optimizer_state(parameter, _part(whole, parameter.ds_tensor.numel()), key)
+                    else:
+                        safe_set_full_optimizer_state(parameter, whole, key)
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """This process's part of the weights, as the optimiser sees it."""
+        if self._partitioned:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    @contextmanager
+    def _trainable(self) -> Iterator[None]:
+        """DeepSpeed has no moments to show of a parameter that is frozen for the moment."""
+        before = [p.requires_grad for p in self.parameters]
+        for p in self.parameters:
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p, was in zip(self.parameters, before, strict=True):
+                p.requires_grad_(was)
+
+    @torch.no_grad()
+    def copy(self) -> Any:
+        twin = copy.deepcopy(self._shape).to_empty(device=self._device)
+        twin.load_state_dict(self.weights())
+        for into, buffer in zip(twin.buffers(), self.module.buffers(), strict=True):  # some are not in the state
+            into.copy_(buffer)
+        return twin.eval().requires_grad_(False)
+
+    def alone(self) -> Any:
+        return self.copy() if self._partitioned else self.module
+
+
+def _part(whole: Tensor, size: int) -> Tensor:
+    """This process's ``size`` elements of a tensor that all of them share, the last one's filled up with zeros."""
+    flat = whole.flatten()
+    flat = nn.functional.pad(flat, (0, size * distributed.world_size() - len(flat)))
+    return flat[distributed.rank() * size :][:size]
