@@ -212,8 +212,11 @@ class Engine:
         """
         return convert_batchnorm(module.to(self.device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
-    def hold(self, name: str, module: nn.Module, config: OptimiserConfig) -> Held:
-        """Take a player's module over, for good: placed, wrapped, with an optimiser."""
+    def hold(self, name: str, module: nn.Module, config: OptimiserConfig, *, twice: bool = False) -> Held:
+        """Take a player's module over, for good: placed, wrapped, with an optimiser.
+
+        ``twice`` says that a loss holds a gradient of the module, so that it is differentiated twice.
+        """
         return _Whole(name, self.place(module), config, self)
 
     def wait(self) -> None:

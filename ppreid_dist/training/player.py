@@ -17,9 +17,9 @@ class Player:
     whenever they are used or read. What one process does alone, it does with ``held.alone()``.
     """
 
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: Engine):
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: Engine, *, twice: bool = False):
         self.name, self.config = name, config
-        self.held = engine.hold(name, module, config)
+        self.held = engine.hold(name, module, config, twice=twice)
         self.module: Any = self.held.module
         self._set(False)
 

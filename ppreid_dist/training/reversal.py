@@ -104,7 +104,10 @@ class ReversalAdversary(Adversary):
                 spectral_norm=config.adversarial.regulariser == "spectral_norm",
             )
         self.generator = Player("generator", generator, config.generator_optimiser, engine)
-        self.critic = Player("critic", critic, config.critic_optimiser, engine) if self.adversarial else None
+        twice = config.adversarial.regulariser == "r1"
+        self.critic = (
+            Player("critic", critic, config.critic_optimiser, engine, twice=twice) if self.adversarial else None
+        )
         lazy = config.lazy.mode
         self.snapshot = self.generator.held.copy() if lazy == "snapshot" else None
         self.lagged = extractor.held.copy() if lazy == "snapshot" else None

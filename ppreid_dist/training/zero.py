@@ -29,6 +29,11 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLAG = "ACCELERATE_USE_DEEPSPEED"
 
 
+class _Plugin(DeepSpeedPlugin):
+    def set_deepspeed_weakref(self) -> None:
+        """Nothing: transformers would be told of stage 3, and make every backbone in parts from then on."""
+
+
 class ZeroEngine(Engine):
     """One process's hold on a group that trains by ZeRO."""
 
@@ -40,14 +45,14 @@ class ZeroEngine(Engine):
         self._flag = os.environ.get(_FLAG)
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
         return {
-            "deepspeed_plugins": {"": self._plugin(0.0)},
+            "deepspeed_plugins": {"": self._plugin(self.stage, 0.0)},
             "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend)],
         }
 
-    def _plugin(self, clip: float) -> DeepSpeedPlugin:
+    def _plugin(self, stage: int, clip: float) -> DeepSpeedPlugin:
         said = copy.deepcopy(self.launched.deepspeed)
         settings = said | {
-            "zero_optimization": {"stage": self.stage} | said.get("zero_optimization", {}),
+            "zero_optimization": {**said.get("zero_optimization", {}), "stage": stage},
             # The size of the batch serves DeepSpeed's clock only.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -60,13 +65,13 @@ class ZeroEngine(Engine):
                 "enabled": self.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
             },
         }  # fmt: skip
-        return DeepSpeedPlugin(hf_ds_config=settings)
+        return _Plugin(hf_ds_config=settings, zero3_init_flag=False)
 
     def place(self, module: nn.Module) -> nn.Module:
         # Not channels last, as elsewhere: DeepSpeed lays all weights end to end, and can't send any that lie otherwise.
         return convert_batchnorm(module.to(self.device))
 
-    def hold(self, name: str, module: nn.Module, config: OptimiserConfig) -> Held:
+    def hold(self, name: str, module: nn.Module, config: OptimiserConfig, *, twice: bool = False) -> Held:
         clip = self.launched.deepspeed.get("gradient_clipping", "auto")
         if clip != "auto" and float(clip) != config.clip:
             raise ConfigError(
@@ -74,9 +79,11 @@ class ZeroEngine(Engine):
             )
         state = self.accelerator.state
         key = f"{len(state.deepspeed_plugins)} {name}"
-        state.deepspeed_plugins[key] = self._plugin(config.clip)
+        # Stage 3 takes a layer's weights away after its gradient, and fails where that gradient is differentiated.
+        stage = min(2, self.stage) if twice else self.stage
+        state.deepspeed_plugins[key] = self._plugin(stage, config.clip)
         state.select_deepspeed_plugin(key)
-        return _Partitioned(name, self.place(module), config, stage=self.stage)
+        return _Partitioned(name, self.place(module), config, stage=stage)
 
     def close(self) -> None:
         super().close()
@@ -127,7 +134,9 @@ class _Partitioned(Held):
         """Within it the module is whole; nothing happens where it is so anyway."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank, enabled=self._partitioned)
+        return deepspeed.zero.GatheredParameters(
+            list(self.module.parameters()), modifier_rank, enabled=self._partitioned
+        )
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state as full
