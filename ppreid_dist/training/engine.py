@@ -56,6 +56,11 @@ class EngineConfig(Settings):
         [], "besides metrics.jsonl: these trackers, through Accelerate (extra: track)", choices=("tensorboard", "wandb")
     )
 
+    def __post_init__(self) -> None:
+        if self.precision == "False":
+            self.precision = "no"  # YAML reads a bare no as false
+        super().__post_init__()
+
 
 class NotFinite(Exception):
     """A gradient is NaN or infinite; raised on all ranks alike, before the optimiser's step."""

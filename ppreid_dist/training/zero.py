@@ -9,6 +9,7 @@ Learnt by trying, and held by tests/test_engines.py:
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -43,6 +44,7 @@ class ZeroEngine(Engine):
 
     def _options(self, timeout: float) -> dict[str, Any]:
         self._flag = os.environ.get(_FLAG)
+        warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
         return {
             "deepspeed_plugins": {"": self._plugin(self.stage, 0.0)},
@@ -134,9 +136,8 @@ class _Partitioned(Held):
         """Within it the module is whole; nothing happens where it is so anyway."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(
-            list(self.module.parameters()), modifier_rank, enabled=self._partitioned
-        )
+        everything = list(self.module.parameters())
+        return deepspeed.zero.GatheredParameters(everything, modifier_rank, enabled=self._partitioned)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state as full
