@@ -31,6 +31,9 @@ _FLAG = "ACCELERATE_USE_DEEPSPEED"
 
 
 class _Plugin(DeepSpeedPlugin):
+    def _deepspeed_config_checks(self) -> None:
+        """Nothing: `training.launcher` has looked at the launcher's flags, which Accelerate wants absent here."""
+
     def set_deepspeed_weakref(self) -> None:
         """Nothing: transformers would be told of stage 3, and make every backbone in parts from then on."""
 
@@ -43,6 +46,11 @@ class ZeroEngine(Engine):
         return int(self.kind.removeprefix("zero"))
 
     def _options(self, timeout: float) -> dict[str, Any]:
+        if "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                f"engine.kind: {self.kind} shares players over processes, but nothing has launched any; use "
+                f"`accelerate launch` or torchrun, or engine.kind=ddp"
+            )
         self._flag = os.environ.get(_FLAG)
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
@@ -105,7 +113,10 @@ class _Partitioned(Held):
         # What DeepSpeed has taken over can't be copied: it holds hooks, groups and, in stage 3, empty weights.
         self._shape = copy.deepcopy(module).to("meta")
         self._accelerator = Accelerator()
-        self.forward, _ = self._accelerator.prepare(module, make_optimiser(self.parameters, config))
+        try:
+            self.forward, _ = self._accelerator.prepare(module, make_optimiser(self.parameters, config))
+        except ValueError as error:  # how Accelerate and DeepSpeed refuse a setting
+            raise ConfigError(f"DeepSpeed's settings: {' '.join(str(error).split())}") from error
         self._zero = self.forward.optimizer
         self._steps = 0
 
