@@ -1,0 +1,304 @@
+"""The Slurm door: what slurm/train.sh asks of Slurm (of stand-ins that write it down), and a preemption on a real one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_cluster
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slurm
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+
+# Stands for srun, scontrol, scancel, squeue and python, by its name: writes down how it was called and acts its part.
+STAND_IN = """#!{python} -S
+import json, os, signal, subprocess, sys, time
+
+name, arguments = os.path.basename(sys.argv[0]), sys.argv[1:]
+if name == "python" and arguments[0] == "-c":
+    os.execv("{python}", ["{python}", *arguments])
+seen = {{key: value for key, value in os.environ.items() if not key.startswith("BASH")}}
+call = {{"name": name, "arguments": arguments, "environment": seen, "pids": [os.getpid(), os.getppid()]}}
+log = os.open(os.environ["CALLS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+os.write(log, json.dumps(call).encode() + b"\\n")
+
+
+def srun():
+    command, count = arguments[arguments.index("bash"):], int(os.environ.get("TASKS", "1"))
+    tasks = [
+        subprocess.Popen(command, start_new_session=True,
+                         env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_NTASKS": str(count), "SLURM_LOCALID": str(i)}})
+        for i in range(count)
+    ]
+    while any(task.poll() is None for task in tasks):
+        if "--kill-on-bad-exit=1" in arguments and any(task.poll() for task in tasks):
+            for task in tasks:
+                if task.poll() is None:
+                    os.killpg(task.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks)
+
+
+def python():
+    rank = int(os.environ["RANK"])
+    status = os.environ.get("STATUS", "stay," * (rank + 1)).split(",")[rank]
+    if status != "stay":
+        return int(status)
+    heard = []
+    time.sleep(float(os.environ.get("DEAF", "0")))
+    signal.signal(signal.SIGUSR2, lambda *_: heard.append(True))
+    open(os.environ["CALLS"] + f".listens{{rank}}", "w").close()
+    deadline = time.monotonic() + 20
+    while not heard:
+        if time.monotonic() > deadline:
+            return 99
+        time.sleep(0.01)
+    time.sleep(0.3 * rank)  # the last to leave isn't killed
+    return 75
+
+
+def scancel():
+    for line in open(os.environ["CALLS"]):
+        call = json.loads(line)
+        if call["name"] == "python":  # Slurm signals the task's shell as well
+            for pid in call["pids"]:
+                try:
+                    os.kill(pid, signal.SIGUSR2)
+                except ProcessLookupError:
+                    pass
+    return 0
+
+
+def squeue():
+    print(os.environ.get("STATE", "RUNNING None"))
+    return 0
+
+
+def scontrol():
+    if arguments[:2] == ["show", "hostnames"]:
+        print("first\\nsecond")
+    return int(os.environ.get("SCONTROL", "0")) if arguments[0] == "requeue" else 0
+
+
+sys.exit(globals()[name]())
+"""
+
+
+@dataclass
+class Door:
+    """A repository of nothing but the Slurm door, in a folder with a space in its name, and stand-ins for Slurm."""
+
+    root: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", "slurm/train.sh", *arguments], cwd=self.root, env={**self.environment, **environment},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, expect: int = 0, **environment: str) -> str:
+        """What it says."""
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == expect, out + err
+        return out + err
+
+    def calls(self, name: str) -> list[dict[str, Any]]:
+        log = Path(self.environment["CALLS"])
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [call for call in map(json.loads, lines) if call["name"] == name]
+
+    def requeued(self) -> list[str]:
+        """The jobs that were asked to be requeued."""
+        return [call["arguments"][1] for call in self.calls("scontrol") if call["arguments"][0] == "requeue"]
+
+    def until_listening(self, ranks: int) -> None:
+        deadline = time.monotonic() + 20
+        while not all(Path(f"{self.environment['CALLS']}.listens{rank}").exists() for rank in range(ranks)):
+            assert time.monotonic() < deadline, "the tasks did not start"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    root, programs = tmp_path / "the repository", tmp_path / "stand ins"
+    root.mkdir()
+    shutil.copytree(ROOT / "slurm", root / "slurm", ignore=shutil.ignore_patterns("site.sh"))
+    (root / "train.py").touch()
+    (root / "a run.yaml").write_text("output: runs/a run\n")
+    programs.mkdir()
+    for name in ("srun", "scontrol", "scancel", "squeue", "python"):
+        (programs / name).write_text(STAND_IN.format(python=sys.executable))
+        (programs / name).chmod(0o755)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMP_NUM", "MASTER"))}
+    job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "whole[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    calls = {"CALLS": str(tmp_path / "calls"), "TMPDIR": str(tmp_path), "PATH": f"{programs}:{kept['PATH']}"}
+    return Door(root, {**kept, **job, **calls})
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_bash_can_read_it(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    done = subprocess.run(["shellcheck", "--external-sources", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# --- with stand-ins for Slurm -----------------------------------------------------------------------------------
+
+
+def test_each_task_is_a_rank_and_gets_every_argument_whole(door: Door) -> None:
+    door.run("a run.yaml", "data.root=/with a space", "data.augment={pad: 2}", TASKS="3", STATUS="0,0,0")
+    tasks = door.calls("python")
+    ranks = [[call["environment"][key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] for call in tasks]
+    assert sorted(ranks) == [["0", "3", "0"], ["1", "3", "1"], ["2", "3", "2"]]
+    for call in tasks:
+        assert call["arguments"] == [
+            "train.py", "--config", "a run.yaml", "--resume", "data.root=/with a space", "data.augment={pad: 2}",
+        ]  # fmt: skip
+
+
+def test_the_first_node_is_the_master_and_the_port_the_job_s_own(door: Door) -> None:
+    door.run("a run.yaml", STATUS="0", MASTER_ADDR="stale", MASTER_PORT="1")
+    door.run("a run.yaml", STATUS="0", SLURM_JOB_ID="70002")
+    assert [call["arguments"] for call in door.calls("scontrol")] == [["show", "hostnames", "whole[1-2]"]] * 2
+    first, second = (call["environment"] for call in door.calls("python"))
+    assert first["MASTER_ADDR"] == "first"
+    assert first["MASTER_PORT"] != second["MASTER_PORT"]
+    assert all(10_000 < int(seen["MASTER_PORT"]) < 32_768 for seen in (first, second))
+
+
+def test_on_gpus_a_task_each_with_its_share_of_the_cpus(door: Door) -> None:
+    door.run("a run.yaml", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="34")
+    asked = door.calls("srun")[0]["arguments"]
+    assert {"--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "--gpu-bind=none"} <= set(asked)
+    assert door.calls("python")[0]["environment"]["OMP_NUM_THREADS"] == "8"
+
+
+def test_on_cpus_the_job_s_own_tasks(door: Door) -> None:
+    door.run("a run.yaml", STATUS="0", SLURM_CPUS_PER_TASK="3")
+    asked = door.calls("srun")[0]["arguments"]
+    assert "--cpus-per-task=3" in asked and "--kill-on-bad-exit=1" in asked and "--export=ALL" in asked
+    assert not any(each.startswith(("--ntasks", "--gpu")) for each in asked)
+    assert door.calls("python")[0]["environment"]["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 137])
+def test_whatever_is_not_75_ends_the_job_with_that_status(door: Door, status: int) -> None:
+    door.run("a run.yaml", TASKS="2", STATUS=f"{status},{status}", expect=status)
+    assert door.requeued() == []
+
+
+def test_the_first_failure_is_the_job_s_status(door: Door) -> None:
+    """srun alone says 137: the other process was killed because of the first one's failure."""
+    door.run("a run.yaml", TASKS="2", STATUS="2,stay", expect=2)
+
+
+def test_75_requeues_the_job(door: Door) -> None:
+    said = door.run("a run.yaml", TASKS="2", STATUS="75,75", SLURM_RESTART_COUNT="3")
+    assert door.requeued() == ["70001"]
+    assert "saved; requeued, 4 of at most 50 times" in said
+
+
+def test_75_is_not_requeued_without_end(door: Door) -> None:
+    said = door.run("a run.yaml", STATUS="75", SLURM_RESTART_COUNT="5", REQUEUES_MAX="5", expect=75)
+    assert door.requeued() == []
+    assert "it was 5 times already" in said
+
+
+@pytest.mark.parametrize(("state", "comes_back"), [("COMPLETING None", False), ("COMPLETING TimeLimit", True)])
+def test_a_cancelled_job_stays_cancelled_and_a_late_one_comes_back(door: Door, state: str, comes_back: bool) -> None:
+    door.run("a run.yaml", STATUS="75", STATE=state, expect=0 if comes_back else 75)
+    assert door.requeued() == (["70001"] if comes_back else [])
+
+
+def test_a_requeue_that_fails_is_said(door: Door) -> None:
+    assert "scontrol requeue failed" in door.run("a run.yaml", STATUS="75", SCONTROL="1", expect=75)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_reaches_all_tasks_which_leave_unhurt(door: Door, number: signal.Signals) -> None:
+    process = door.start("a run.yaml", TASKS="2")
+    door.until_listening(2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, out + err
+    assert door.calls("scancel")[0]["arguments"] == ["--quiet", "--signal=USR2", "70001"]
+    assert door.requeued() == ["70001"]
+
+
+def test_a_signal_is_repeated_until_python_listens(door: Door) -> None:
+    process = door.start("a run.yaml", DEAF="1")
+    while not door.calls("python"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR2)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, out + err
+    assert len(door.calls("scancel")) == 2
+    assert door.requeued() == ["70001"]
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "70001", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+def test_an_array_gives_seeds_and_folders_of_their_own(door: Door) -> None:
+    door.run("a run.yaml", "seed=9", STATUS="0", **ARRAY)
+    door.run("a run.yaml", "output=else where", STATUS="0", **ARRAY)
+    first, second = (call["arguments"] for call in door.calls("python"))
+    assert first[-3:] == ["seed=9", "seed=3", "output=runs/a run/seed_3"]
+    assert second[-2:] == ["seed=3", "output=else where/seed_3"]
+
+
+def test_an_array_without_an_output_is_an_error(door: Door) -> None:
+    (door.root / "none.yaml").write_text("seed: 1\n")
+    assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **ARRAY)
+    assert door.calls("srun") == []
+
+
+def test_only_the_array_s_own_task_is_requeued(door: Door) -> None:
+    """The last task of an array bears the array's number, by which all its tasks would be requeued."""
+    door.run("a run.yaml", STATUS="75", **ARRAY)
+    assert door.requeued() == ["70001_3"]
+    assert f"--jobs={door.requeued()[0]}" in door.calls("squeue")[0]["arguments"]
+
+
+def test_the_site_s_file_is_sourced_however_careless(door: Door) -> None:
+    (door.root / "slurm" / "site.sh").write_text(
+        'false; echo "$NO_SUCH_VARIABLE"; export NCCL_SOCKET_IFNAME=ib0; MASTER_ADDR=first-ib\n'
+    )
+    door.run("a run.yaml", STATUS="0")
+    seen = door.calls("python")[0]["environment"]
+    assert (seen["NCCL_SOCKET_IFNAME"], seen["MASTER_ADDR"]) == ("ib0", "first-ib")
+
+
+def test_mistakes_at_the_start_are_one_line(door: Door) -> None:
+    assert door.run(expect=2).startswith("error: no configuration")
+    (door.root / "train.py").unlink()
+    assert door.run("a run.yaml", expect=2).startswith("error: submit it from the repository's root")
+    del door.environment["SLURM_JOB_ID"]
+    assert door.run("a run.yaml", expect=2).startswith("error: start it by: sbatch")
+
+
+def test_nothing_is_left_in_the_folder_of_temporary_files(door: Door, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    door.run("a run.yaml", STATUS="75")
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"calls"}
