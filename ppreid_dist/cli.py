@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from ppreid_dist import __version__
-from ppreid_dist.errors import PPReIDError
+from ppreid_dist.errors import PPReIDError, Stopped
 
-FAILED, BAD_INPUT = 1, 2
+FAILED, BAD_INPUT, STOPPED = 1, 2, 75
 _SETTINGS = "key=value"
+_log = logging.getLogger(__name__)
 
 
 def _parser(prog: str, description: str, schema_help: bool = False) -> argparse.ArgumentParser:
@@ -43,7 +44,9 @@ def _train(arguments: Sequence[str], prog: str = "ppreid train") -> int:
     from ppreid_dist.settings import load_settings
 
     config = load_settings(Config, options.config, options.settings)
-    result = train(config, resume=options.resume)
+    # A launcher that starts its processes again (--max_restarts) means them to go on.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    result = train(config, resume=options.resume or restarted)
     if os.environ.get("RANK", "0") == "0":
         _say(f"{config.output}: {result['steps']} steps, {result['images_per_second']} images/s, {result['seconds']} s")
     return 0
@@ -157,6 +160,9 @@ def _guard(work: Callable[[], int]) -> NoReturn:
     except PPReIDError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
+    except Stopped as stopped:
+        _log.info("%s; continue it by --resume", stopped)
+        sys.exit(STOPPED)
     except BrokenPipeError:
         sys.exit(FAILED)
 

@@ -69,3 +69,24 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a detached ``x`` over all processes, for logging."""
     return sum_over_ranks(x.detach()) / world_size()
+
+
+def any_rank(flag: Tensor) -> Tensor:
+    """The largest ``flag`` of all processes."""
+    if world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
+def chosen_by_main(value: Any) -> Any:
+    """``value`` as the first process has it (anything that pickles, sent between processes of one run)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another process died or hangs: torch's own errors, or gloo's plain ones."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())

@@ -17,6 +17,10 @@ class RunError(PPReIDError):
     """A run folder or checkpoint can't be used, or training met a value it must not go on from."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop and saved its state; the commands exit with status 75 (EX_TEMPFAIL): to be continued."""
+
+
 class MissingExtra(PPReIDError):
     """A feature needs an optional dependency that isn't installed."""
 

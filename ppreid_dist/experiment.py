@@ -18,7 +18,7 @@ from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
 from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
-from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.errors import ConfigError, RunError, Stopped
 from ppreid_dist.losses.identity import IdentityConfig
 from ppreid_dist.losses.triplet import TripletConfig
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
@@ -68,7 +68,7 @@ class Config(Settings):
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
-FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "training.log_every",
+FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.trackers", "engine.timeout", "training.log_every",
          "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
@@ -164,7 +164,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
     if engine.is_main:
         save_settings(config, folder / "config.yaml")
-    result = runner.run()
+    try:
+        result = runner.run()
+    except Stopped:
+        engine.close()
+        raise
     if engine.is_main:
         about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
         save_extractor(folder / "model", runner.finished, config.model, config.data.size, about)

@@ -252,3 +252,39 @@ def test_closed_and_abandoned_prefetchers_leave_no_thread():
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert threading.active_count() == before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("placement", ["resident", "indexed"])
+def test_a_few_damaged_pictures_are_named_and_replaced_by_the_same_person(tmp_path, caplog, placement):
+    write_shards(make_catalog(tmp_path / "raw"), tmp_path / "shards", progress=False)
+    split = ShardedSplit.open(tmp_path / "shards", "train")
+    whole = load_pictures(split, SIZE, backend="pillow", device=CPU, progress=False).images_N3HW
+    people = np.unique(split.pids)
+    bad = [int(np.flatnonzero(split.pids == pid)[-1]) for pid in people[:2]]
+    for row in bad:
+        _flip_a_byte(tmp_path / "shards/train-000000.tar", int(split.index.table_N["offset"][row]) + 9)
+    plan = PKPlan(split.pids, 5, 3, seed=0)
+    stands_in = np.arange(len(split))
+    stands_in[bad] = [int(np.flatnonzero(split.pids == pid)[0]) for pid in people[:2]]  # the next, round the end
+    with _open(split, plan, placement, damaged=2) as stream:
+        for batch in itertools.islice(stream, 4):
+            assert torch.equal(batch.images, whole[stands_in[plan.batch(batch.step)]])
+    named = [record.message for record in caplog.records if "replaced" in record.message]
+    assert len(named) == 2
+    assert all(any(split.keys[row] in line for line in named) for row in bad)
+    with (
+        pytest.raises(DataError, match=r"damaged pictures: 2; data\.stream\.damaged allows 1"),
+        _open(split, plan, placement, damaged=1) as stream,
+    ):
+        list(itertools.islice(stream, 4))
+
+
+@pytest.mark.faults
+def test_a_person_without_a_whole_picture_ends_it(tmp_path):
+    write_shards(make_catalog(tmp_path / "raw"), tmp_path / "shards", progress=False)
+    split = ShardedSplit.open(tmp_path / "shards", "train")
+    for row in np.flatnonzero(split.pids == split.pids[0]):
+        _flip_a_byte(tmp_path / "shards/train-000000.tar", int(split.index.table_N["offset"][row]) + 9)
+    with pytest.raises(DataError, match="as are all pictures of this person"):
+        _open(split, PKPlan(split.pids, 5, 3, seed=0), "resident", damaged=100)

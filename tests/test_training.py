@@ -145,13 +145,32 @@ def test_a_resume_with_other_data_is_refused(world: list[str], whole: Path, tmp_
         run(other, tmp_path / "run", resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(world: list[str], whole: Path, tmp_path: Path) -> None:
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing", "state"])
+def test_a_damaged_checkpoint_is_set_aside(
+    world: list[str], whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
     shutil.copytree(whole, tmp_path / "run")
     newest = CheckpointFolder(tmp_path / "run", 1).latest()
     assert newest is not None
-    file = newest / "tensors.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"tensors\.safetensors"):
+    file = newest / ("state.json" if how == "state" else "tensors.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data[:-100] if how == "cut" else data)
+    if how == "missing":
+        file.unlink()
+    resumed = run(world, tmp_path / "run", resume=True)
+    assert_same(last(whole), resumed)
+    assert f"{file}: not as it was written" in caplog.text or (how == "missing" and newest.name in caplog.text)
+    assert "going back to" in caplog.text
+    assert (newest.parent / f"damaged_{newest.name}").is_dir()
+
+
+def test_no_whole_checkpoint_is_one_line(world: list[str], whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/step_*/tensors.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"tensors\.safetensors: not as it was written; no other checkpoint is left"):
         run(world, tmp_path / "run", resume=True)
 
 

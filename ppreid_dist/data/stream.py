@@ -23,6 +23,7 @@ from ppreid_dist.data.decode import BACKENDS, Decoder, decode_masks
 from ppreid_dist.data.plan import Plan
 from ppreid_dist.data.prefetch import Prefetcher
 from ppreid_dist.data.shards import EXTENSIONS, ShardedSplit
+from ppreid_dist.data.tolerant import Tolerant
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.settings import Settings, option
 
@@ -43,6 +44,12 @@ class StreamConfig(Settings):
     )
     resident_limit_gb: float = option(4.0, "auto keeps a split resident up to this size (10^9 bytes)", at_least=0)
     prefetch: int = option(4, "batches read ahead when indexed or streamed", at_least=1)
+    damaged: int = option(
+        0,
+        "damaged training pictures that each process names and replaces by the next of the same person; one more ends "
+        "the run (not for webdataset, where the first does)",
+        at_least=0,
+    )
     pool: int = option(8192, "pictures in the pool from which webdataset batches are drawn", at_least=1)
 
 
@@ -94,8 +101,14 @@ class Source(Protocol):
 class ResidentSource:
     """A split decoded once and kept as uint8 on the device (Market-1501's training set at 256x128: 1.3 GB)."""
 
-    def __init__(self, split: ShardedSplit, size: tuple[int, int], *, backend: str, device: torch.device | str):
-        self._images = load_pictures(split, size, backend=backend, device=device, progress=False).images_N3HW
+    def __init__(
+        self, split: ShardedSplit, size: tuple[int, int], *, backend: str, device: torch.device | str, damaged: int
+    ):
+        self._images = torch.empty((len(split), 3, *size), dtype=torch.uint8, device=device)
+        tolerant = Tolerant(split, Decoder(backend, size, device), damaged)
+        for start in range(0, len(split), _LOAD):
+            rows = range(start, min(start + _LOAD, len(split)))
+            self._images[rows.start : rows.stop] = tolerant.decode(rows)
 
     def batch(self, rows: np.ndarray) -> Tensor:
         return self._images[torch.from_numpy(rows).to(self._images.device)]
@@ -104,13 +117,13 @@ class ResidentSource:
 class IndexedSource:
     """Reads the rows asked for at their offsets and decodes them."""
 
-    def __init__(self, split: ShardedSplit, size: tuple[int, int], *, backend: str, device: torch.device | str):
-        self._split, self._decoder = split, Decoder(backend, size, device)
+    def __init__(
+        self, split: ShardedSplit, size: tuple[int, int], *, backend: str, device: torch.device | str, damaged: int
+    ):
+        self._tolerant = Tolerant(split, Decoder(backend, size, device), damaged)
 
     def batch(self, rows: np.ndarray) -> Tensor:
-        chosen = rows.tolist()
-        keys = [self._split.index.key(i) for i in chosen]
-        return self._decoder.decode([self._split.image_bytes(i) for i in chosen], keys)
+        return self._tolerant.decode(rows.tolist())
 
 
 class WebDatasetSource:
@@ -219,13 +232,13 @@ def open_source(
 ) -> Source | WebDatasetSource:
     """Where the pictures of ``split`` come from, by ``config``; several streams may share one source.
 
-    Raises DataError for damage that a resident source meets as it decodes the split.
+    Raises DataError for more damage than ``config.damaged`` allows, which a resident source meets as it decodes.
     """
     placement = choose_placement(config, len(split), size)
     if placement == "resident":
-        return ResidentSource(split, size, backend=config.backend, device=device)
+        return ResidentSource(split, size, backend=config.backend, device=device, damaged=config.damaged)
     if placement == "indexed":
-        return IndexedSource(split, size, backend=config.backend, device=device)
+        return IndexedSource(split, size, backend=config.backend, device=device, damaged=config.damaged)
     decoder = Decoder(config.backend, size, device)
     return WebDatasetSource(split.urls, decoder, only=frozenset(split.keys), pool=config.pool)
 

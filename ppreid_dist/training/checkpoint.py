@@ -4,12 +4,16 @@
         step_00001200/
             tensors.safetensors     every player's weights and optimiser moments, every snapshot
             state.json              counters, configuration, data fingerprint, the optimisers' numbers
+            SHA256SUMS              of both, as `sha256sum -c` reads them
+        damaged_step_00000900/      what could not be read and was set aside
         latest                      the name of the newest whole one
 
 A checkpoint is staged, synced and renamed, then the pointer moves, and only then are old ones pruned: whenever the
 process dies, the pointer names a whole checkpoint.
 """
 
+import hashlib
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +24,9 @@ from torch import Tensor, nn
 
 from ppreid_dist.errors import DataError, RunError
 from ppreid_dist.storage import atomic, read_json, read_tensors, write_json, write_tensors, write_text
+
+_FILES, _SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
+_log = logging.getLogger(__name__)
 
 
 def flatten(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -53,8 +60,26 @@ def write_tree(folder: Path, tree: Any) -> None:
         try:
             write_tensors(staged / "tensors.safetensors", tensors)
             write_json(staged / "state.json", skeleton)
+            write_text(staged / _SUMS, "".join(f"{_sha256(staged / name)}  {name}\n" for name in _FILES))
         except DataError as error:  # name the place that the user knows
             raise DataError(str(error).replace(str(staged), str(folder))) from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, in one line; None if they are as they were written."""
+    try:
+        lines = [line.split("  ", 1) for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()]
+        if [name for _, name in lines] != list(_FILES):
+            return f"{folder / _SUMS}: not as it was written"
+        changed = next((name for digest, name in lines if _sha256(folder / name) != digest), None)
+        return changed and f"{folder / changed}: not as it was written"
+    except (OSError, ValueError) as error:
+        return f"{folder}: can't be read: {error}"
 
 
 def load_tree(folder: Path) -> Any:
@@ -94,9 +119,31 @@ class CheckpointFolder:
         self.folder, self._keep = run_folder / "checkpoints", keep
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """What the pointer names, or None."""
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose files are as they were written; newer ones are set aside, which is said.
+
+        None where there is no checkpoint at all; RunError where none is whole. Call on one process only.
+        """
+        found = sorted(self.folder.glob("step_*"), reverse=True)
+        problem = None
+        for folder in found:
+            if (wrong := damage(folder)) is None:
+                if problem is not None:
+                    _log.warning("going back to %s", folder)
+                    write_text(self.folder / "latest", folder.name + "\n")
+                return folder
+            problem = problem or wrong
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            _log.warning("%s; set aside as %s", wrong, aside.name)
+        if problem is not None:
+            raise RunError(f"{problem}; no other checkpoint is left")
+        return None
 
     def save(self, step: int, tree: Any) -> Path:
         """Write the checkpoint of ``step``, point to it, prune. Call on one process only."""

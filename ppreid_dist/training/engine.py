@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
@@ -34,6 +36,9 @@ class EngineConfig(Settings):
         "bf16 runs the models under autocast; parameters, statistics and closed forms stay fp32",
         choices=("no", "bf16"),
     )
+    timeout: float = option(
+        1800.0, "seconds after which a process that waits for another gives it up; a probe must end sooner", more_than=0
+    )
     trackers: list[str] = option(
         [], "besides metrics.jsonl: these trackers, through Accelerate (extra: track)", choices=("tensorboard", "wandb")
     )
@@ -49,6 +54,7 @@ class Engine:
             mixed_precision=config.precision,
             log_with=list(loggers) or None,
             project_dir=str(run_folder),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
         )
         if self.accelerator.num_processes != expected or distributed.world_size() != expected:
             raise ConfigError(

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ppreid_dist import distributed
-from ppreid_dist.errors import RunError
+from ppreid_dist.errors import RunError, Stopped
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
@@ -32,6 +32,7 @@ from ppreid_dist.training.feed import Feed
 from ppreid_dist.training.player import NotFinite, Player
 from ppreid_dist.training.state import GameState, Position
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
+from ppreid_dist.training.stopping import StopRequests
 from ppreid_dist.training.tracking import Averages, rewind_metrics
 
 Probe = Callable[[nn.Module, list[View], int], dict[str, float]]
@@ -91,6 +92,7 @@ class Runner:
             identity=identity,
         )
         self.at = Position()
+        self.requests = StopRequests(folder, engine.device)
         self.averages = Averages(engine.device)
 
     @property
@@ -101,13 +103,17 @@ class Runner:
     # --- the loop -------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Train from ``self.step`` to the end; returns what result.json holds. RunError if a gradient is not finite."""
+        """Train from ``self.step`` to the end; returns what result.json holds.
+
+        RunError if a gradient is not finite or another process is lost; Stopped, with a checkpoint, if asked to stop.
+        """
         bar = tqdm(
             total=self.total, initial=self.step, desc=f"train {self.folder.name}", unit="step",
             disable=not (self.progress and self.engine.is_main), mininterval=1.0,
         )  # fmt: skip
         started = time.perf_counter()
         done_before, elapsed_before = self.step, self.at.elapsed
+        self.requests.listen()
         try:
             while self.step < self.total:
                 self._round()
@@ -118,11 +124,22 @@ class Runner:
                 bar.update()
                 if self.probe is not None and self._probe_due():
                     self._run_probe()
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.total:
+                stop, last = self.requests.agreed(), self.step == self.total
+                if stop or last or self.step % self.config.checkpoint_every == 0:
                     self.save()
+                if stop:
+                    self.requests.honour()
+                if stop and not last:
+                    raise Stopped(f"{self.folder}: asked to stop, saved at step {self.step} of {self.total}")
         except NotFinite as error:
-            raise self._stopped(error) from None
+            raise self._not_finite(error) from None
+        except RuntimeError as error:
+            if not distributed.lost_contact(error):
+                raise
+            what = " ".join(str(error).split())[:200]
+            raise RunError(f"{self.folder}: step {self.step}: another process died or hangs: {what}") from error
         finally:
+            self.requests.close()
             bar.close()
             for feed in self._feeds():
                 feed.close()
@@ -226,7 +243,7 @@ class Runner:
         self.engine.wait()
         return found is not None
 
-    def _stopped(self, error: NotFinite) -> RunError:
+    def _not_finite(self, error: NotFinite) -> RunError:
         """Keep the batch, the loss terms and all weights from before the step, and say where."""
         batch = self.labelled[self.step]
         seen = {"terms": self.extractor_step.terms, "batch": batch.x_B3HW, "labels": batch.labels_B}

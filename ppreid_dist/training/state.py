@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ppreid_dist import distributed
 from ppreid_dist.errors import RunError
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.training.adversary import Adversary
@@ -80,8 +81,8 @@ class GameState:
         self.engine.wait()
 
     def restore(self) -> Position | None:
-        """Go back to the newest checkpoint; None if there is none. RunError if it belongs to another run."""
-        newest = self.checkpoints.latest()
+        """Go back to the newest whole checkpoint; None if there is none. RunError if it belongs to another run."""
+        newest = self._find()
         if newest is None:
             return None
         saved = load_tree(newest)
@@ -97,6 +98,19 @@ class GameState:
         for kind, adversary in self.adversaries.items():
             adversary.restore(saved["adversaries"][kind])
         return Position(**{name: saved[name] for name in asdict(Position())})
+
+    def _find(self) -> Path | None:
+        """The first process looks, all of them go back to what it found."""
+        found: Path | RunError | None = None
+        if self.engine.is_main:
+            try:
+                found = self.checkpoints.newest_whole()
+            except RunError as error:
+                found = error
+        found = distributed.chosen_by_main(found)
+        if isinstance(found, RunError):
+            raise found
+        return found
 
     def keep_failed(self, position: Position, seen: Mapping[str, Any]) -> Path:
         """Write all weights from before the step that failed, and what it saw; returns where."""

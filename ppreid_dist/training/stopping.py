@@ -1,0 +1,68 @@
+"""A wish to stop: SIGTERM, SIGUSR2, or a file in the run's folder. All processes agree on it at a step's end.
+
+Nothing is saved inside a signal's handler: it only raises a flag. A cluster may signal one process or all of them, at
+different moments, so the flags are reduced over processes, and all of them stop after the same step.
+"""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from ppreid_dist import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not USR1, which NCCL takes
+STOP_FILE = "stop"
+
+
+class StopRequests:
+    """Listens between :meth:`listen` and :meth:`close`; :meth:`agreed` is called by every process at every step."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.file, self._device = folder / STOP_FILE, device
+        self._signalled = False
+        self._before: dict[signal.Signals, object] = {}
+        self._pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def listen(self) -> None:
+        """Take over the signals. Python hands them to the main thread alone: elsewhere only the file is heard."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; the same answer on all of them.
+
+        On a GPU the answer is that of the step before, whose reduction has ended meanwhile: nobody waits for it.
+        """
+        wish = self._signalled or (distributed.rank() == 0 and self.file.exists())
+        if distributed.world_size() == 1:
+            return wish
+        if self._device.type != "cuda":
+            return bool(distributed.any_rank(torch.tensor(float(wish))))
+        last, host = self._pending, torch.empty((), pin_memory=True)
+        host.copy_(
+            distributed.any_rank(torch.tensor(float(wish)).to(self._device, non_blocking=True)), non_blocking=True
+        )
+        done = torch.cuda.Event()
+        done.record()
+        self._pending = host, done
+        if last is None:
+            return False
+        last[1].synchronize()
+        return bool(last[0])
+
+    def honour(self) -> None:
+        """The checkpoint is written: take the file away, or the resumed run would stop at once."""
+        if distributed.rank() == 0:
+            self.file.unlink(missing_ok=True)

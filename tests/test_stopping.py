@@ -1,0 +1,103 @@
+"""Stops: asked for, all processes save together and say so; not asked for, the others end soon and say why."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import finish, start_ranks
+from test_training import assert_same, last, run
+
+from ppreid_dist.errors import Stopped
+from ppreid_dist.training.runner import Runner
+from ppreid_dist.training.tracking import read_metrics
+
+pytestmark = pytest.mark.faults
+LONG = ["training.images=16000"]  # more than any test waits for
+
+
+def wait_for(file: Path, ranks: list, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), [r.poll() for r in ranks]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["file", "SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_stopped_run_goes_on_bit_for_bit(world: list[str], tmp_path: Path, how: str, step: int) -> None:
+    folder, turn = tmp_path / "run", Runner._round
+    before = signal.getsignal(signal.SIGTERM)
+
+    def asked(self: Runner) -> None:
+        if self.step == step:
+            os.kill(os.getpid(), getattr(signal, how)) if how != "file" else (folder / "stop").touch()
+        turn(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match=f"saved at step {step + 1} of 10"):
+        patch.setattr(Runner, "_round", asked)
+        run(world, folder)
+    assert not (folder / "stop").exists() and not (folder / "result.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert_same(run(world, tmp_path / "whole"), run(world, folder, resume=True))
+    rows = [[row["step"] for row in read_metrics(f / "metrics.jsonl")] for f in (folder, tmp_path / "whole")]
+    assert rows[0] == rows[1]
+
+
+def test_asked_in_the_last_step_it_is_done(world: list[str], tmp_path: Path) -> None:
+    turn = Runner._round
+
+    def asked(self: Runner) -> None:
+        if self.step == self.total - 1:
+            (tmp_path / "run" / "stop").touch()
+        turn(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "_round", asked)
+        run(world, tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").is_file() and not (tmp_path / "run" / "stop").exists()
+
+
+@pytest.mark.engines
+def test_one_process_is_signalled_and_all_stop_together(world: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = start_ranks(2, *world, *LONG, f"output={folder}")
+    wait_for(folder / "checkpoints" / "latest", ranks)
+    ranks[1].send_signal(signal.SIGUSR2)
+    ended = finish(ranks, 60)
+    assert [status for status, _ in ended] == [75, 75], ended
+    assert "asked to stop, saved at step" in ended[0][1] and "--resume" in ended[0][1]
+    step = int(ended[0][1].split("saved at step ")[1].split()[0])
+    assert (folder / "checkpoints" / f"step_{step:08d}").is_dir()
+    assert "/modules/extractor/backbone" in " ".join(last(folder))
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_with_one_line(world: list[str], tmp_path: Path, victim: int) -> None:
+    folder = tmp_path / "run"
+    ranks = start_ranks(2, *world, *LONG, f"output={folder}")
+    wait_for(folder / "checkpoints" / "latest", ranks)
+    ranks[victim].kill()
+    killed = time.monotonic()
+    status, said = finish(ranks, 60)[1 - victim]
+    assert status == 2 and time.monotonic() - killed < 30
+    line = next(line for line in said.splitlines() if line.startswith("error: "))
+    assert "another process died or hangs" in line and str(folder) in line
+    assert "Traceback" not in said
+
+
+@pytest.mark.engines
+def test_a_process_that_hangs_is_given_up(world: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = start_ranks(2, *world, *LONG, f"output={folder}", "engine.timeout=8")
+    wait_for(folder / "checkpoints" / "latest", ranks)
+    ranks[1].send_signal(signal.SIGSTOP)
+    try:
+        text, _ = ranks[0].communicate(timeout=60)
+        status = ranks[0].returncode
+    finally:
+        ranks[1].send_signal(signal.SIGCONT)
+        finish(ranks[1:], 60)
+    assert status == 2 and "another process died or hangs" in text
