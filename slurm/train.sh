@@ -87,6 +87,7 @@ shape=()
 if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
     tasks=$((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES))
     cpus=$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE))
+    unset SLURM_CPUS_PER_GPU # newer Slurm doesn't stand it beside --cpus-per-task
     # Every task sees all GPUs of its node, and takes the one of its LOCAL_RANK.
     shape=(--ntasks="$tasks" --ntasks-per-node="$SLURM_GPUS_ON_NODE" --gpu-bind=none)
 fi
@@ -106,7 +107,7 @@ while interrupted=0; do
     wait "$step" || status=$?
     ((interrupted)) || break
 done
-if [[ -n $sender ]]; then kill "$sender" || :; fi
+if [[ -n $sender ]]; then kill "$sender" 2>/dev/null || :; fi
 if [[ -s $PPREID_STATUS ]]; then status=$(<"$PPREID_STATUS"); fi
 ((status == SAVED)) || exit "$status"
 

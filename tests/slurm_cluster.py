@@ -1,4 +1,7 @@
-"""A Slurm cluster of one's own on this machine: daemons on loopback, as root, without systemd, gone when it is closed."""
+"""A Slurm cluster of one's own on this machine: daemons on loopback, as root, without systemd, gone when it is closed.
+
+``python tests/slurm_cluster.py [COMMAND …]`` runs a command in one, or else a shell.
+"""
 
 import os
 import shutil
@@ -8,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,8 +25,8 @@ SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-# A requeued job waits for the life of a credential: two minutes, were it not said here.
-AuthInfo=socket={folder}/munge.socket,cred_expire=1
+# A requeued job waits for the life of a credential: two minutes, were it not said here. Less than 5 is not taken.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -155,7 +158,7 @@ def _idle(here: Cluster) -> int:
     return len(done.stdout.split())
 
 
-def _until(holds, here: Cluster, what: str) -> None:  # type: ignore[no-untyped-def]
+def _until(holds: Callable[[], bool], here: Cluster, what: str) -> None:
     deadline = time.monotonic() + 20
     while not holds():
         assert time.monotonic() < deadline, f"{what} did not come up\n{here.logs()}"
@@ -177,6 +180,6 @@ def _stop(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
         process.wait()
 
 
-if __name__ == "__main__":  # a cluster to try things on: a shell in it
+if __name__ == "__main__":
     with cluster() as made:
-        sys.exit(subprocess.call([os.environ.get("SHELL", "bash")], env=made.environment))
+        sys.exit(subprocess.call(sys.argv[1:] or ["bash"], env=made.environment))

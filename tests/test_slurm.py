@@ -1,4 +1,4 @@
-"""The Slurm door: what slurm/train.sh asks of Slurm (of stand-ins that write it down), and a preemption on a real one."""
+"""The Slurm door: what slurm/train.sh asks of Slurm, seen by stand-ins, and preemptions on a real cluster."""
 
 import json
 import os
@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import slurm_cluster
-import torch
-from conftest import ROOT
-from safetensors.torch import load_file
+from conftest import ROOT, finish, start_ranks
+from slurm_cluster import Cluster, cluster, missing
+from test_training import assert_same, last
 
 pytestmark = pytest.mark.slurm
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -36,11 +35,10 @@ os.write(log, json.dumps(call).encode() + b"\\n")
 
 def srun():
     command, count = arguments[arguments.index("bash"):], int(os.environ.get("TASKS", "1"))
-    tasks = [
-        subprocess.Popen(command, start_new_session=True,
-                         env={{**os.environ, "SLURM_PROCID": str(i), "SLURM_NTASKS": str(count), "SLURM_LOCALID": str(i)}})
-        for i in range(count)
-    ]
+    tasks = []
+    for i in range(count):
+        place = {{"SLURM_PROCID": str(i), "SLURM_NTASKS": str(count), "SLURM_LOCALID": str(i)}}
+        tasks.append(subprocess.Popen(command, start_new_session=True, env={{**os.environ, **place}}))
     while any(task.poll() is None for task in tasks):
         if "--kill-on-bad-exit=1" in arguments and any(task.poll() for task in tasks):
             for task in tasks:
@@ -302,3 +300,112 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(door: Door, tmp_path: 
     before = set(tmp_path.iterdir())
     door.run("a run.yaml", STATUS="75")
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {"calls"}
+
+
+# --- with a real one --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What a user submits from: the scripts, a site's file, a configuration."""
+    root = tmp_path / "the repository"
+    shutil.copytree(ROOT / "slurm", root / "slurm", ignore=shutil.ignore_patterns("site.sh"))
+    shutil.copy(ROOT / "train.py", root)
+    (root / "run.yaml").write_text("seed: 3\noutput: runs/a run\n")
+    (root / "slurm" / "site.sh").write_text(
+        f"export PYTHONPATH='{ROOT}' PATH='{Path(sys.executable).parent}':$PATH OMP_NUM_THREADS=1\n"
+        "MASTER_ADDR=127.0.0.1\n"  # the nodes' names are only Slurm's
+    )
+    return root
+
+
+def submit(slurm: Cluster, repository: Path, *arguments: str, options: tuple[str, ...] = ("--nodes=2",)) -> str:
+    """The job's number; two nodes with a process each, unless ``options`` say something else."""
+    command = ["sbatch", "--parsable", "--output=job.log", *options, "slurm/train.sh", "run.yaml", *arguments]
+    return slurm.run(*command, cwd=repository).strip()
+
+
+def until(holds: Callable[[], bool], repository: Path, seconds: float = 60) -> None:
+    deadline, log = time.monotonic() + seconds, repository / "job.log"
+    while not holds():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "not started"
+        time.sleep(0.05)
+
+
+@pytest.mark.faults
+@pytest.mark.engines
+def test_a_preempted_job_saves_comes_back_and_ends_with_the_same_weights(
+    slurm: Cluster, repository: Path, world: list[str], tmp_path: Path
+) -> None:
+    settings = [*world, "training.images=480"]
+    job = submit(slurm, repository, *settings)
+    run, in_the_game = repository / "runs" / "a run", "step_00000012"
+    until(lambda: any(step.name >= in_the_game for step in run.glob("checkpoints/step_*")), repository)
+    slurm.run("scancel", "--signal=USR2", "--batch", job)
+    whole = finish(start_ranks(2, *settings, "seed=3", f"output={tmp_path / 'whole'}"))  # meanwhile
+    assert [status for status, _ in whole] == [0, 0], whole
+    assert slurm.ended(job) == "COMPLETED"
+    said = (repository / "job.log").read_text()
+    order = ["saved at step", "train.sh: saved; requeued, 1 of at most 50 times", "continued at step", "30 steps"]
+    places = [said.index(each) for each in order]
+    assert places == sorted(places), said
+    assert slurm.field(job, "Restarts") == "1"
+    assert json.loads((run / "result.json").read_text())["processes"] == 2
+    assert_same(last(tmp_path / "whole"), last(run))
+
+
+# The processes of a training as far as Slurm sees them: they say that they listen, and save when they are told to.
+LISTENER = """
+import os, pathlib, signal, sys, time
+if sys.argv[-1] == "a mistake" and os.environ["RANK"] == "0":
+    sys.exit(2)
+told = []
+signal.signal(signal.SIGUSR2, lambda *_: told.append(True))
+signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+pathlib.Path(f"listens{os.environ['RANK']}-" + os.environ.get("SLURM_ARRAY_TASK_ID", "")).touch()
+while not told:
+    time.sleep(0.05)
+time.sleep(int(os.environ["RANK"]))
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def listener(repository: Path) -> Path:
+    (repository / "train.py").write_text(LISTENER)
+    return repository
+
+
+def test_a_mistake_on_one_node_ends_the_job_by_2(slurm: Cluster, listener: Path) -> None:
+    job = submit(slurm, listener, "a mistake")
+    assert slurm.ended(job) == "FAILED"
+    assert (slurm.field(job, "ExitCode"), slurm.field(job, "Restarts")) == ("2:0", "0")
+
+
+def test_a_cancelled_job_saves_and_stays_away(slurm: Cluster, listener: Path) -> None:
+    job = submit(slurm, listener)
+    until(lambda: len(list(listener.glob("listens*"))) == 2, listener)
+    slurm.run("scancel", job)
+    assert slurm.ended(job) == "CANCELLED"
+    assert "train.sh: saved; not requeued, since Slurm is ending the job" in (listener / "job.log").read_text()
+    assert slurm.field(job, "Restarts") == "0"
+
+
+def test_a_seed_of_an_array_is_preempted_alone(slurm: Cluster, listener: Path) -> None:
+    array = submit(slurm, listener, options=("--array=0-1", "--ntasks=1"))
+    until(lambda: len(list(listener.glob("listens*"))) == 2, listener)
+    ids = {seed: slurm.field(f"{array}_{seed}", "JobId") for seed in (0, 1)}
+    risky = next(seed for seed, number in ids.items() if number == array)  # its number is the array's
+    slurm.run("scancel", "--signal=USR2", "--batch", f"{array}_{risky}")
+    until(lambda: slurm.field(f"{array}_{risky}", "Restarts") == "1", listener)
+    assert slurm.field(f"{array}_{1 - risky}", "JobState") == "RUNNING"
+    assert slurm.field(f"{array}_{1 - risky}", "Restarts") == "0"
+    slurm.run("scancel", array)
