@@ -87,9 +87,10 @@ shape=()
 if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
     tasks=$((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES))
     cpus=$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE))
-    unset SLURM_CPUS_PER_GPU # newer Slurm doesn't stand it beside --cpus-per-task
-    # Every task sees all GPUs of its node, and takes the one of its LOCAL_RANK.
-    shape=(--ntasks="$tasks" --ntasks-per-node="$SLURM_GPUS_ON_NODE" --gpu-bind=none)
+    # Every task must see all GPUs of the job on its node, and takes the one of its LOCAL_RANK. These would bind it to
+    # one; --gpu-bind=none would show it those of other jobs, too.
+    unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+    shape=(--ntasks="$tasks" --ntasks-per-node="$SLURM_GPUS_ON_NODE" --gpus-per-node="$SLURM_GPUS_ON_NODE")
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 

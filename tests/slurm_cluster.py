@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay
 MailProg=/bin/true
 ReturnToService=2
 SlurmdParameters=config_overrides
+GresTypes=gpu
 KillWait=10
 MinJobAge=300
 {nodes}
@@ -107,7 +109,7 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """A cluster of two nodes of two CPUs each, all of it this machine."""
+    """A cluster of two nodes, all of it this machine, with two CPUs and two pretended GPUs each."""
     # Not pytest's folder: munged's socket needs a short path, and one that only root may write to.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/var/tmp"))
     processes: list[subprocess.Popen[bytes]] = []
@@ -131,9 +133,12 @@ def cluster() -> Iterator[Cluster]:
         key.chmod(0o400)
         ports = _free_ports(1 + len(NODES))
         lines = [
-            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
+            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=2 Gres=gpu:2 State=UNKNOWN"
             for node, port in zip(NODES, ports[1:], strict=True)
         ]
+        for gpu in range(2):  # Slurm hands out device files by their numbers; these are /dev/null
+            os.mknod(folder / f"gpu{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
         (folder / "slurm.conf").write_text(_CONF.format(folder=folder, ports=ports, nodes="\n".join(lines)))
         start(
             "munged", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket",

@@ -18,7 +18,7 @@ from slurm_cluster import Cluster, cluster, missing
 from test_training import assert_same, last
 
 pytestmark = pytest.mark.slurm
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SCRIPTS = sorted(script for script in (ROOT / "slurm").glob("*.sh") if script.name != "site.sh")  # the user's own
 
 # Stands for srun, scontrol, scancel, squeue and python, by its name: writes down how it was called and acts its part.
 STAND_IN = """#!{python} -S
@@ -186,10 +186,17 @@ def test_the_first_node_is_the_master_and_the_port_the_job_s_own(door: Door) -> 
 
 
 def test_on_gpus_a_task_each_with_its_share_of_the_cpus(door: Door) -> None:
-    door.run("a run.yaml", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="34")
-    asked = door.calls("srun")[0]["arguments"]
-    assert {"--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "--gpu-bind=none"} <= set(asked)
+    gpus = {
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_ON_NODE": "34",
+        "SLURM_GPUS_PER_TASK": "1",
+        "SLURM_CPUS_PER_GPU": "8",
+    }
+    door.run("a run.yaml", STATUS="0", **gpus)
+    srun = door.calls("srun")[0]
+    assert {"--ntasks=8", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8"} <= set(srun["arguments"])
     assert door.calls("python")[0]["environment"]["OMP_NUM_THREADS"] == "8"
+    assert not asked.keys() & srun["environment"].keys()  # by the first, each would see one GPU only
 
 
 def test_on_cpus_the_job_s_own_tasks(door: Door) -> None:
@@ -360,6 +367,30 @@ def test_a_preempted_job_saves_comes_back_and_ends_with_the_same_weights(
     assert slurm.field(job, "Restarts") == "1"
     assert json.loads((run / "result.json").read_text())["processes"] == 2
     assert_same(last(tmp_path / "whole"), last(run))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--gpus-per-node=2", "--cpus-per-gpu=1"),
+        ("--ntasks-per-node=2", "--gpus-per-task=1"),
+        ("--gpus=4", "--ntasks-per-gpu=1"),
+        ("--gres=gpu:2", "--cpus-per-task=2", "--export=NONE"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_however_gpus_are_asked_for_each_has_a_process_that_sees_all_of_its_node(
+    slurm: Cluster, repository: Path, options: tuple[str, ...]
+) -> None:
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME"]
+    (repository / "train.py").write_text(
+        f"import os, pathlib; seen = ' '.join(os.environ[name] for name in {names})\n"
+        "pathlib.Path('rank' + os.environ['RANK']).write_text(seen)\n"
+    )
+    job = submit(slurm, repository, options=("--nodes=2", *options))
+    assert slurm.ended(job) == "COMPLETED", (repository / "job.log").read_text()
+    seen = [(repository / f"rank{rank}").read_text() for rank in range(4)]
+    assert seen == ["0 4 0 0,1 node1", "1 4 1 0,1 node1", "2 4 0 0,1 node2", "3 4 1 0,1 node2"]
 
 
 # The processes of a training as far as Slurm sees them: they say that they listen, and save when they are told to.
