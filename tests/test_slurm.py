@@ -186,13 +186,8 @@ def test_the_first_node_is_the_master_and_the_port_the_job_s_own(door: Door) -> 
 
 
 def test_on_gpus_a_task_each_with_its_share_of_the_cpus(door: Door) -> None:
-    gpus = {
-        "SLURM_GPUS_ON_NODE": "4",
-        "SLURM_CPUS_ON_NODE": "34",
-        "SLURM_GPUS_PER_TASK": "1",
-        "SLURM_CPUS_PER_GPU": "8",
-    }
-    door.run("a run.yaml", STATUS="0", **gpus)
+    asked = {"SLURM_GPUS_PER_TASK": "1", "SLURM_CPUS_PER_GPU": "8"}
+    door.run("a run.yaml", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="34", **asked)
     srun = door.calls("srun")[0]
     assert {"--ntasks=8", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8"} <= set(srun["arguments"])
     assert door.calls("python")[0]["environment"]["OMP_NUM_THREADS"] == "8"
