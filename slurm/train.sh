@@ -87,6 +87,7 @@ shape=()
 if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
     tasks=$((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES))
     cpus=$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE))
+    ((cpus > 0)) || fail "$SLURM_CPUS_ON_NODE CPUs can't serve $SLURM_GPUS_ON_NODE GPUs: give --cpus-per-gpu to sbatch"
     # Every task must see all GPUs of the job on its node, and takes the one of its LOCAL_RANK. These would bind it to
     # one; --gpu-bind=none would show it those of other jobs, too.
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
@@ -119,7 +120,7 @@ if ((restarts >= REQUEUES_MAX)); then
     exit "$SAVED"
 fi
 # A job that its user cancels also saves and ends by 75, and must not come back.
-state=$(squeue --noheader --jobs="$job" --format='%T %r')
+state=$(squeue --noheader --jobs="$job" --format='%T %r') || state=''
 if [[ $state != RUNNING* && $state != *TimeLimit ]]; then
     say "saved; not requeued, since Slurm is ending the job (${state:-unknown})"
     exit "$SAVED"

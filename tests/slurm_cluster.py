@@ -82,7 +82,8 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        here = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {**here, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
         """What a client command prints; it must succeed."""
