@@ -41,7 +41,8 @@ PATIENCE = 120.0  # seconds until the next moment to kill at must have come
 TINY = [
     "data.synthetic={train: 24, unlabelled: 32, aux: 24, test: 10, cameras: 2, shots: 2, height: 32, width: 16}",
     "data.height=32", "data.width=16", "data.identities_per_batch=8", "data.pictures_per_identity=2",
-    "data.stream.backend=pillow", "privacy.ridge={strangers: 16, target_size: [8, 4], labelled_weight: 0}",
+    "data.stream.backend=pillow", "privacy.ridge={strangers: 16, target_size: [8, 4]}",
+    "privacy.adversaries=[{kind: gan}, {kind: ridge}]", "privacy.every=2",
     "reversal.size=[16,8]", "reversal.batch=8", "reversal.warm_steps=6", "reversal.generator={width: 8, noise_dim: 4}",
     "reversal.critic.width=8", "reversal.lazy={period: 3, catch_up: 4, window: 2}", "training.images=640",
     "training.warm=0.2", "training.checkpoint_every=1", "training.log_every=1", "probe.every=0",
