@@ -328,6 +328,7 @@ def test_contradictions(said: dict[str, str], settings: tuple[str, str], message
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype: only bfloat16"),
         ({"optimizer": {"type": "Adam"}}, "optimizer: every player has its own"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: every player has its own"),
+        ({"train_batch_size": 64}, "train_batch_size, .*: auto"),
     ],
 )
 def test_deepspeed_settings_that_no_engine_follows(tmp_path: Path, section: dict[str, object], message: str) -> None:
