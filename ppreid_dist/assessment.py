@@ -39,7 +39,7 @@ from ppreid_dist.training.reversal import resize
 from ppreid_dist.training.tracking import read_metrics
 
 # Control and protected must be the same training but for these.
-_METHOD = ("privacy.", "reversal.", "data.strangers_split")
+_METHOD = ("privacy.", "reversal.", "data.strangers_split", "training.warm")
 
 
 def default_device() -> torch.device:

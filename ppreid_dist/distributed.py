@@ -66,6 +66,23 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _SumOverRanks.apply(x)
 
 
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def own(x: Tensor) -> Tensor:
+    """A parameter that only this process has. Its gradient is asked for once by every process's loss, and no mean over
+    processes follows: it is divided by their number."""
+    return x if world_size() == 1 else _ScaleGradient.apply(x, 1 / world_size())
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a detached ``x`` over all processes, for logging."""
     return sum_over_ranks(x.detach()) / world_size()

@@ -1,12 +1,15 @@
 """Stops: asked for, all processes save together and say so; not asked for, the others end soon and say why."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import finish, start_ranks
+from conftest import ROOT, finish, start_ranks
 from test_training import assert_same, last, run
 
 from ppreid_dist.errors import Stopped
@@ -101,3 +104,14 @@ def test_a_process_that_hangs_is_given_up(world: list[str], tmp_path: Path) -> N
         ranks[1].send_signal(signal.SIGCONT)
         finish(ranks[1:], 60)
     assert status == 2 and "another process died or hangs" in text
+
+
+@pytest.mark.engines
+def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """One kill of each kind but the last; `tools/kills.py --kills 50` is the long form."""
+    done = subprocess.run(
+        [sys.executable, "tools/kills.py", "--kills", "3", "--out", str(tmp_path), "--seed", "1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"\| (\w+) \| 1 \| 1 \| 0 \|", done.stdout) == ["step", "writing", "pruning"]

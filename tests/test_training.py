@@ -2,18 +2,13 @@
 
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -94,26 +89,6 @@ def first_part(world: list[str], folder: Path, stop: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Runner, "_round", dying)
         run(world, folder)
-
-
-@pytest.mark.faults
-def test_killed_at_a_random_moment_and_resumed(world: list[str], whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    for attempt in range(2):
-        command = [sys.executable, "train.py", *world, f"output={folder}", "--resume"]
-        # As many threads as the uninterrupted run: sums split otherwise differ in the last bit.
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
-        wanted = 1 + attempt
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("checkpoints/step_*"))) < wanted and time.monotonic() < deadline:
-            assert process.poll() is None, "ended before it was killed"
-            time.sleep(0.01)
-        time.sleep(float(np.random.default_rng().uniform(0, 0.2)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    launch(1, *world, f"output={folder}", "--resume")
-    assert_same(last(whole), last(folder))
 
 
 def test_a_finished_run_is_left_alone(world: list[str], whole: Path) -> None:

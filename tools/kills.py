@@ -1,0 +1,201 @@
+"""Kill training again and again, let it go on, and compare what comes out with a run that nobody touched.
+
+    python tools/kills.py --kills 50 --processes 2 --out runs/kills
+
+Every attempt starts all processes as a cluster's scheduler would, kills one or all of them at a random moment (SIGKILL)
+of the kinds below, and starts them anew with ``--resume``. When the run is finished, every tensor of its last
+checkpoint must be the untouched run's, bit for bit; then a new run begins, until all kills are done.
+
+    step        at a random moment between two checkpoints
+    writing     while a checkpoint is being written
+    pruning     when a new checkpoint lies in its place and the old ones are still to be removed
+    full disk   no kill: the first process may write no more than a part of a checkpoint, and must say so
+"""
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.experiment import Config
+from ppreid_dist.settings import load_settings
+from ppreid_dist.storage import read_tensors
+from ppreid_dist.training.checkpoint import CheckpointFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("step", "writing", "pruning", "full disk")
+PATIENCE = 120.0  # seconds until the next moment to kill at must have come
+TINY = [
+    "data.synthetic={train: 24, unlabelled: 32, aux: 24, test: 10, cameras: 2, shots: 2, height: 32, width: 16}",
+    "data.height=32", "data.width=16", "data.identities_per_batch=8", "data.pictures_per_identity=2",
+    "data.stream.backend=pillow", "privacy.ridge={strangers: 16, target_size: [8, 4]}",
+    "privacy.adversaries=[{kind: gan}, {kind: ridge}]", "privacy.every=2",
+    "reversal.size=[16,8]", "reversal.batch=8", "reversal.warm_steps=6", "reversal.generator={width: 8, noise_dim: 4}",
+    "reversal.critic.width=8", "reversal.lazy={period: 3, catch_up: 4, window: 2}", "training.images=640",
+    "training.warm=0.2", "training.checkpoint_every=1", "training.log_every=1", "probe.every=0",
+]  # fmt: skip
+
+
+class Ranks:
+    """The processes of one attempt."""
+
+    def __init__(self, processes: int, arguments: list[str], *, writes_at_most: int | None = None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+        def limit() -> None:
+            if writes_at_most is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (writes_at_most, writes_at_most))
+
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train.py"), *arguments],
+                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                preexec_fn=limit if rank == 0 else None,
+                env={**common, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(processes)
+        ]  # fmt: skip
+
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def wait(self) -> tuple[list[int], str]:
+        """Statuses and what was said, when all have ended; a process that outlives the others by far is an error."""
+        said = [process.communicate(timeout=PATIENCE)[0] for process in self.processes]
+        return [process.returncode for process in self.processes], "\n".join(said)
+
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self.processes[rank].send_signal(signal.SIGKILL)
+
+
+def moment(kind: str, checkpoints: Path, chance: random.Random) -> Callable[[], bool]:
+    """Whether now is the time to kill; asked every millisecond."""
+    first = sorted(checkpoints.glob("step_*"))[-1:]
+    if kind == "writing":
+        return lambda: any(checkpoints.glob(".step_*.tmp/*"))
+    if kind == "pruning":
+        return lambda: len(list(checkpoints.glob("step_*"))) > 2
+    delay, begun = chance.uniform(0, 0.5), [0.0]
+
+    def now() -> bool:
+        if not begun[0] and sorted(checkpoints.glob("step_*"))[-1:] != first:
+            begun[0] = time.monotonic()
+        return bool(begun[0]) and time.monotonic() > begun[0] + delay
+
+    return now
+
+
+def attempt(kind: str, processes: int, arguments: list[str], run: Path, chance: random.Random) -> str | None:
+    """Start, kill, clean up. None where it went as it must, else what went wrong; "finished" where it was too late."""
+    if kind == "full disk":
+        # Enough for what is small, too little for the tensors.
+        newest = sorted((run / "checkpoints").glob("step_*/tensors.safetensors"))
+        ranks = Ranks(processes, arguments, writes_at_most=newest[-1].stat().st_size // 2 if newest else 100_000)
+        statuses, said = ranks.wait()
+        told = [line for line in said.splitlines() if line.startswith("error: ")]
+        if statuses[0] != 2 or not any("could not be written" in line for line in told) or 0 in statuses:
+            return f"full disk: statuses {statuses}, said {told}"
+        return None
+    ranks = Ranks(processes, arguments)
+    due, deadline = moment(kind, run / "checkpoints", chance), time.monotonic() + PATIENCE
+    while ranks.alive() and not due():
+        if time.monotonic() > deadline:
+            ranks.kill(list(range(processes)))
+            return f"{kind}: no checkpoint within {PATIENCE:.0f} s"
+        time.sleep(0.001)
+    victims = [chance.randrange(processes)] if chance.random() < 0.5 else list(range(processes))
+    ranks.kill([v for v in victims if ranks.processes[v].poll() is None])
+    statuses, said = ranks.wait()
+    if all(status == 0 for status in statuses):
+        return "finished"
+    if any(status not in (0, 2, -signal.SIGKILL) for status in statuses):
+        return f"{kind}: statuses {statuses}: {said[-500:]}"
+    return None
+
+
+def difference(run: Path, reference: Path) -> str | None:
+    """The first tensor that isn't equal bit for bit."""
+    folders = [CheckpointFolder(folder, 1).latest() for folder in (run, reference)]
+    mine, other = (read_tensors(folder / "tensors.safetensors") for folder in folders if folder is not None)
+    if mine.keys() != other.keys():
+        return f"{run}: other tensors than {reference}"
+    return next((f"{run}: {name} differs" for name in mine if not torch.equal(mine[name], other[name])), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill and resume training; compare with an untouched run.")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="over the tiny world that is trained")
+    options = parser.parse_intermixed_args()
+    shutil.rmtree(options.out, ignore_errors=True)
+    chance, out = random.Random(options.seed), options.out.resolve()
+    settings = [*TINY, f"data.root={out / 'pictures'}", f"data.shards={out / 'shards'}", *options.settings]
+    prepare_shards(load_settings(Config, options.config, settings).data, progress=False)
+    common = ["--config", options.config, "--resume", *settings]
+    statuses, said = Ranks(options.processes, [*common, f"output={out / 'untouched'}"]).wait()
+    if any(statuses):
+        sys.exit(f"the untouched run failed: {statuses}\n{said}")
+
+    tried: Counter[str] = Counter()
+    survived: Counter[str] = Counter()
+    lost: list[str] = []
+    pending: list[str] = []  # kills of the run that isn't finished yet
+    runs, run = 1, out / "run1"
+    with tqdm(total=options.kills, desc="kills", unit="kill") as bar:
+        while sum(tried.values()) < options.kills or pending:
+            arguments = [*common, f"output={run}"]
+            if sum(tried.values()) < options.kills:
+                kind = KINDS[sum(tried.values()) % len(KINDS)]
+                problem = attempt(kind, options.processes, arguments, run, chance)
+                if problem != "finished":
+                    tried[kind] += 1
+                    bar.update()
+                if problem is None:
+                    pending.append(kind)
+                    continue
+                if problem != "finished":
+                    lost.append(problem)
+                    tqdm.write(problem)
+                    continue
+            else:
+                statuses, said = Ranks(options.processes, arguments).wait()
+                if any(statuses):
+                    lost += [f"{kind}: could not go on: {said[-300:]}" for kind in pending]
+                    break
+            if found := difference(run, out / "untouched"):
+                lost += [f"{kind}: {found}" for kind in pending]
+                tqdm.write(found)
+            else:
+                survived.update(pending)
+            pending, runs = [], runs + 1
+            run = out / f"run{runs}"
+    print(f"\n{options.processes} processes, {sum(tried.values())} kills over {runs - 1} runs\n")
+    print("| kill | tried | survived, bit for bit | lost |\n| --- | --- | --- | --- |")
+    for kind in KINDS:
+        print(f"| {kind} | {tried[kind]} | {survived[kind]} | {tried[kind] - survived[kind]} |")
+    sys.exit(f"{len(lost)} lost, the first: {lost[0]}" if lost else 0)
+
+
+if __name__ == "__main__":
+    main()
