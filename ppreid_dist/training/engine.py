@@ -75,8 +75,11 @@ class Held(ABC):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
     @abstractmethod
-    def step(self, loss: Tensor, lr: float) -> Tensor:
-        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite before anything is updated."""
+    def step(self, loss: Tensor, lr: float, beside: "Sequence[Held]" = ()) -> Tensor:
+        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite before anything is updated.
+
+        ``beside`` are split players of the same loss, clipped and updated as if all were one.
+        """
 
     @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:
@@ -130,17 +133,26 @@ class _Whole(Held):
             **buffers,
         )
 
-    def step(self, loss: Tensor, lr: float) -> Tensor:
-        self._optimiser.zero_grad(set_to_none=True)
+    def step(self, loss: Tensor, lr: float, beside: Sequence[Held] = ()) -> Tensor:
+        together = [held for held in (self, *beside) if isinstance(held, _Whole)]
+        for held in together:
+            held._optimiser.zero_grad(set_to_none=True)
         self._engine.accelerator.backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
+        norm = self._norm()
+        for held in together[1:]:
+            norm = (norm.square() + distributed.sum_over_ranks(held._norm().square())).sqrt()
         # The reduced gradient is the same on every rank, so all of them stop here together.
         if not torch.isfinite(norm):
             raise NotFinite(f"the gradient of the {self.name}")
-        for group in self._optimiser.param_groups:
-            group["lr"] = lr
-        self._optimiser.step()
+        for held in together:
+            nn.utils.clip_grads_with_norm_(held.parameters, self.config.clip or float("inf"), norm)
+            for group in held._optimiser.param_groups:
+                group["lr"] = lr
+            held._optimiser.step()
         return norm
+
+    def _norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.module.state_dict()
@@ -160,6 +172,36 @@ class _Whole(Held):
 
     def alone(self) -> Any:
         return self.module
+
+
+class _Split(_Whole):
+    """A module of which every process has rows of its own: no wrapper, nothing reduced."""
+
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine", rows: int):
+        super().__init__(name, module, config, engine)
+        self._rows = rows
+
+    def _wrap(self) -> nn.Module:
+        return self.module
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Whole on the first process, which writes them; this process's share on the others."""
+        return {key: distributed.rows_on_main(known, self._rows) for key, known in self.module.state_dict().items()}
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict({key: whole[distributed.share(self._rows)] for key, whole in state.items()})
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            number: {key: distributed.rows_on_main(t, self._rows) if t.ndim else t for key, t in sorted(known.items())}
+            for number, known in super().moments().items()
+        }
+
+    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        own = distributed.share(self._rows)
+        super().load_moments(
+            {number: {key: t[own] if t.ndim else t for key, t in known.items()} for number, known in saved.items()}
+        )
 
 
 class Engine:
@@ -218,6 +260,10 @@ class Engine:
         ``twice`` says that a loss holds a gradient of the module, so that it is differentiated twice.
         """
         return _Whole(name, self.place(module), config, self)
+
+    def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
+        """Take over a module whose parameters are this process's share of ``rows`` rows."""
+        return _Split(name, module.to(self.device), config, self, rows)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
