@@ -47,7 +47,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return settings
 
 
-def start_ranks(processes: int, *arguments: str, **environment: str) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    processes: int, *arguments: str, script: str = "train.py", **environment: str
+) -> list[subprocess.Popen[str]]:
     """Start train.py once a rank, without a launcher, as a cluster's scheduler does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +57,7 @@ def start_ranks(processes: int, *arguments: str, **environment: str) -> list[sub
     several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, "train.py", *arguments],
+            [sys.executable, script, *arguments],
             cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **several, **environment, "RANK": str(r), "LOCAL_RANK": str(r)},
         )

@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
-from ppreid_dist.errors import ConfigError, MissingExtra
+from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched
@@ -49,12 +49,23 @@ class EngineConfig(Settings):
         "launcher's word, else no",
         choices=("auto", *PRECISIONS),
     )
+    compile: str = option(
+        "no",
+        "torch.compile of each player's forward, by this backend (under ddp; not of a critic under R1, which is "
+        "differentiated twice)",
+        choices=("no", "inductor", "aot_eager"),
+    )
     timeout: float = option(
         1800.0, "seconds after which a process that waits for another gives it up; a probe must end sooner", more_than=0
     )
     trackers: list[str] = option(
         [], "besides metrics.jsonl: these trackers, through Accelerate (extra: track)", choices=("tensorboard", "wandb")
     )
+
+    def __post_init__(self) -> None:
+        if self.precision == "False":
+            self.precision = "no"  # YAML reads a bare no as false
+        super().__post_init__()
 
 
 class NotFinite(Exception):
@@ -112,10 +123,15 @@ class Held(ABC):
 class _Whole(Held):
     """A player that every process has all of: DDP, or one process."""
 
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine"):
+    def __init__(
+        self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine", *, compiled: bool = False
+    ):
         super().__init__(name, module, config)
-        self._engine = engine
+        self._engine, self._seen = engine, False
         self.forward = self._wrap()
+        if compiled:
+            # A function of its own for each phase: the frozen player is called bare, and never by this graph.
+            self.forward = torch.compile(self.forward, backend=engine.compile)
         self._optimiser = make_optimiser(self.parameters, config)
 
     def _wrap(self) -> nn.Module:
@@ -138,6 +154,8 @@ class _Whole(Held):
         for held in together:
             held._optimiser.zero_grad(set_to_none=True)
         self._engine.accelerator.backward(loss)
+        for held in together:
+            held._see_gradients()
         norm = self._norm()
         for held in together[1:]:
             norm = (norm.square() + distributed.sum_over_ranks(held._norm().square())).sqrt()
@@ -150,6 +168,14 @@ class _Whole(Held):
                 group["lr"] = lr
             held._optimiser.step()
         return norm
+
+    def _see_gradients(self) -> None:
+        """Once: a graph that was traced while the player was frozen would train nothing, and say nothing."""
+        if not self._seen:
+            lost = [key for key, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+            if lost:
+                raise RunError(f"the {self.name} is not trained: {lost[0]} and {len(lost) - 1} more have no gradient")
+            self._seen = True
 
     def _norm(self) -> Tensor:
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -212,12 +238,13 @@ class Engine:
         kind: str,
         precision: str,
         *,
+        compile: str,
         launched: Launched,
         timeout: float,
         run_folder: Path,
         loggers: Sequence[Any] = (),
     ):
-        self.kind, self.precision, self.launched = kind, precision, launched
+        self.kind, self.precision, self.compile, self.launched = kind, precision, compile, launched
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(
             log_with=list(loggers) or None, project_dir=str(run_folder), **self._options(timeout)
@@ -259,7 +286,7 @@ class Engine:
 
         ``twice`` says that a loss holds a gradient of the module, so that it is differentiated twice.
         """
-        return _Whole(name, self.place(module), config, self)
+        return _Whole(name, self.place(module), config, self, compiled=self.compile != "no" and not twice)
 
     def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
         """Take over a module whose parameters are this process's share of ``rows`` rows."""
@@ -282,7 +309,17 @@ def open_engine(config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any
     if kind != "ddp":
         if find_spec("deepspeed") is None:
             raise MissingExtra(f"engine.kind={kind}", "deepspeed")
+        if config.compile != "no":
+            raise ConfigError(f"engine.compile: {config.compile} is for engine.kind=ddp, not for {kind}")
         from ppreid_dist.training.zero import ZeroEngine
 
         made = ZeroEngine
-    return made(kind, precision, launched=launched, timeout=config.timeout, run_folder=run_folder, loggers=loggers)
+    return made(
+        kind,
+        precision,
+        compile=config.compile,
+        launched=launched,
+        timeout=config.timeout,
+        run_folder=run_folder,
+        loggers=loggers,
+    )

@@ -15,6 +15,8 @@ from ppreid_dist.storage import read_json
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("no", "bf16")
 _PREFIX = "ACCELERATE_"
+_FIELDS = {"zero_stage", "gradient_clipping", "gradient_accumulation_steps", "offload_optimizer_device",
+           "offload_param_device"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ def _agreed(key: str, configured: str, launched: str | None, otherwise: str) -> 
 
 def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
     """The launcher's DeepSpeed settings, from its JSON file or its flags, checked."""
-    if (file := said.get("DEEPSPEED_CONFIG_FILE", "none")) != "none":
+    if (where := said.get("DEEPSPEED_CONFIG_FILE", "none")) != "none":
         try:
-            settings, where = read_json(Path(file)), file
+            settings = read_json(Path(where))
         except DataError as error:
             raise ConfigError(str(error)) from None
+        if beside := _FIELDS & set(said.get("CONFIG_DS_FIELDS", "").split(",")):
+            raise ConfigError(f"{where}: say {', '.join(sorted(beside))} there, not in the launcher's file beside it")
     else:
         where = "the launcher's deepspeed_config"
         offload = {

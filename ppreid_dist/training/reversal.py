@@ -227,7 +227,7 @@ class ReversalAdversary(Adversary):
         return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
 
     def view(self) -> View | None:
-        return _GeneratorView(self.opponent)
+        return _GeneratorView(self.generator.held.alone() if self.opponent is self.generator.module else self.opponent)
 
     # --- state ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@
         metrics.jsonl           a row every ``training.log_every`` steps, and one for every probe
         checkpoints/            see ``checkpoint``
         model/                  the finished extractor, see ``models.extractor``
-        result.json             what the run took: steps, images, seconds, images per second, data wait
+        result.json             what the run took: steps, images, seconds, images per second, data wait; the engine
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ and the learning
 rate. A resumed run therefore continues as if it had never stopped.
@@ -219,7 +219,7 @@ class Runner:
             "steps": self.step, "images": images, "seconds": round(self.at.elapsed, 1),
             "images_per_second": round(images / max(self.at.elapsed, 1e-9), 1),
             "data_wait": round(self._data_wait(), 4), "processes": distributed.world_size(),
-            "resumed_at": done_before,
+            "engine": self.engine.kind, "precision": self.engine.precision, "resumed_at": done_before,
         }  # fmt: skip
         if self.engine.is_main:
             write_json(self.folder / "result.json", result)

@@ -9,6 +9,7 @@ Learnt by trying, and held by tests/test_engines.py:
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -30,6 +31,9 @@ _FLAG = "ACCELERATE_USE_DEEPSPEED"
 
 
 class _Plugin(DeepSpeedPlugin):
+    def _deepspeed_config_checks(self) -> None:
+        """Nothing: `training.launcher` has looked at the launcher's flags, which Accelerate wants absent here."""
+
     def set_deepspeed_weakref(self) -> None:
         """Nothing: transformers would be told of stage 3, and make every backbone in parts from then on."""
 
@@ -42,7 +46,13 @@ class ZeroEngine(Engine):
         return int(self.kind.removeprefix("zero"))
 
     def _options(self, timeout: float) -> dict[str, Any]:
+        if "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                f"engine.kind: {self.kind} shares players over processes, but nothing has launched any; use "
+                f"`accelerate launch` or torchrun, or engine.kind=ddp"
+            )
         self._flag = os.environ.get(_FLAG)
+        warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
         return {
             "deepspeed_plugins": {"": self._plugin(self.stage, 0.0)},
@@ -106,7 +116,10 @@ class _Partitioned(Held):
         # What DeepSpeed has taken over can't be copied: it holds hooks, groups and, in stage 3, empty weights.
         self._shape = copy.deepcopy(module).to("meta")
         self._accelerator = Accelerator()
-        self.forward, _ = self._accelerator.prepare(module, make_optimiser(self.parameters, config))
+        try:
+            self.forward, _ = self._accelerator.prepare(module, make_optimiser(self.parameters, config))
+        except ValueError as error:  # how Accelerate and DeepSpeed refuse a setting
+            raise ConfigError(f"DeepSpeed's settings: {' '.join(str(error).split())}") from error
         self._zero = self.forward.optimizer
         self._steps = 0
 
@@ -137,9 +150,8 @@ class _Partitioned(Held):
         """Within it the module is whole; nothing happens where it is so anyway."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(
-            list(self.module.parameters()), modifier_rank, enabled=self._partitioned
-        )
+        everything = list(self.module.parameters())
+        return deepspeed.zero.GatheredParameters(everything, modifier_rank, enabled=self._partitioned)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state as full

@@ -1,0 +1,104 @@
+"""Every engine against one process: the whole game on tiny synthetic people, the extractor's weights compared.
+
+    python tools/engine_table.py [--out DIR] [--processes 2 4] [--steps 20]
+
+prints docs/distributed.md's table: the largest difference of an extractor's weight after so many steps, in units of the
+largest weight of its tensor. Under zero3 every layer is in parts, small ones too.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.experiment import Config
+from ppreid_dist.settings import load_settings
+from ppreid_dist.training.launcher import KINDS, PRECISIONS
+
+_ROWS = 16
+
+
+def settings(out: Path, steps: int) -> list[str]:
+    """GAN and ridge, snapshots, an average; every batch can be shared by up to eight processes."""
+    return [
+        f"data.root={out / 'pictures'}", f"data.shards={out / 'shards'}", "data.height=32", "data.width=16",
+        "data.synthetic={train: 24, unlabelled: 32, aux: 24, test: 10, cameras: 2, shots: 2, height: 32, width: 16}",
+        "data.identities_per_batch=8", "data.pictures_per_identity=2", "data.strangers_split=unlabelled",
+        "data.augment.pad=2", "data.stream.backend=pillow", "model.backbone=configs/backbones/resnet_tiny",
+        "optimiser.lr=0.002", "privacy.adversaries=[{kind: gan}, {kind: ridge}]",
+        "privacy.ridge={strangers: 16, target_size: [8, 4]}", "reversal.size=[16,8]", "reversal.batch=8",
+        "reversal.warm_steps=6", "reversal.generator={width: 8, noise_dim: 4}", "reversal.critic.width=8",
+        "reversal.lazy={period: 3, catch_up: 4, window: 2}", f"training.images={steps * _ROWS}", "training.warm=0.4",
+        "training.ema=0.9", "probe.every=0",
+    ]  # fmt: skip
+
+
+def train(run: Path, processes: int, kind: str, chosen: list[str]) -> None:
+    """Run train.py, quietly; its failure ends this program with what it said."""
+    parts = run.with_suffix(".json")
+    parts.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(parts)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+         "train.py", *chosen, f"engine.kind={kind}", f"output={run}"],
+        capture_output=True, text=True,
+        env={"OMP_NUM_THREADS": "1", **os.environ, **(said if kind == "zero3" else {})},
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+
+
+def error(run: Path, reference: Path) -> float:
+    """The largest relative difference between the extractors of two runs, in their last checkpoints."""
+    (ours, theirs) = (
+        load_file(next(iter(sorted(folder.glob("checkpoints/step_*"), reverse=True))) / "tensors.safetensors")
+        for folder in (run, reference)
+    )
+    weights = [name for name in theirs if name.startswith("/modules/extractor/") and theirs[name].is_floating_point()]
+    return max(float((ours[n] - theirs[n]).abs().max()) / max(float(theirs[n].abs().max()), 1e-6) for n in weights)
+
+
+def table(out: Path, processes: list[int], steps: int) -> Iterator[str]:
+    columns = [(number, precision) for number in processes for precision in PRECISIONS]
+    yield "| engine | " + " | ".join(f"{n} processes, {precision}" for n, precision in columns) + " |"
+    yield "| --- |" + " --- |" * len(columns)
+    chosen = settings(out, steps)
+    prepare_shards(load_settings(Config, None, chosen).data, progress=False)
+    bar = tqdm(total=len(PRECISIONS) + len(KINDS) * len(columns), unit="run")
+
+    def run(name: str, number: int, kind: str, precision: str) -> Path:
+        train(out / name, number, kind, [*chosen, f"engine.precision={precision}"])
+        bar.update()
+        return out / name
+
+    references = {precision: run(f"one-{precision}", 1, "ddp", precision) for precision in PRECISIONS}
+    for kind in KINDS:
+        errors = [
+            error(run(f"{kind}-{number}-{precision}", number, kind, precision), references[precision])
+            for number, precision in columns
+        ]
+        yield f"| {kind} | " + " | ".join(f"{e:.1e}" for e in errors) + " |"
+    bar.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the runs, which must be new (default: a temporary one)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        lines = list(table(options.out or Path(temporary), options.processes, options.steps))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
