@@ -181,6 +181,16 @@ def test_a_run_goes_on_under_other_engines(
     assert_close(alone["no"], last(fourth), EXACT)
 
 
+@deepspeed
+def test_a_live_opponent_in_parts(world: list[str], parts: dict[str, str], tmp_path: Path) -> None:
+    """Without snapshots the extractor's gradient flows through the generator itself, and the probe is shown it."""
+    live = [*world, "reversal.lazy.mode=none"]
+    alone = run(live, tmp_path / "alone")
+    directly(2, tmp_path / "run", *live, **parts)
+    players = ("extractor", "generator", "critic", "step", "exp_avg", "exp_avg_sq")
+    assert_close(alone, last(tmp_path / "run"), {part: EXACT[part] for part in players})
+
+
 def test_bf16_under_ddp(game: list[str], alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     """As configs/accelerate/gpus.yaml says."""
     through_launcher(SHIPPED / "gpus.yaml", tmp_path / "run", *game)
@@ -318,6 +328,7 @@ def test_contradictions(said: dict[str, str], settings: tuple[str, str], message
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype: only bfloat16"),
         ({"optimizer": {"type": "Adam"}}, "optimizer: every player has its own"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: every player has its own"),
+        ({"train_batch_size": 64}, "train_batch_size, .*: auto"),
     ],
 )
 def test_deepspeed_settings_that_no_engine_follows(tmp_path: Path, section: dict[str, object], message: str) -> None:

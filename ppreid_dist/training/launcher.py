@@ -91,12 +91,16 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
         ("optimizer" in settings, "optimizer: every player has its own, see optimiser.name"),
         ("scheduler" in settings, "scheduler: every player has its own, see optimiser.decay"),
         (
+            any(settings.get(key, "auto") != "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu")),
+            "train_batch_size, train_micro_batch_size_per_gpu: auto, since data says it",
+        ),
+        (
             str(settings.get("gradient_accumulation_steps", "auto")) not in ("1", "auto"),
             "gradient_accumulation_steps: a batch is one step here",
         ),
         (
             any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")),
-            "zero_optimization.offload: not supported",
+            "zero_optimization.offload_…: not tried with a GPU, and without one there is nothing to move",
         ),
     ):
         if wrong:

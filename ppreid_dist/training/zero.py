@@ -64,6 +64,7 @@ class ZeroEngine(Engine):
         settings = said | {
             "zero_optimization": {**said.get("zero_optimization", {}), "stage": stage},
             # The size of the batch serves DeepSpeed's clock only.
+            "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
@@ -160,7 +161,7 @@ class _Partitioned(Held):
             return {}
         with self._trainable():
             return {
-                str(number): {"step": torch.tensor(float(self._steps))} | {key: full(p, key) for key in _MOMENTS}
+                str(number): {"step": torch.tensor(float(self._steps))} | {key: full(p, key).cpu() for key in _MOMENTS}
                 for number, p in enumerate(self.parameters)
             }
 
