@@ -2,12 +2,13 @@
 
     python tools/engine_table.py [--out DIR] [--processes 2 4] [--steps 20]
 
-prints docs/distributed.md's table: the largest difference of an extractor's weight after so many steps, in units of the
-largest weight of its tensor. Under zero3 every layer is in parts, small ones too.
+prints docs/distributed.md's table: how far the extractor is from one process's after so many steps, relative, by its
+entry that is furthest from it and by the norm of all. Under zero3 every layer is in parts, small ones too.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
 from ppreid_dist.data.dataset import prepare_shards
@@ -56,14 +58,18 @@ def train(run: Path, processes: int, kind: str, chosen: list[str]) -> None:
         sys.exit(done.stdout + done.stderr)
 
 
-def error(run: Path, reference: Path) -> float:
-    """The largest relative difference between the extractors of two runs, in their last checkpoints."""
-    (ours, theirs) = (
-        load_file(next(iter(sorted(folder.glob("checkpoints/step_*"), reverse=True))) / "tensors.safetensors")
-        for folder in (run, reference)
-    )
-    weights = [name for name in theirs if name.startswith("/modules/extractor/") and theirs[name].is_floating_point()]
-    return max(float((ours[n] - theirs[n]).abs().max()) / max(float(theirs[n].abs().max()), 1e-6) for n in weights)
+def weights(run: Path) -> dict[str, Tensor]:
+    """The extractor's, and its statistics, in the run's last checkpoint."""
+    last = load_file(max(run.glob("checkpoints/step_*")) / "tensors.safetensors")
+    return {n: t.double() for n, t in last.items() if n.startswith("/modules/extractor/") and t.is_floating_point()}
+
+
+def difference(run: Path, reference: Path) -> str:
+    """Of two extractors, relative: the largest of an entry to its tensor's largest; the norm of all of them."""
+    ours, theirs = weights(run), weights(reference)
+    largest = max(float((ours[n] - t).abs().max()) / max(float(t.abs().max()), 1e-6) for n, t in theirs.items())
+    apart = math.hypot(*(float((ours[n] - t).norm()) for n, t in theirs.items()))
+    return f"{largest:.1e}, {apart / math.hypot(*(float(t.norm()) for t in theirs.values())):.1e}"
 
 
 def table(out: Path, processes: list[int], steps: int) -> Iterator[str]:
@@ -81,11 +87,11 @@ def table(out: Path, processes: list[int], steps: int) -> Iterator[str]:
 
     references = {precision: run(f"one-{precision}", 1, "ddp", precision) for precision in PRECISIONS}
     for kind in KINDS:
-        errors = [
-            error(run(f"{kind}-{number}-{precision}", number, kind, precision), references[precision])
+        cells = [
+            difference(run(f"{kind}-{number}-{precision}", number, kind, precision), references[precision])
             for number, precision in columns
         ]
-        yield f"| {kind} | " + " | ".join(f"{e:.1e}" for e in errors) + " |"
+        yield f"| {kind} | " + " | ".join(cells) + " |"
     bar.close()
 
 
