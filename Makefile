@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows the whole way on synthetic people, `make test` runs all tests.
+# Two commands: `make demo` shows the whole way on synthetic people, `make test` runs the tests.
 # On a machine without a GPU, let pip find a CPU build of torch first (README, "Install").
 PYTHON ?= python3
 VENV := .venv
@@ -16,11 +16,17 @@ $(VENV)/installed: pyproject.toml constraints/cpu.txt
 	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track]'
 	@touch $@
 
+# DeepSpeed is for the tests of its engines; the demo does without.
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track,deepspeed]'
+	@touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest
+# Without those that take more than half a minute each: `pytest -m slow` runs them.
+test: $(VENV)/tested
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -88,6 +88,26 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x.detach()) / world_size()
 
 
+def share(rows: int, process: int | None = None, processes: int | None = None) -> slice:
+    """What a process (this one, of those that train) holds of ``rows``: as even as can be, the first ones more."""
+    small, more = divmod(rows, processes or world_size())
+    process = rank() if process is None else process
+    start = process * small + min(process, more)
+    return slice(start, start + small + (process < more))
+
+
+def rows_on_main(x: Tensor, rows: int) -> Tensor:
+    """All ``rows`` of a tensor of which each process holds its :func:`share`, on the first process and its CPU; this
+    process's own on the others."""
+    if world_size() == 1:
+        return x
+    sizes = [len(range(rows)[share(rows, process)]) for process in range(world_size())]
+    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes] if rank() == 0 else None
+    dist.gather(padded, parts)
+    return x if parts is None else torch.cat([part[:size].cpu() for part, size in zip(parts, sizes, strict=True)])
+
+
 def any_rank(flag: Tensor) -> Tensor:
     """The largest ``flag`` of all processes."""
     if world_size() > 1:

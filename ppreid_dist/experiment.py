@@ -24,6 +24,7 @@ from ppreid_dist.losses.triplet import TripletConfig
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.folder import save_extractor
 from ppreid_dist.models.seeding import seeded
+from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
 from ppreid_dist.training.adversary import Adversary
 from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary
@@ -106,9 +107,12 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
     _check_world(config)
     classes, labels_N = np.unique(split.pids, return_inverse=True)
+    split_head = config.identity.head == "split"
     with seeded(config.seed, _EXTRACTOR):
-        network = Extractor(config.model, num_classes=len(classes))
+        network = Extractor(config.model, num_classes=0 if split_head else len(classes))
+        head = SplitHead(network.feature_dim, len(classes)) if split_head else None
     extractor = Player("extractor", network, config.optimiser, engine)
+    heads = Player("head", head, config.optimiser, engine, split_rows=len(classes)) if head is not None else None
 
     source = open_source(split, config=config.data.stream, size=config.data.size, device=engine.device)
     plan = PKPlan(split.pids, config.data.identities_per_batch, config.data.pictures_per_identity, config.seed)
@@ -145,6 +149,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
             identity=config.identity,
             triplet=config.triplet,
             reversal_size=config.reversal.size,
+            head=heads,
         ),
         labelled=labelled,
         strangers=strangers,

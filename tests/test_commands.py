@@ -153,6 +153,10 @@ PROVEN = {
     "ppreid report": "test_from_pictures_to_the_report",
     "ppreid doctor": "test_doctor_finds_this_installation_sound",
     "accelerate launch": "test_from_pictures_to_the_report",
+    "cp slurm/site.example.sh": "tests/test_slurm.py",
+    "source slurm/site.sh": "tests/test_slurm.py",
+    "sbatch slurm/train.sh": "tests/test_slurm.py",
+    "sbatch --": "tests/test_slurm.py",
 }
 
 

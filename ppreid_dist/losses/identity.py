@@ -16,13 +16,19 @@ from ppreid_dist.settings import Settings, option
 
 @dataclass(kw_only=True)
 class IdentityConfig(Settings):
-    """How soft the targets are; 0.1 is the value of the BoT recipe (Luo et al., CVPR workshops 2019)."""
+    """How soft the targets are (0.1 in the BoT recipe: Luo et al., CVPR workshops 2019), and who holds the head."""
 
     smoothing: float = option(
         0.1,
         "share of the target spread evenly over all identities; 0 is plain cross-entropy",
         at_least=0.0,
         at_most=0.9,
+    )
+    head: str = option(
+        "whole",
+        "split: each process holds the head's weights, gradients and moments of its share of the identities only, for "
+        "100,000 of them and more (under ddp)",
+        choices=("whole", "split"),
     )
 
 

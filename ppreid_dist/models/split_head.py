@@ -11,15 +11,10 @@ from ppreid_dist import distributed
 _BLOCK = 1024  # identities drawn at a time
 
 
-def share(classes: int, rank: int, ranks: int) -> slice:
-    """The identities of one process: as even as can be, the first processes one more."""
-    small, more = divmod(classes, ranks)
-    start = rank * small + min(rank, more)
-    return slice(start, start + small + (rank < more))
-
-
 class SplitHead(nn.Module):
-    """The rows ``share`` of a classifier without bias; see ``losses.identity.split_identity_loss`` for its use.
+    """A classifier without bias, of which this process has its ``distributed.share`` of rows.
+
+    ``losses.identity.split_identity_loss`` takes its logits.
 
     Not synchronised: each process trains its own rows, from the features of all.
     """
@@ -27,7 +22,7 @@ class SplitHead(nn.Module):
     def __init__(self, dim: int, classes: int):
         super().__init__()
         self.classes = classes
-        self.rows = share(classes, distributed.rank(), distributed.world_size())
+        self.rows = distributed.share(classes)
         self.weight = nn.Parameter(torch.empty(self.rows.stop - self.rows.start, dim))
         self._draw(int(torch.randint(2**31, ())))
 
@@ -42,5 +37,6 @@ class SplitHead(nn.Module):
             self.weight[start - self.rows.start : stop - self.rows.start] = drawn[start - first : stop - first]
 
     def forward(self, embedding_ND: Tensor) -> Tensor:
-        """Logits (N, c) of this process's identities, from the rows of all processes."""
-        return embedding_ND @ distributed.own(self.weight).mT
+        """Logits (N, c) of this process's identities, from the rows of all processes; fp32 under autocast, too."""
+        with torch.autocast(embedding_ND.device.type, enabled=False):
+            return embedding_ND.float() @ distributed.own(self.weight).mT

@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
-from ppreid_dist.errors import ConfigError, MissingExtra
+from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched
@@ -48,6 +48,12 @@ class EngineConfig(Settings):
         "bf16 runs the models under autocast; parameters, statistics and closed forms stay fp32; auto takes the "
         "launcher's word, else no",
         choices=("auto", *PRECISIONS),
+    )
+    compile: str = option(
+        "no",
+        "torch.compile of each player's forward, by this backend (under ddp; not of a critic under R1, which is "
+        "differentiated twice)",
+        choices=("no", "inductor", "aot_eager"),
     )
     timeout: float = option(
         1800.0, "seconds after which a process that waits for another gives it up; a probe must end sooner", more_than=0
@@ -80,8 +86,11 @@ class Held(ABC):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
     @abstractmethod
-    def step(self, loss: Tensor, lr: float) -> Tensor:
-        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite before anything is updated."""
+    def step(self, loss: Tensor, lr: float, beside: "Sequence[Held]" = ()) -> Tensor:
+        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite before anything is updated.
+
+        ``beside`` are split players of the same loss, clipped and updated as if all were one.
+        """
 
     @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:
@@ -114,10 +123,15 @@ class Held(ABC):
 class _Whole(Held):
     """A player that every process has all of: DDP, or one process."""
 
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine"):
+    def __init__(
+        self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine", *, compiled: bool = False
+    ):
         super().__init__(name, module, config)
-        self._engine = engine
+        self._engine, self._seen = engine, False
         self.forward = self._wrap()
+        if compiled:
+            # A function of its own for each phase: the frozen player is called bare, and never by this graph.
+            self.forward = torch.compile(self.forward, backend=engine.compile)
         self._optimiser = make_optimiser(self.parameters, config)
 
     def _wrap(self) -> nn.Module:
@@ -135,17 +149,36 @@ class _Whole(Held):
             **buffers,
         )
 
-    def step(self, loss: Tensor, lr: float) -> Tensor:
-        self._optimiser.zero_grad(set_to_none=True)
+    def step(self, loss: Tensor, lr: float, beside: Sequence[Held] = ()) -> Tensor:
+        together = [held for held in (self, *beside) if isinstance(held, _Whole)]
+        for held in together:
+            held._optimiser.zero_grad(set_to_none=True)
         self._engine.accelerator.backward(loss)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
+        for held in together:
+            held._see_gradients()
+        norm = self._norm()
+        for held in together[1:]:
+            norm = (norm.square() + distributed.sum_over_ranks(held._norm().square())).sqrt()
         # The reduced gradient is the same on every rank, so all of them stop here together.
         if not torch.isfinite(norm):
             raise NotFinite(f"the gradient of the {self.name}")
-        for group in self._optimiser.param_groups:
-            group["lr"] = lr
-        self._optimiser.step()
+        for held in together:
+            nn.utils.clip_grads_with_norm_(held.parameters, self.config.clip or float("inf"), norm)
+            for group in held._optimiser.param_groups:
+                group["lr"] = lr
+            held._optimiser.step()
         return norm
+
+    def _see_gradients(self) -> None:
+        """Once: a graph that was traced while the player was frozen would train nothing, and say nothing."""
+        if not self._seen:
+            lost = [key for key, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+            if lost:
+                raise RunError(f"the {self.name} is not trained: {lost[0]} and {len(lost) - 1} more have no gradient")
+            self._seen = True
+
+    def _norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.module.state_dict()
@@ -167,6 +200,36 @@ class _Whole(Held):
         return self.module
 
 
+class _Split(_Whole):
+    """A module of which every process has rows of its own: no wrapper, nothing reduced."""
+
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine", rows: int):
+        super().__init__(name, module, config, engine)
+        self._rows = rows
+
+    def _wrap(self) -> nn.Module:
+        return self.module
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Whole on the first process, which writes them; this process's share on the others."""
+        return {key: distributed.rows_on_main(known, self._rows) for key, known in self.module.state_dict().items()}
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict({key: whole[distributed.share(self._rows)] for key, whole in state.items()})
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            number: {key: distributed.rows_on_main(t, self._rows) if t.ndim else t for key, t in sorted(known.items())}
+            for number, known in super().moments().items()
+        }
+
+    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        own = distributed.share(self._rows)
+        super().load_moments(
+            {number: {key: t[own] if t.ndim else t for key, t in known.items()} for number, known in saved.items()}
+        )
+
+
 class Engine:
     """One process's hold on the group: device, precision, players. This one is DDP's, or a single process's."""
 
@@ -175,12 +238,13 @@ class Engine:
         kind: str,
         precision: str,
         *,
+        compile: str,
         launched: Launched,
         timeout: float,
         run_folder: Path,
         loggers: Sequence[Any] = (),
     ):
-        self.kind, self.precision, self.launched = kind, precision, launched
+        self.kind, self.precision, self.compile, self.launched = kind, precision, compile, launched
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(
             log_with=list(loggers) or None, project_dir=str(run_folder), **self._options(timeout)
@@ -222,7 +286,11 @@ class Engine:
 
         ``twice`` says that a loss holds a gradient of the module, so that it is differentiated twice.
         """
-        return _Whole(name, self.place(module), config, self)
+        return _Whole(name, self.place(module), config, self, compiled=self.compile != "no" and not twice)
+
+    def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
+        """Take over a module whose parameters are this process's share of ``rows`` rows."""
+        return _Split(name, module.to(self.device), config, self, rows)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -241,7 +309,17 @@ def open_engine(config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any
     if kind != "ddp":
         if find_spec("deepspeed") is None:
             raise MissingExtra(f"engine.kind={kind}", "deepspeed")
+        if config.compile != "no":
+            raise ConfigError(f"engine.compile: {config.compile} is for engine.kind=ddp, not for {kind}")
         from ppreid_dist.training.zero import ZeroEngine
 
         made = ZeroEngine
-    return made(kind, precision, launched=launched, timeout=config.timeout, run_folder=run_folder, loggers=loggers)
+    return made(
+        kind,
+        precision,
+        compile=config.compile,
+        launched=launched,
+        timeout=config.timeout,
+        run_folder=run_folder,
+        loggers=loggers,
+    )

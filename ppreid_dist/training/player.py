@@ -1,6 +1,6 @@
 """One side of the game: a module, its engine's hold on it, its learning rate. Frozen unless a phase makes it active."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,22 @@ class Player:
     whenever they are used or read. What one process does alone, it does with ``held.alone()``.
     """
 
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: Engine, *, twice: bool = False):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        config: OptimiserConfig,
+        engine: Engine,
+        *,
+        twice: bool = False,
+        split_rows: int = 0,
+    ):
+        """``split_rows``: the module has this process's share of so many rows (see ``Engine.hold_split``)."""
         self.name, self.config = name, config
-        self.held = engine.hold(name, module, config, twice=twice)
+        if split_rows:
+            self.held = engine.hold_split(name, module, config, rows=split_rows)
+        else:
+            self.held = engine.hold(name, module, config, twice=twice)
         self.module: Any = self.held.module
         self._set(False)
 
@@ -37,6 +50,8 @@ class Player:
         finally:
             self._set(False)
 
-    def step(self, loss: Tensor, progress: float) -> Tensor:
-        """One optimiser step on ``loss``; returns the gradient's norm before clipping. Raises NotFinite."""
-        return self.held.step(loss, learning_rate(self.config, progress))
+    def step(self, loss: Tensor, progress: float, *, beside: "Sequence[Player]" = ()) -> Tensor:
+        """One optimiser step on ``loss``, of the split players ``beside``, too; returns the gradient's norm before
+        clipping. Raises NotFinite."""
+        others = [player.held for player in beside]
+        return self.held.step(loss, learning_rate(self.config, progress), others)

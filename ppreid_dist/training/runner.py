@@ -86,7 +86,7 @@ class Runner:
             folder,
             config.keep,
             engine=engine,
-            extractor=extractor,
+            players=[extractor, *step.beside],
             adversaries=adversaries,
             ema=self.ema,
             identity=identity,

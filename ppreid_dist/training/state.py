@@ -38,14 +38,14 @@ class GameState:
         keep: int,
         *,
         engine: Engine,
-        extractor: Player,
+        players: Sequence[Player],
         adversaries: Sequence[Adversary],
         ema: Ema | None,
         identity: Mapping[str, Any],
     ):
         self.folder, self.engine, self.identity = folder, engine, dict(identity)
         self.adversaries = {adversary.kind: adversary for adversary in adversaries}
-        self.players = {"extractor": extractor} | {
+        self.players = {player.name: player for player in players} | {
             f"{adversary.kind}.{player.name}": player for adversary in adversaries for player in adversary.players
         }
         self.ema = ema

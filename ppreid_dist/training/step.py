@@ -3,16 +3,21 @@
 Shapes: B rows of this rank, C identities, D feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.losses.identity import IdentityConfig, identity_loss
+from ppreid_dist.losses.identity import IdentityConfig, identity_loss, split_identity_loss
 from ppreid_dist.losses.ridge import RidgeConfig
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
+from ppreid_dist.models.extractor import ExtractorOutput
+from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.adversary import Adversary, AdversaryConfig, Exposure
 from ppreid_dist.training.engine import Engine
@@ -55,9 +60,12 @@ class ExtractorStep:
         identity: IdentityConfig,
         triplet: TripletConfig,
         reversal_size: tuple[int, int],
+        head: Player | None = None,
     ):
+        """``head``: a :class:`SplitHead`, where the extractor has no head of its own."""
         self.extractor, self.adversaries, self.engine = extractor, adversaries, engine
         self.identity, self.triplet, self.reversal_size = identity, triplet, reversal_size
+        self.beside = [] if head is None else [head]
         self.terms: dict[str, Tensor] = {}  # of the latest step, for the log and for a look at a NaN
 
     def __call__(
@@ -67,10 +75,10 @@ class ExtractorStep:
         rows = len(labelled.x_B3HW)
         # One forward for both: a wrapper may be called once only for each backward.
         x = labelled.x_B3HW if strangers is None else torch.cat([labelled.x_B3HW, strangers.clean_B3HW])
-        with self.extractor.active() as forward, self.engine.autocast():
+        with self.extractor.active() as forward, self._heads() as heads, self.engine.autocast():
             out = forward(x)
             self.terms = terms = {
-                "identity": identity_loss(out.logits_BC[:rows], labelled.labels_B, self.identity),
+                "identity": self._identity(out, rows, labelled.labels_B, heads),
                 "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
             }
             loss = terms["identity"] + terms["triplet"]
@@ -81,8 +89,22 @@ class ExtractorStep:
                 for adversary, weight in self.adversaries:
                     terms[adversary.kind] = adversary.loss(shown, step)
                     loss = loss + strength * weight * terms[adversary.kind]
-            norm = self.extractor.step(loss, progress)
+            norm = self.extractor.step(loss, progress, beside=self.beside)
         return {f"loss/{name}": term.detach() for name, term in terms.items()} | {"extractor/gradient": norm}
+
+    @contextmanager
+    def _heads(self) -> Iterator[list[Any]]:
+        with ExitStack() as active:
+            yield [active.enter_context(player.active()) for player in self.beside]
+
+    def _identity(self, out: ExtractorOutput, rows: int, labels_B: Tensor, heads: Sequence[SplitHead]) -> Tensor:
+        if not heads:
+            return identity_loss(out.logits_BC[:rows], labels_B, self.identity)
+        (head,) = heads
+        logits_Nc = head(distributed.gather(out.embedding_BD[:rows]))
+        return split_identity_loss(
+            logits_Nc, distributed.gather(labels_B), head.rows.start, head.classes, self.identity
+        )
 
     def _expose(self, stored_BD: Tensor, batch: FeedBatch) -> Exposure:
         clean_B3hw = resize(batch.clean_B3HW, self.reversal_size)

@@ -10,7 +10,7 @@ Learnt by trying, and held by tests/test_engines.py:
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -96,6 +96,9 @@ class ZeroEngine(Engine):
         state.select_deepspeed_plugin(key)
         return _Partitioned(name, self.place(module), config, stage=stage)
 
+    def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
+        raise ConfigError(f"identity.head: a split head trains under engine.kind=ddp, not under {self.kind}")
+
     def close(self) -> None:
         super().close()
         if self._flag is None:  # Accelerate set it, and would take it for the launcher's word next time
@@ -121,7 +124,7 @@ class _Partitioned(Held):
         self._zero = self.forward.optimizer
         self._steps = 0
 
-    def step(self, loss: Tensor, lr: float) -> Tensor:
+    def step(self, loss: Tensor, lr: float, beside: Sequence[Held] = ()) -> Tensor:
         # DeepSpeed's own engine, since Accelerate's backward would step and hide how that went: DeepSpeed looks at the
         # norm of the reduced gradient, the same on every rank, and if it isn't finite leaves all as it was, silently.
         for group in self._zero.param_groups:

@@ -1,0 +1,46 @@
+"""Compiled forwards train the same game; a player that no gradient reaches is noticed at its first step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish, start_ranks
+from test_training import assert_same, last, run
+
+from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.models.extractor import Extractor
+
+pytestmark = pytest.mark.engines
+
+
+def without_moments(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tensors.items() if not name.startswith("/optimisers")}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_game_is_the_plain_one(world: list[str], tmp_path: Path, backend: str) -> None:
+    plain = run(world, tmp_path / "plain")
+    compiled = run([*world, f"engine.compile={backend}"], tmp_path / "compiled")
+    assert_same(without_moments(plain), without_moments(compiled), tolerance=2e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_game_on_two_processes(world: list[str], tmp_path: Path) -> None:
+    plain = run(world, tmp_path / "plain")
+    ended = finish(start_ranks(2, *world, "engine.compile=aot_eager", f"output={tmp_path / 'two'}"))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert_same(without_moments(plain), without_moments(last(tmp_path / "two")), tolerance=2e-4)
+
+
+def test_a_player_that_is_not_trained_is_noticed(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = Extractor._pool
+    monkeypatch.setattr(Extractor, "_pool", lambda self, features: stored(self, features).detach())
+    with pytest.raises(RunError, match=r"the extractor is not trained: backbone.* more have no gradient"):
+        run([*world, "privacy.weight=0"], tmp_path / "run")
+
+
+def test_zero_is_not_compiled(world: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.compile: inductor is for engine\.kind=ddp, not for zero2"):
+        run([*world, "engine.kind=zero2", "engine.compile=inductor"], tmp_path / "run")
