@@ -63,8 +63,9 @@ class EngineConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        if self.precision == "False":
-            self.precision = "no"  # YAML reads a bare no as false
+        for key in ("precision", "compile"):
+            if getattr(self, key) == "False":
+                setattr(self, key, "no")  # YAML reads a bare no as false
         super().__post_init__()
 
 
