@@ -55,17 +55,6 @@ def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.engines
-@pytest.mark.parametrize("processes", [2])
-def test_the_same_game_on_several_processes(world: list[str], whole: Path, tmp_path: Path, processes: int) -> None:
-    launch(processes, *world, f"output={tmp_path / 'run'}")
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["processes"] == processes
-    # Adam divides by moments that begin near 0, which blows up differences in the order of sums: hence moments apart.
-    alone = {n: t for n, t in last(whole).items() if not n.startswith("/optimisers")}
-    together = {n: t for n, t in last(tmp_path / "run").items() if not n.startswith("/optimisers")}
-    assert_same(alone, together, tolerance=2e-4)
-
-
 def test_a_resumed_run_is_the_same_bit_for_bit(world: list[str], whole: Path, tmp_path: Path) -> None:
     """Stopped after the checkpoint of every third step, in the warm-up and in the game."""
     for stop in (3, 6, 9):
