@@ -105,6 +105,21 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     torch.manual_seed(config.seed)  # nothing of ours draws from it; a library's stray draw is at least repeated
     split = open_training(config.data)
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
+    try:
+        result = _play(config, folder, split, engine, resume=resume, progress=progress)
+    except Stopped:
+        engine.close()
+        raise
+    except BaseException:
+        engine.forget()
+        raise
+    engine.close()
+    return result
+
+
+def _play(
+    config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, resume: bool, progress: bool
+) -> dict[str, Any]:
     _check_world(config)
     classes, labels_N = np.unique(split.pids, return_inverse=True)
     split_head = config.identity.head == "split"
@@ -171,17 +186,12 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
     if engine.is_main:
         save_settings(config, folder / "config.yaml")
-    try:
-        result = runner.run()
-    except Stopped:
-        engine.close()
-        raise
+    result = runner.run()
     finished = runner.finished()
     if engine.is_main:
         about = {"identities": len(classes), "steps": runner.step, "training pictures": split.fingerprint}
         save_extractor(folder / "model", finished, config.model, config.data.size, about)
     engine.wait()
-    engine.close()
     return result
 
 

@@ -182,6 +182,7 @@ def test_a_run_goes_on_under_other_engines(
 
 
 @deepspeed
+@pytest.mark.slow
 def test_a_live_opponent_in_parts(world: list[str], parts: dict[str, str], tmp_path: Path) -> None:
     """Without snapshots the extractor's gradient flows through the generator itself, and the probe is shown it."""
     live = [*world, "reversal.lazy.mode=none"]
@@ -199,6 +200,7 @@ def test_bf16_under_ddp(game: list[str], alone: dict[str, dict[str, Tensor]], tm
 
 
 @deepspeed
+@pytest.mark.slow
 def test_bf16_under_zero(game: list[str], alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     """As a user's own `accelerate config` may say, without a file for DeepSpeed."""
     own = tmp_path / "own.yaml"
@@ -226,6 +228,7 @@ def killed(folder: Path, *settings: str) -> Path:
 
 
 @deepspeed
+@pytest.mark.slow
 @pytest.mark.faults
 def test_killed_on_two_processes_and_resumed_on_one(
     game: list[str], alone: dict[str, dict[str, Tensor]], tmp_path: Path

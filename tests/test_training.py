@@ -357,3 +357,9 @@ def test_canary_a_rarely_updated_reversal_is_masked_and_the_probe_warns(tmp_path
     assert masked["probe/gap"] > 0.25 and masked["probe/warned"] == 1
     assert masked["probe/fresh"] < 1.15 * quiet["probe/fresh"], "it was not masking but protection"
     assert abs(quiet["probe/gap"]) < 0.1 and quiet["probe/warned"] == 0
+
+
+def test_a_failed_run_leaves_the_process_as_it_was(world: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        run(world, tmp_path / "bad", "engine.precision=bf16", "data.identities_per_batch=1000")
+    run(world, tmp_path / "good", "training.images=32", "privacy.weight=0")

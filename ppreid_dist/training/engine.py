@@ -250,10 +250,11 @@ class Engine:
         self.accelerator = Accelerator(
             log_with=list(loggers) or None, project_dir=str(run_folder), **self._options(timeout)
         )
-        if self.accelerator.num_processes != expected or distributed.world_size() != expected:
+        seen = self.accelerator.num_processes
+        if seen != expected or distributed.world_size() != expected:
+            self.forget()
             raise ConfigError(
-                f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees "
-                f"{self.accelerator.num_processes}; on CPU use `accelerate launch --multi_gpu --num_processes N`"
+                f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU use `accelerate launch --multi_gpu --num_processes N`"
             )
 
     def _options(self, timeout: float) -> dict[str, Any]:
@@ -297,8 +298,12 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """End the trackers, and forget Accelerate's global state: a process may train again, otherwise."""
+        """End the trackers and the group; this process may train again."""
         self.accelerator.end_training()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop Accelerate's global state, and nothing that would wait for a process that may be lost."""
         AcceleratorState._reset_state()
 
 

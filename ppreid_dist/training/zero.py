@@ -99,8 +99,8 @@ class ZeroEngine(Engine):
     def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
         raise ConfigError(f"identity.head: a split head trains under engine.kind=ddp, not under {self.kind}")
 
-    def close(self) -> None:
-        super().close()
+    def forget(self) -> None:
+        super().forget()
         if self._flag is None:  # Accelerate set it, and would take it for the launcher's word next time
             os.environ.pop(_FLAG, None)
 
