@@ -254,7 +254,8 @@ class Engine:
         if seen != expected or distributed.world_size() != expected:
             self.forget()
             raise ConfigError(
-                f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU use `accelerate launch --multi_gpu --num_processes N`"
+                f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU "
+                "use `accelerate launch --multi_gpu --num_processes N`"
             )
 
     def _options(self, timeout: float) -> dict[str, Any]:
