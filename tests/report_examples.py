@@ -17,7 +17,10 @@ def good_report() -> dict[str, Any]:
         first, last = interval(0.21 + shift, 0.1, 0.32), interval(0.437 + shift, 0.381, 0.607)
         return {
             "metric": metric,
-            "leak": {**last, "attacker": "ridge"},
+            "leak": {
+                **last, "attacker": "ridge", "against": "ridge",
+                "own": {**interval(0.531 + shift, 0.402, 0.664), "attacker": "gan"},
+            },
             "urr": {
                 **interval(2.247, 1.93, 2.58), "display": "2.25 [1.93, 2.58]", "status": "ok", "reason": None,
                 "raw": 1.714, "base": 1.186,
@@ -39,7 +42,7 @@ def good_report() -> dict[str, Any]:
         "method": "none",
     }  # fmt: skip
     return {
-        "schema": "ppreid-report/1",
+        "schema": "ppreid-report/2",
         "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
         "name": "a run",
         "created": "2026-03-02T14:05:11+00:00",
@@ -68,8 +71,9 @@ def good_report() -> dict[str, Any]:
 def ugly_report() -> dict[str, Any]:
     report = good_report()
     pixel = report["axes"]["pixel"]
-    pixel["leak"] = {**interval(1.182, 1.05, 1.33), "attacker": "ridge"}
+    pixel["leak"] |= interval(1.182, 1.05, 1.33)
     pixel["attackers"]["gan"] = attacker((0.402, 0.398, 0.401), (None, None, None), "it doesn't beat its floor")
+    pixel["leak"]["own"] = {**interval(1.182, 1.05, 1.33), "attacker": "ridge"}
     closed = {"display": "n/a", "status": "n/a", "reason": "utility is 0.914", "raw": None, "base": None}
     pixel["urr"] = {**interval(None, None, None), **closed}
     report["probe"]["warned"] = True

@@ -178,6 +178,7 @@ def test_the_verdict_never_claims_more_than_was_measured() -> None:
 def test_the_words_for_a_leak(r: tuple[Any, Any, Any], tone: str, words: str) -> None:
     report = good_report()
     report["axes"]["identity"]["leak"].update(interval(*r))
+    report["axes"]["identity"]["attackers"] = {"ridge": attacker((0.1, 0.2, 0.3), r)}
     check_report(report, "report.json")
     verdict = write_verdict(report)
     assert verdict.tone == tone
@@ -199,6 +200,22 @@ def test_the_words_for_a_gate(change: dict[str, Any], headline: str) -> None:
     assert headline in verdict.headline
     assert change["display"] in verdict.lines[3].text
     assert bool(verdict.warnings) == (change["status"] == "n/a")
+
+
+def test_an_attacker_that_loses_nothing_is_named_though_the_leak_fell() -> None:
+    report = good_report()
+    identity = report["axes"]["identity"]
+    identity["leak"]["own"] = {**interval(0.93, 0.81, 1.04), "attacker": "gan"}
+    verdict = write_verdict(report)
+    assert (verdict.tone, verdict.warnings[0].label) == ("mixed", "Uneven protection, identity")
+    assert "not every attacker does (identity)" in verdict.headline
+    assert "gan keeps 0.93 of what it found, between 0.81 and 1.04" in verdict.warnings[0].text
+    identity["leak"]["own"]["high"] = 0.99
+    assert (write_verdict(report).tone, write_verdict(report).warnings) == ("good", ())
+    identity["attackers"]["weak"] = attacker((0.1, 0.12, 0.12), (0.9, 0.61, 1.2)) | {"status": "weak", "reason": "why"}
+    assert "weak keeps 0.90" in write_verdict(report).warnings[0].text  # r ends at 0.607
+    identity["attackers"]["weak"]["r"]["low"] = 0.55
+    assert write_verdict(report).warnings == ()
 
 
 def test_the_words_for_utility() -> None:
@@ -263,7 +280,8 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_nulls_everywhere_still_make_a_page(tmp_path: Path) -> None:
     report = good_report()
     pixel = report["axes"]["pixel"]
-    pixel["leak"] = {**interval(None, None, None), "attacker": None}
+    nobody = {**interval(None, None, None), "attacker": None}
+    pixel["leak"] = {**nobody, "against": None, "own": nobody}
     unscored = dict.fromkeys(("floor", "control", "protected"))
     pixel["attackers"] = {"gan": attacker((0, 0, 0), (None, None, None), "a series has no score") | unscored}
     pixel["curve"] = [{"n": 5, "r": {**interval(None, None, None), "attacker": None}, "attackers": {}}]
@@ -301,7 +319,7 @@ def test_json_is_strict_and_comes_back_equal(good: Path) -> None:
         (["axes", "pixel", "attackers", "gan", "status"], None, "axes.pixel.attackers.gan.status is a NoneType"),
         (["axes", "../up"], good_report()["axes"]["pixel"], "'../up' is not a lower-case word"),
         (["axes", "pixel", "extra"], 1, "axes.pixel.extra is not a key"),
-        (["schema"], "ppreid-report/2", "schema is 'ppreid-report/2'"),
+        (["schema"], "ppreid-report/1", "schema is 'ppreid-report/1'"),
         (["notes"], "a note", "notes is not a list"),
         (["machine"], [], "machine holds no keys"),
     ],

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ppreid_dist.errors import DataError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.urr import AttackScores, attack_curve, urr
+from ppreid_dist.evaluation.leak import AttackScores
+from ppreid_dist.evaluation.urr import NO_ATTACKER, attack_curve, urr
 
 
 def constant(pids, protected, control, floor):
@@ -55,6 +56,7 @@ def test_by_hand():
     assert result.urr.value == pytest.approx(0.79 / 0.8 / 0.4)
     assert result.urr_raw == pytest.approx(0.79 / 0.4)
     assert result.urr_base == pytest.approx(0.79 / 0.8 / (0.4 / 0.7))
+    assert result.own.value == pytest.approx(0.4)
     stronger = result.attackers["stronger"]
     assert (stronger.protected, stronger.control, stronger.floor) == pytest.approx((0.4, 0.7, 0.2))
     # Two identities have three resamples: the first twice, the second twice, or both.
@@ -92,14 +94,14 @@ def test_gate_on_broken_attackers():
     result = urr(PIDS, FULL, FULL, {"blind": blind, "silent": silent})
     assert (result.status, result.reason, result.r.value, result.attacker) == (
         "n/a",
-        "no attacker is sound",
+        NO_ATTACKER,
         None,
         None,
     )
     assert {a.status for a in result.attackers.values()} == {"broken"}
     assert "floor" in result.attackers["blind"].reason
     assert "no score" in result.attackers["silent"].reason
-    assert urr(PIDS, FULL, FULL, {}).reason == "no attacker is sound"
+    assert urr(PIDS, FULL, FULL, {}).reason == NO_ATTACKER
 
 
 def test_no_leak_gives_a_bound_not_a_value():
@@ -206,13 +208,13 @@ def test_a_leakier_model_never_has_a_higher_ratio(seed, a, b, more, one_picture)
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), a=LEVELS, other=st.sampled_from(["at floor", "blind", "silent", "misled"]))
-def test_another_attacker_never_raises_the_ratio(seed, a, other):
+def test_another_attacker_that_is_not_the_strongest_on_the_control_never_raises_the_ratio(seed, a, other):
     attackers = {"a": noisy(seed, a)}
     added = {
-        "at floor": noisy(seed + 1, 0.2),
+        "at floor": noisy(seed + 1, 0.2, control=0.7),
         "blind": noisy(seed + 1, a, control=0.2, attacker_noise=0.1),
         "silent": constant(PIDS, math.nan, 1.0, 0.0),
-        "misled": noisy(seed + 1, -0.5),
+        "misled": noisy(seed + 1, -0.5, control=0.7),
     }[other]
     before = urr(PIDS, FULL, FULL, attackers, resamples=200)
     after = urr(PIDS, FULL, FULL, {**attackers, "b": added}, resamples=200)
@@ -237,7 +239,7 @@ def test_attack_curve_says_why_there_is_no_n50():
     assert attack_curve(PIDS, {n: by_n[n] for n in (80, 160)}).n50_reason == "not reached by 160"
     assert attack_curve(PIDS, {320: by_n[320]}).n50_reason == "already at 320"
     broken = attack_curve(PIDS, {80: {"a": constant(PIDS, 0.5, 0.2, 0.2)}})
-    assert (broken.n50, broken.n50_reason) == (None, "no attacker is sound")
+    assert (broken.n50, broken.n50_reason) == (None, NO_ATTACKER)
     assert broken.points[0].r.value is None
     assert attack_curve(PIDS, {40: {}, **by_n}).n50 == pytest.approx(160 * 2 ** (0.05 / 0.45))
 

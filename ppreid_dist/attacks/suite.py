@@ -19,7 +19,8 @@ from ppreid_dist.attacks.base import Progress
 from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.evaluation.urr import AttackScores, attack_curve, urr
+from ppreid_dist.evaluation.leak import AttackScores
+from ppreid_dist.evaluation.urr import attack_curve, urr
 
 AXES = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
 WEAK_JUDGE = 3.0  # times chance
@@ -199,7 +200,12 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
     }
     return {
         "metric": AXES[axis],
-        "leak": {**asdict(whole.r), "attacker": whole.attacker},
+        "leak": {
+            **asdict(whole.r),
+            "attacker": whole.attacker,
+            "against": whole.against,
+            "own": {**asdict(whole.own), "attacker": whole.own_attacker},
+        },
         "urr": {
             **asdict(whole.urr),
             "display": whole.display,

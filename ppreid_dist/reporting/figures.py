@@ -182,8 +182,8 @@ def _leak(axis: dict[str, Any], theme: Theme) -> Figure:
     left, right = -0.12, 1.2
     for y, (name, row) in enumerate(rows):
         r = row["r"]
-        if row["status"] == "broken" or r["value"] is None:
-            axes.text(0.03, y, "broken: no r", va="center", color=theme.muted, fontsize=9)
+        if r["value"] is None:
+            axes.text(0.03, y, f"{row['status']}: no ratio", va="center", color=theme.muted, fontsize=9)
             continue
         value, low, high = np.clip([r["value"], *_ends(r)], *R_SHOWN)
         axes.plot([low, high], [y, y], color=theme.protected, linewidth=2.2, solid_capstyle="butt")
@@ -194,10 +194,13 @@ def _leak(axis: dict[str, Any], theme: Theme) -> Figure:
     axes.axvline(0, color=theme.floor, linewidth=1.4, label="floor", zorder=1)
     axes.axvline(1, color=theme.control, linewidth=1.4, label="unprotected", zorder=1)
     axes.axvspan(1, right, color=theme.control, alpha=0.09, linewidth=0)
-    axes.plot([], [], "o", color=theme.protected, markersize=6.5, label="strongest attacker")
+    if (leak := axis["leak"]["value"]) is not None:
+        dashes = (0, (4, 3))
+        axes.axvline(np.clip(leak, left, right), color=theme.protected, linewidth=1.2, linestyle=dashes, label="r")
+    axes.plot([], [], "o", color=theme.protected, markersize=6.5, label="finds most")
     _attacker_rows(axes, [name for name, _ in rows], theme)
     axes.set_xlim(left, right)
-    axes.set_xlabel("residual leak r, with its interval")
+    axes.set_xlabel("each attacker's own ratio, with its interval; r of all")
     _legend(figure, axes)
     return figure
 

@@ -1,6 +1,6 @@
 """The privacy report as a folder that needs nothing else:
 
-report.json        every number, shape ``ppreid-report/1`` (docs/report.md)
+report.json        every number, shape ``ppreid-report/2`` (docs/report.md)
 report.html        the same numbers as one page: no script, no request, readable in print and in the dark
 figures/*.png      the page's figures, for a paper; panel_*.png only where pictures were asked for
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/1"
+SCHEMA = "ppreid-report/2"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ TRAINING = {
 LEAK = {**INTERVAL, "attacker": Maybe(TEXT)}
 AXIS = {
     "metric": TEXT,
-    "leak": LEAK,
+    "leak": {**LEAK, "against": Maybe(TEXT), "own": LEAK},
     "urr": {
         **INTERVAL,
         "display": TEXT,

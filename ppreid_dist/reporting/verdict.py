@@ -65,6 +65,8 @@ def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], 
         return "mixed", f"No reduction of the leak is established ({', '.join(open_)})"
     if not leaks:
         return "mixed", "The leak was not measured"
+    if uneven := [axis_title(name).lower() for name, axis in report["axes"].items() if _hardly_hindered(axis)]:
+        return "mixed", f"The best attacker finds less, but not every attacker does ({', '.join(uneven)})"
     if closed := [axis_title(name).lower() for name, axis in report["axes"].items() if axis["urr"]["status"] == "n/a"]:
         return "mixed", f"Leaks less, but the balance is not applicable ({', '.join(closed)})"
     if report["probe"] and report["probe"]["warned"]:
@@ -74,6 +76,19 @@ def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], 
 
 def _reaches_one(leak: dict[str, Any]) -> bool:
     return leak["high"] is None or leak["high"] >= 1
+
+
+def _hardly_hindered(axis: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The own ratios, by attacker, that r hides where it is below 1: a sound attacker's for whom no reduction is
+    established, and anybody's that is above r beyond noise."""
+    leak = axis["leak"]
+    if leak["value"] is None or _reaches_one(leak):
+        return {}
+    found = {leak["own"]["attacker"]: leak["own"]} if _reaches_one(leak["own"]) else {}
+    for name, row in axis["attackers"].items():
+        if row["r"]["low"] is not None and row["r"]["low"] > leak["high"]:
+            found[name] = row["r"]
+    return found
 
 
 def _between(interval: dict[str, Any], write: Callable[[float | None], str] = number) -> str:
@@ -159,6 +174,14 @@ def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:
             "opponent; only what fresh attackers reach counts."
         )
         found.append(Line("Masking", text))
+    for name, axis in axes.items():
+        if hardly_hindered := _hardly_hindered(axis):
+            each = [
+                f"{attacker} keeps {number(r['value'])} of what it found, {_between(r)}"
+                for attacker, r in hardly_hindered.items()
+            ]
+            text = f"the best attacker finds less than before, but {_list(each)}: the protection is one against others."
+            found.append(Line(f"Uneven protection, {axis_title(name).lower()}", text))
     for name, axis in axes.items():
         broken = [(row["reason"], attacker) for attacker, row in axis["attackers"].items() if row["status"] == "broken"]
         for reason, names in _grouped(broken):
