@@ -185,6 +185,7 @@ def _figures(
             "ratio": {"value": ratio.value, "low": ratio.low, "high": ratio.high},
         },
         "axes": result.axes,
+        "attributes": result.attributes,
         "judge": {
             "name": f"{load_run(judge).model.backbone}, seed {load_run(judge).seed}",
             "mAP": result.judge["mAP"],

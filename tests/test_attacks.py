@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import ATTACKERS, VIEWS, Attacker, fit_view, held_out_error, split_people
-from ppreid_dist.attacks.bench import AttackConfig, permute_people
+from ppreid_dist.attacks.base import (
+    ATTACKERS,
+    VIEWS,
+    Attacker,
+    fit_view,
+    held_out_error,
+    permute_people,
+    split_people,
+)
+from ppreid_dist.attacks.bench import AttackConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig

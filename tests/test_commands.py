@@ -73,6 +73,7 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
         assert report["utility"][name] == pytest.approx(evaluated)
     assert {row["n"] for row in report["axes"]["identity"]["curve"]} == {12, 24}
     assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression"}
+    assert report["attributes"]["each"]["sleeve"]["classes"] == 2
     assert report["probe"]["history"] and report["training"]["protected"]["steps"] == 10
     page = (tmp_path / "report.html").read_text()
     assert report["protocol"] in page and "data:image/png" in page

@@ -88,6 +88,20 @@ def split_people(pids_N: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def permute_people(pids_N: np.ndarray, seed: int) -> np.ndarray:
+    """For every row the row of a picture of another person: identities go round a random circle.
+
+    All features of one person get pictures of one other person, so that what the pairs teach is the prior alone, and
+    a split by identity is one of the pictured people too.
+    """
+    circle = np.random.default_rng([seed, 0xF1]).permutation(np.unique(pids_N))
+    pairs = np.empty(len(pids_N), dtype=np.int64)
+    for pid, other in zip(circle, np.roll(circle, 1), strict=True):
+        mine, theirs = np.flatnonzero(pids_N == pid), np.flatnonzero(pids_N == other)
+        pairs[mine] = np.resize(theirs, len(mine))
+    return pairs
+
+
 @dataclass(frozen=True)
 class View:
     """An affine map of the features, scaled so that those it was fitted on have a mean square norm of 1."""

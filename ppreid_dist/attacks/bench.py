@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Outcome, Progress, to_float
+from ppreid_dist.attacks.attribute import AttributeConfig
+from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Outcome, Progress, permute_people, to_float
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.regression import RegressionConfig
@@ -42,6 +43,7 @@ class AttackConfig(Settings):
     ridge: RidgeConfig = option(RidgeConfig(), "")
     regression: RegressionConfig = option(RegressionConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
+    attribute: AttributeConfig = option(AttributeConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,17 +169,3 @@ def _labelled(progress: Progress, label: str, line: str) -> None:
 
 def _to_uint8(images_N3hw: Tensor) -> Tensor:
     return (images_N3hw * 255).round().to(torch.uint8)
-
-
-def permute_people(pids_N: np.ndarray, seed: int) -> np.ndarray:
-    """For every row the row of a picture of another person: identities go round a random circle.
-
-    All features of one person get pictures of one other person, so that what the pairs teach is the prior alone, and
-    a split by identity is one of the pictured people too.
-    """
-    circle = np.random.default_rng([seed, 0xF1]).permutation(np.unique(pids_N))
-    pairs = np.empty(len(pids_N), dtype=np.int64)
-    for pid, other in zip(circle, np.roll(circle, 1), strict=True):
-        mine, theirs = np.flatnonzero(pids_N == pid), np.flatnonzero(pids_N == other)
-        pairs[mine] = np.resize(theirs, len(mine))
-    return pairs

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.base import Progress
 from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.data.stream import Pictures
+from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores
 from ppreid_dist.evaluation.urr import attack_curve, urr
 
@@ -49,7 +51,8 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis.
+    """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so is ``attributes``, what the
+    attribute probe found (``attacks.attribute``).
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
@@ -58,6 +61,7 @@ class SuiteResult:
     """
 
     axes: dict[str, dict[str, Any]]
+    attributes: dict[str, Any] | None
     judge: dict[str, float]
     notes: list[str]
     people: list[int]
@@ -137,6 +141,15 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
     }
     return SuiteResult(
         axes={axis: _axis(axis, bench, control, protected, roles) for axis in AXES},
+        attributes=attribute_leak(
+            bench.aux,
+            bench.query,
+            {role: (of.aux_ND, of.query_QD) for role, of in (("control", control), ("protected", protected))},
+            config.attribute,
+            Bootstrap(bench.query.pids_N, config.resamples, config.seed, 0.95),
+            seed=config.seed,
+            progress=bench.progress,
+        ),
         judge=quality,
         notes=notes,
         people=bench.people,

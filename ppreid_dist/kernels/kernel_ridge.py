@@ -7,7 +7,7 @@ neither autocast, nor TF32, nor the order in which processes sum can then turn a
 Shapes: N fitted rows, V rows to predict, D feature dim, M target values, W widths, R ridges, X any batch axes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,23 @@ def fit(features_ND: Tensor, targets_NM: Tensor, *, width: float, ridge: float) 
 
 
 @torch.no_grad()
+def sweep(
+    features_ND: Tensor, targets_NM: Tensor, asked_VD: Tensor, widths: Sequence[float], ridges: Sequence[float]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The numbers of every width and ridge, with the targets (V, M), float64, that they predict for ``asked_VD``.
+
+    One eigendecomposition a width serves all its ridges.
+    """
+    targets_NM = targets_NM.double()
+    mean_M = targets_NM.mean(0)
+    for w, width in enumerate(widths):
+        values_N, vectors_NN = torch.linalg.eigh(gaussian_kernels(features_ND, features_ND, [width])[0])
+        basis_VN = gaussian_kernels(features_ND, asked_VD, [width])[0].mT @ vectors_NN
+        rotated_NM = vectors_NN.mT @ (targets_NM - mean_M)
+        for r, ridge in enumerate(ridges):
+            yield w, r, (basis_VN / (values_N.clamp_min(0) + ridge * len(values_N))) @ rotated_NM + mean_M
+
+
 def search(
     features_ND: Tensor,
     targets_NM: Tensor,
@@ -122,18 +139,8 @@ def search(
     widths: Sequence[float],
     ridges: Sequence[float],
 ) -> Tensor:
-    """Mean squared validation error of every width and ridge, float64 (W, R), on the features' device.
-
-    One eigendecomposition a width serves all its ridges.
-    """
-    targets_NM, validation_VM = targets_NM.double(), validation_VM.double()
-    mean_M = targets_NM.mean(0)
+    """Mean squared validation error of every width and ridge, float64 (W, R), on the features' device."""
     errors_WR = torch.empty(len(widths), len(ridges), dtype=torch.float64, device=features_ND.device)
-    for w, width in enumerate(widths):
-        values_N, vectors_NN = torch.linalg.eigh(gaussian_kernels(features_ND, features_ND, [width])[0])
-        basis_VN = gaussian_kernels(features_ND, validation_VD, [width])[0].mT @ vectors_NN
-        rotated_NM = vectors_NN.mT @ (targets_NM - mean_M)
-        for r, ridge in enumerate(ridges):
-            predicted_VM = (basis_VN / (values_N.clamp_min(0) + ridge * len(values_N))) @ rotated_NM + mean_M
-            errors_WR[w, r] = (predicted_VM - validation_VM).square().mean()
+    for w, r, predicted_VM in sweep(features_ND, targets_NM, validation_VD, widths, ridges):
+        errors_WR[w, r] = (predicted_VM - validation_VM.double()).square().mean()
     return errors_WR

@@ -37,6 +37,14 @@ TRAINING = {
     "method": TEXT,
 }
 LEAK = {**INTERVAL, "attacker": Maybe(TEXT)}
+ATTACKER = {
+    "protected": Maybe(NUMBER),
+    "control": Maybe(NUMBER),
+    "floor": Maybe(NUMBER),
+    "r": INTERVAL,
+    "status": TEXT,
+    "reason": Maybe(TEXT),
+}
 AXIS = {
     "metric": TEXT,
     "leak": {**LEAK, "against": Maybe(TEXT), "own": LEAK},
@@ -48,16 +56,7 @@ AXIS = {
         "raw": Maybe(NUMBER),
         "base": Maybe(NUMBER),
     },
-    "attackers": Named(
-        {
-            "protected": Maybe(NUMBER),
-            "control": Maybe(NUMBER),
-            "floor": Maybe(NUMBER),
-            "r": INTERVAL,
-            "status": TEXT,
-            "reason": Maybe(TEXT),
-        }
-    ),
+    "attackers": Named(ATTACKER),
     "curve": [{"n": WHOLE, "r": LEAK, "attackers": Named(INTERVAL)}],
     "n50": {"value": Maybe(NUMBER), "text": TEXT},
 }
@@ -70,6 +69,7 @@ SHAPE = {
     "machine": {"cpu": TEXT, "cores": WHOLE, "gpu": Maybe(TEXT)},
     "utility": {"control": RANKING, "protected": RANKING, "ratio": INTERVAL},
     "axes": Named(AXIS),
+    "attributes": Maybe({"each": Named({"classes": WHOLE, **ATTACKER}), "mean": ATTACKER}),
     "judge": {"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT},
     "probe": Maybe(
         {

@@ -50,7 +50,7 @@ def write_verdict(report: dict[str, Any]) -> Verdict:
         Line("Matching", _cost(report["utility"])),
         *(Line(axis_title(name), _leak(axis["leak"], people)) for name, axis in axes.items()),
         Line("Balance", _balance(axes)),
-        Line("Limits", _limits(axes, people)),
+        Line("Limits", _limits(axes, people) + _attributes(report["attributes"])),
     ]
     return Verdict(tone, f"{headline}, for attackers with {people} auxiliary people", tuple(lines), _warnings(report))
 
@@ -158,6 +158,16 @@ def _limits(axes: dict[str, Any], people: str) -> str:
     if not grown:
         return text
     return f"{text} The leak grew with the attacker's number of people ({_list(grown)}): expect more from more people."
+
+
+def _attributes(found: dict[str, Any] | None) -> str:
+    if found is None or found["mean"]["r"]["value"] is None:
+        return ""
+    r = found["mean"]["r"]
+    return (
+        f" Without a picture, a probe keeps {number(100 * max(r['value'], 0), 0)}\u00a0% of what it can tell of "
+        f"people's attributes (r\u00a0=\u00a0{number(r['value'])}, {_between(r)})."
+    )
 
 
 def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:

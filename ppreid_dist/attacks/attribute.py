@@ -1,0 +1,182 @@
+"""The attribute probe: what a stored feature tells about clothes, hair or build, without any picture being drawn.
+
+A kernel ridge classifier for each attribute learns from the attackers' own people and is asked about people it never
+saw. What counts is the balanced accuracy, the mean over an attribute's values of the share of pictures with that value
+for which it is named: guessing gives 1 / values however rare some of them are. The ceiling is the same probe on the
+control's features, the floor the same probe with the labels of other people.
+
+Shapes: N auxiliary pictures, H held out of them, Q query pictures, D feature dim, C values of one attribute, V values
+of all attributes, B the statistic itself, then each resample.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.base import VIEWS, Progress, fit_view, permute_people, split_people
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.leak import compare
+from ppreid_dist.kernels import kernel_ridge
+from ppreid_dist.settings import Settings, option
+
+Labels = dict[str, np.ndarray]  # attribute → the number of each picture's value, −1 where it is not known
+
+
+@dataclass(kw_only=True)
+class AttributeConfig(Settings):
+    widths: list[float] = option(
+        [0.5, 1.0, 2.0, kernel_ridge.LINEAR],
+        "kernel widths to try, in root mean squared distances; 0 is the linear kernel",
+        at_least=0,
+    )
+    ridges: list[float] = option([1e-4, 1e-3, 1e-2, 1e-1, 1.0], "ridges to try, per picture", more_than=0)
+    people: int = option(8, "auxiliary people that a value needs; rarer values are not asked for", at_least=2)
+    pictures: int = option(3000, "at most this many auxiliary pictures are learnt from", at_least=16)
+
+
+def common_values(attributes: Mapping[str, list[str]], pids_N: np.ndarray, people: int) -> dict[str, list[str]]:
+    """The values of each attribute that at least so many people have, where there are two or more of them.
+
+    An empty value is an unknown one. A column of numbers or free text has no such values, and isn't asked for.
+    """
+    found = {}
+    for name, column in attributes.items():
+        owners: dict[str, set[int]] = {}
+        for value, pid in zip(column, pids_N.tolist(), strict=True):
+            owners.setdefault(value, set()).add(pid)
+        common = sorted(value for value, pids in owners.items() if value and len(pids) >= people)
+        if len(common) > 1:
+            found[name] = common
+    return found
+
+
+def encode(attributes: Mapping[str, list[str]], values: Mapping[str, list[str]]) -> Labels:
+    """The pictures' attributes as numbers of ``values``."""
+    places = {name: {value: c for c, value in enumerate(known)} for name, known in values.items()}
+    return {name: np.array([place.get(v, -1) for v in attributes.get(name, [])]) for name, place in places.items()}
+
+
+class AttributeProbe:
+    """Predicts every attribute of ``values``; each chooses view, width and ridge on people held out of the probe's."""
+
+    def __init__(self, config: AttributeConfig, values: Mapping[str, list[str]]):
+        self.config = config
+        self.columns: dict[str, slice] = {}
+        first = 0
+        for name, known in values.items():
+            self.columns[name] = slice(first, first + len(known))
+            first += len(known)
+
+    def fit(self, features_ND: Tensor, labels: Labels, pids_N: np.ndarray, *, seed: int) -> None:
+        """Learn from stored features and their labels. ConfigError naming ``attack.people`` for too few people."""
+        some = np.random.default_rng([seed, 0xA77]).permutation(len(pids_N))[: self.config.pictures]
+        fit, held = (some[rows] for rows in split_people(pids_N[some], seed))
+        self._choose(features_ND, labels, fit, held)
+        self.views = {name: fit_view(name, features_ND[torch.from_numpy(some)]) for name in VIEWS}
+        targets_NV = self._targets(labels, some).to(features_ND.device)
+        self.models = {
+            choice: kernel_ridge.fit(
+                self.views[choice[0]](features_ND[torch.from_numpy(some)]),
+                targets_NV,
+                width=choice[1],
+                ridge=choice[2],
+            )
+            for choice in set(self.chosen.values())
+        }
+
+    def _choose(self, features_ND: Tensor, labels: Labels, fit: np.ndarray, held: np.ndarray) -> None:
+        config, targets_FV = self.config, self._targets(labels, fit).to(features_ND.device)
+        best = dict.fromkeys(self.columns, -1.0)
+        self.chosen: dict[str, tuple[str, float, float]] = {}
+        for name in VIEWS:
+            view = fit_view(name, features_ND[torch.from_numpy(fit)])
+            known_FK, asked_HK = (view(features_ND[torch.from_numpy(rows)]) for rows in (fit, held))
+            for w, r, scores_HV in kernel_ridge.sweep(known_FK, targets_FV, asked_HK, config.widths, config.ridges):
+                for attribute, columns in self.columns.items():
+                    named_H = scores_HV[:, columns].argmax(1).cpu().numpy()
+                    accuracy = balanced_accuracy(named_H, labels[attribute][held])
+                    if accuracy > best[attribute]:
+                        best[attribute] = accuracy
+                        self.chosen[attribute] = (name, config.widths[w], config.ridges[r])
+
+    def predict(self, features_MD: Tensor) -> Labels:
+        """The number of the value that each feature speaks for, by attribute."""
+        found = {}
+        for name, choice in self.chosen.items():
+            scores_MV = self.models[choice].predict(self.views[choice[0]](features_MD))
+            found[name] = scores_MV[:, self.columns[name]].argmax(1).cpu().numpy()
+        return found
+
+    def _targets(self, labels: Labels, rows: np.ndarray) -> Tensor:
+        """Float64 (N, V): 1 for a picture's own value over the share of pictures that have it, so that all values
+        start equal and the largest regressed one names the value. A picture of unknown value says nothing: 1."""
+        parts = []
+        for name, columns in self.columns.items():
+            label_N = labels[name][rows]
+            known_N1 = (label_N >= 0)[:, None]
+            one_NC = (label_N[:, None] == np.arange(columns.stop - columns.start)).astype(np.float64)
+            share_C = one_NC.sum(0) / max(known_N1.sum(), 1)
+            parts.append(np.where(known_N1, one_NC / np.maximum(share_C, 1e-12), 1.0))
+        return torch.from_numpy(np.concatenate(parts, 1))
+
+
+def balanced_accuracy(named_M: np.ndarray, label_M: np.ndarray) -> float:
+    """The mean over the values that occur of the share of pictures for which the value is named; NaN without any."""
+    shares = [(named_M[label_M == value] == value).mean() for value in np.unique(label_M[label_M >= 0])]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def attribute_leak(
+    aux: Pictures,
+    query: Pictures,
+    features: Mapping[str, tuple[Tensor, Tensor]],
+    config: AttributeConfig,
+    bootstrap: Bootstrap,
+    *,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """What ``features`` (auxiliary and query ones, of "control" and "protected") tell of every attribute, JSON-ready.
+
+    ``each`` attribute and the ``mean`` of all: balanced accuracies and r, as an attacker's. None where the pictures
+    have no attribute with two values that enough people have.
+    """
+    values = common_values(aux.attributes, aux.pids_N, config.people)
+    asked = encode(query.attributes, values)
+    values = {name: known for name, known in values.items() if len(asked[name]) and asked[name].max() >= 0}
+    if not values:
+        progress("attributes: the pictures have no labels that enough people share, so none is predicted")
+        return None
+    labels, strangers = encode(aux.attributes, values), permute_people(aux.pids_N, seed)
+    others = {name: label_N[strangers] for name, label_N in labels.items()}
+    accuracies: dict[str, dict[str, np.ndarray]] = {}
+    for role, (of, known) in {
+        "control": ("control", labels), "protected": ("protected", labels), "floor": ("control", others)
+    }.items():  # fmt: skip
+        probe = AttributeProbe(config, values)
+        probe.fit(features[of][0], known, aux.pids_N, seed=seed)
+        named = probe.predict(features[of][1])
+        accuracies[role] = {name: _accuracy(bootstrap, named[name], asked[name]) for name in values}
+        progress(f"attributes, {role}: balanced accuracy {np.mean([a_B[0] for a_B in accuracies[role].values()]):.3f}")
+
+    def result(names: list[str]) -> dict[str, Any]:
+        means = {f"{role}_B": np.mean([of[name] for name in names], 0) for role, of in accuracies.items()}
+        return asdict(compare(bootstrap, **means))
+
+    each = {name: {"classes": len(known), **result([name])} for name, known in values.items()}
+    return {"each": each, "mean": result(list(values))}
+
+
+def _accuracy(bootstrap: Bootstrap, named_Q: np.ndarray, label_Q: np.ndarray) -> np.ndarray:
+    """(B + 1): the balanced accuracy of all identities first, then of each resample."""
+    shares_CB = bootstrap.means(
+        {f"value {v}": np.where(label_Q == v, named_Q == v, np.nan) for v in np.unique(label_Q[label_Q >= 0])}
+    )
+    occurs_CB = np.isfinite(shares_CB)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(occurs_CB, shares_CB, 0).sum(0) / occurs_CB.sum(0)
