@@ -131,7 +131,14 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
 def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> tuple[Victim, Ranking]:
     features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
     ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
-    return Victim(name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q), ranking
+
+    def see(images_B3hw: Tensor) -> Tensor:
+        stored_BD: Tensor = saved.extractor(resize(images_B3hw, saved.size)).stored_BD
+        return stored_BD
+
+    return Victim(
+        name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q, see=see
+    ), ranking
 
 
 def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
@@ -186,6 +193,7 @@ def _figures(
         },
         "axes": result.axes,
         "attributes": result.attributes,
+        "whitebox": result.whitebox,
         "judge": {
             "name": f"{load_run(judge).model.backbone}, seed {load_run(judge).seed}",
             "mAP": result.judge["mAP"],

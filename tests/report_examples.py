@@ -58,6 +58,10 @@ def good_report() -> dict[str, Any]:
             "each": {"hair": {"classes": 5, **attacker((0.2013, 0.3127, 0.5129), (0.3575, 0.311, 0.402))}},
             "mean": attacker((0.2513, 0.3613, 0.5413), (0.379, 0.335, 0.418)),
         },
+        "whitebox": {
+            "people": 27, "seconds": 41.37, "matched": {"control": 0.9871, "protected": 0.9713},
+            "axes": {"identity": attacker((0.0412, 0.3917, 0.4271), (0.908, 0.781, 1.021))},
+        },
         "judge": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."},
         "probe": {
             "apparent": 0.1812, "fresh": 0.1763, "gap": 0.0278, "warned": False, "unit": "L1 on the person",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attack_world import SIZE, colours, judged_ap, make_people, person_l1, see_colours
 from torch import Tensor
 
 from ppreid_dist.attacks.base import (
@@ -25,51 +26,12 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, Victim, chance_ap, run_suite
+from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.evaluation.images import scores
-from ppreid_dist.evaluation.ranking import rank_queries
 from ppreid_dist.storage import write_json
 
-SIZE = (16, 8)
-LOOK_DIM, FEATURE_DIM = 6, 24
 NAMES = ("retrieval", "ridge", "regression", "gan")
-
-
-def make_people(first: int, count: int, shots: int = 4, *, seed: int = 0) -> tuple[Pictures, Tensor]:
-    """People of two colours (upper and lower body) before cameras' backgrounds, and features that are their colours.
-
-    A picture's camera is its shot; background, place and light differ from picture to picture.
-    """
-    rng = np.random.default_rng([seed, first])
-    mixing = np.random.default_rng(99).standard_normal((LOOK_DIM + 2, FEATURE_DIM))
-    images, masks, codes = [], [], []
-    for look in rng.random((count, LOOK_DIM)):
-        for _ in range(shots):
-            picture = np.full((3, *SIZE), rng.uniform(0.3, 0.7, (3, 1, 1)))
-            left, mask = int(rng.integers(1, 4)), np.zeros((1, *SIZE))
-            picture[:, 2:9, left : left + 4] = look[:3, None, None]
-            picture[:, 9:15, left : left + 4] = look[3:, None, None]
-            mask[:, 2:15, left : left + 4] = 1
-            images.append(picture * rng.uniform(0.9, 1.1))
-            masks.append(mask)
-            codes.append(np.concatenate([look - 0.5, 0.2 * rng.standard_normal(2)]))
-    features = torch.from_numpy(np.array(codes) @ mixing).float()
-    pictures = Pictures(
-        images_N3HW=torch.from_numpy((np.array(images).clip(0, 1) * 255).round().astype(np.uint8)),
-        masks_N1HW=torch.from_numpy(np.array(masks).astype(np.uint8)),
-        pids_N=np.repeat(np.arange(first, first + count), shots),
-        camids_N=np.tile(np.arange(shots), count),
-        keys=[f"{first + i // shots:04d}_c{i % shots}" for i in range(count * shots)],
-        attributes={},
-    )
-    return pictures, torch.nn.functional.normalize(features, dim=1)
-
-
-def colours(images_N3hw: Tensor) -> Tensor:
-    """A judge that looks at the mean colours of the picture's middle, above and below."""
-    middle = images_N3hw[:, :, :, 2:6]
-    return torch.cat([middle[:, :, 2:9].mean((2, 3)), middle[:, :, 9:15].mean((2, 3))], dim=1) - 0.5
 
 
 def small_config(steps: int = 60, **changes: object) -> AttackConfig:
@@ -84,6 +46,7 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
     config = AttackConfig(
         people=[0],
         curve_attackers=["ridge"],
+        whitebox=WhiteBoxConfig(people=0),
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
@@ -104,22 +67,6 @@ def aux() -> tuple[Pictures, Tensor]:
 @pytest.fixture(scope="module")
 def strangers() -> tuple[Pictures, Tensor]:
     return make_people(0, 40)
-
-
-def judged_ap(images_Q3hw: Tensor, people: Pictures) -> float:
-    ranking = rank_queries(
-        colours(images_Q3hw),
-        colours(people.images_N3HW.float() / 255),
-        query_pids=people.pids_N,
-        gallery_pids=people.pids_N,
-        query_camids=people.camids_N,
-        gallery_camids=people.camids_N,
-    )
-    return ranking.summary()["mAP"]
-
-
-def person_l1(images_Q3hw: Tensor, people: Pictures) -> float:
-    return float(scores(images_Q3hw, people.images_N3HW, people.masks_N1HW)["l1"].mean())
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +245,11 @@ def suite(
         attributes={},
     )
     control = Victim(
-        name="unprotected", aux_ND=known_features, query_QD=features[first], utility_ap_Q=np.full(first.sum(), 0.8)
+        name="unprotected",
+        aux_ND=known_features,
+        query_QD=features[first],
+        utility_ap_Q=np.full(first.sum(), 0.8),
+        see=see_colours,
     )
     rng = torch.Generator().manual_seed(1)
     protected = replace(

@@ -16,7 +16,7 @@ from ppreid_dist.reporting.page import load_report
 
 ATTACK = [
     "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression]",
-    "attack.curve_attackers=[ridge]",
+    "attack.curve_attackers=[ridge]", "attack.whitebox={people: 6, starts: [mean], steps: 4, trial_steps: 2}",
     "attack.ridge={widths: [1, 0], ridges: [0.01, 1, 100]}",
     "attack.regression={views: [raw], widths: [8], lrs: [0.005], trial_steps: 4, batch: 8,"
     " plateau: {max_steps: 8, evaluate_every: 4}}",
@@ -73,6 +73,7 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
         assert report["utility"][name] == pytest.approx(evaluated)
     assert {row["n"] for row in report["axes"]["identity"]["curve"]} == {12, 24}
     assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression"}
+    assert report["whitebox"]["people"] == 6
     assert report["attributes"]["each"]["sleeve"]["classes"] == 2
     assert report["probe"]["history"] and report["training"]["protected"]["steps"] == 10
     page = (tmp_path / "report.html").read_text()

@@ -155,6 +155,7 @@ def test_the_verdict_never_claims_more_than_was_measured() -> None:
     assert "from 0.21 at 40 to 0.44 at 1,120" in text
     assert "a cost of 1.2 points" in text
     assert "a probe keeps 38\u00a0% of what it can tell of people's attributes" in text
+    assert "by white-box inversion: identity r\u00a0=\u00a00.91, between 0.78 and 1.02" in text
 
     falling = copy.deepcopy(report)
     for axis in falling["axes"].values():
@@ -239,13 +240,15 @@ def test_pictures_only_with_a_panel_and_old_ones_are_removed(tmp_path: Path, goo
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "panel_real.png").write_bytes((good / "figures" / "panel_real.png").read_bytes())
     report = good_report()
-    report["probe"], report["axes"], report["attributes"] = None, {}, None
+    report["axes"] = {}
+    report["probe"] = report["attributes"] = report["whitebox"] = None
     write_report(report, tmp_path, panel=None)
     html = html_of(tmp_path)
     assert "report.pictures=always" in html
     assert "<img" not in html
     assert "No probe ran" in html
     assert "no attributes that enough people share" in html
+    assert "White-box inversion was not run" in html
     assert "Masking" not in html
     assert list((tmp_path / "figures").glob("*")) == []
 
@@ -288,6 +291,7 @@ def test_nulls_everywhere_still_make_a_page(tmp_path: Path) -> None:
     pixel["attackers"] = {"gan": attacker((0, 0, 0), (None, None, None), "a series has no score") | unscored}
     pixel["curve"] = [{"n": 5, "r": {**interval(None, None, None), "attacker": None}, "attackers": {}}]
     pixel["n50"] = {"value": 5.0, "text": "a guess"}
+    report["whitebox"]["axes"]["identity"] = attacker((0, 0, 0), (None, None, None), "why") | unscored
     report["attributes"]["mean"] = attacker((0, 0, 0), (None, None, None), "why") | unscored
     report["axes"]["identity"]["curve"] = []
     report["axes"]["identity"]["leak"]["high"] = None

@@ -144,6 +144,11 @@ def to_float(pictures_N3hw: Tensor) -> Tensor:
     return pictures_N3hw.float() / 255
 
 
+def to_uint8(images_N3hw: Tensor) -> Tensor:
+    """Pictures in [0,1] as they are stored, so that nothing is read off digits that no picture has."""
+    return (images_N3hw * 255).round().to(torch.uint8)
+
+
 def picture_size(pictures_N3hw: Tensor) -> tuple[int, int]:
     """Height and width."""
     return pictures_N3hw.shape[2], pictures_N3hw.shape[3]

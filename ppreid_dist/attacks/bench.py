@@ -4,7 +4,8 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature di
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -13,18 +14,20 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.attribute import AttributeConfig
-from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Outcome, Progress, permute_people, to_float
+from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE, Outcome, Progress, permute_people, to_float, to_uint8
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.attacks.whitebox import See, WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.evaluation.ranking import Ranking, rank_queries
 from ppreid_dist.settings import Settings, option, to_dict
 
+AXES = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
 SHOWN = 12  # identities whose reconstructions are kept
 
 
@@ -44,6 +47,7 @@ class AttackConfig(Settings):
     regression: RegressionConfig = option(RegressionConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     attribute: AttributeConfig = option(AttributeConfig(), "")
+    whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +63,21 @@ class Judge(Protocol):
     """An independent ReID model: float pictures (N,3,h,w) in [0,1] to features (N,D)."""
 
     def __call__(self, images_N3hw: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """An extractor as its attackers meet it: stored features of the auxiliary and the query pictures.
+
+    ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
+    extractor itself, for white-box attackers: pictures of the attackers' size to stored features.
+    """
+
+    name: str
+    aux_ND: Tensor
+    query_QD: Tensor
+    utility_ap_Q: np.ndarray
+    see: See
 
 
 Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
@@ -100,19 +119,48 @@ class Bench:
         masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
         self.world = digest(source_digest(), *world, *masks, gallery_pids, gallery_camids)
 
-    def rank(self, images_Q3hw: Tensor) -> Ranking:
-        """How the judge finds the query people, from these pictures of them, in the gallery of real pictures."""
+    def rank(self, images_Q3hw: Tensor, asked_Q: np.ndarray) -> Ranking:
+        """How the judge finds the people of the query rows ``asked_Q``, from these pictures of them, in the gallery of
+        real pictures."""
         with torch.no_grad():
             judged_QD = torch.cat([self.judge(to_float(part)) for part in images_Q3hw.split(256)])
         features_GD, pids, camids = self.gallery
         return rank_queries(
             judged_QD,
             features_GD.to(judged_QD.device),
-            query_pids=self.query.pids_N,
+            query_pids=self.query.pids_N[asked_Q],
             gallery_pids=pids,
-            query_camids=self.query.camids_N,
+            query_camids=self.query.camids_N[asked_Q],
             gallery_camids=camids,
         )
+
+    def judged(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray, *, seconds: float) -> Outcome:
+        """The scores of reconstructions (uint8) of the query rows ``asked_Q``; all of them are ``shown``."""
+        rows, masks = torch.from_numpy(asked_Q), self.query.masks_N1HW
+        pixel = scores(drawn_Q3hw, self.query.images_N3HW[rows], None if masks is None else masks[rows])
+        return Outcome(
+            pixel_Q=pixel["ssim"],
+            identity_Q=self.rank(drawn_Q3hw, asked_Q).ap_Q,
+            l1=float(np.nanmean(pixel["l1"])),
+            psnr=float(np.nanmean(pixel["psnr"])),
+            seconds=seconds,
+            shown=drawn_Q3hw.cpu(),
+        )
+
+    def once(self, label: str, key: str, train: Callable[[], Outcome]) -> Outcome:
+        """What was kept under ``key``, or what ``train`` gives, which is then kept."""
+        outcome, how = self.kept.get(key) if self.kept else None, "kept from before"
+        if outcome is None:
+            outcome = train()
+            how = f"{outcome.seconds:.1f} s"
+            if self.kept:
+                self.kept.put(key, outcome)
+        found = f"SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}"
+        self.progress(f"{label}: {found}, {how}")
+        return outcome
+
+    def say(self, label: str, line: str) -> None:
+        self.progress(f"{label}: {line}")
 
     def train_all(self, role: str, aux_ND: Tensor, query_QD: Tensor, *, permuted: bool = False) -> Trained:
         """Every attacker with every number of people on these features, or on those of permuted people."""
@@ -122,19 +170,10 @@ class Bench:
             pairs = permute_people(self.aux.pids_N[rows], self.config.seed) if permuted else np.arange(len(rows))
             for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
                 label = f"{name}, {n} people, {role}"
-                parts = (name, aux_ND[rows], rows, rows[pairs], query_QD)
+                parts = (aux_ND[rows], rows, rows[pairs], query_QD)
                 settings = [name, to_dict(getattr(self.config, name)), self.config.seed]
-                key = digest(self.world, settings, *parts[1:])
-                outcome, how = self.kept.get(key) if self.kept else None, "kept from before"
-                if outcome is None:
-                    outcome, how = self._train(label, *parts), ""
-                    if self.kept:
-                        self.kept.put(key, outcome)
-                trained[name, n] = outcome
-                self.progress(
-                    f"{label}: SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}, "
-                    f"{how or f'{outcome.seconds:.1f} s'}"
-                )
+                train = partial(self._train, label, name, *parts)
+                trained[name, n] = self.once(label, digest(self.world, settings, *parts), train)
         return trained
 
     def _train(
@@ -147,25 +186,8 @@ class Bench:
             self.aux.images_N3HW[pictured],
             self.aux.pids_N[rows],
             seed=self.config.seed,
-            progress=partial(_labelled, self.progress, label),
+            progress=partial(self.say, label),
         )
-        # As stored pictures: uint8, so that nothing is read off digits no picture has.
-        drawn_Q3hw = torch.cat([_to_uint8(attacker.reconstruct(part)) for part in query_QD.split(512)])
-        seconds = time.monotonic() - started
-        pixel = scores(drawn_Q3hw, self.query.images_N3HW, self.query.masks_N1HW)
-        return Outcome(
-            pixel_Q=pixel["ssim"],
-            identity_Q=self.rank(drawn_Q3hw).ap_Q,
-            l1=float(np.nanmean(pixel["l1"])),
-            psnr=float(np.nanmean(pixel["psnr"])),
-            seconds=seconds,
-            shown=drawn_Q3hw[self.shown].cpu(),
-        )
-
-
-def _labelled(progress: Progress, label: str, line: str) -> None:
-    progress(f"{label}: {line}")
-
-
-def _to_uint8(images_N3hw: Tensor) -> Tensor:
-    return (images_N3hw * 255).round().to(torch.uint8)
+        drawn_Q3hw = torch.cat([to_uint8(attacker.reconstruct(part)) for part in query_QD.split(512)])
+        outcome = self.judged(drawn_Q3hw, np.arange(len(drawn_Q3hw)), seconds=time.monotonic() - started)
+        return replace(outcome, shown=outcome.shown[self.shown])

@@ -17,28 +17,15 @@ from torch import Tensor
 
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained
+from ppreid_dist.attacks.bench import AXES, AttackConfig, Bench, Judge, Trained, Victim
+from ppreid_dist.attacks.informed import whitebox_leak
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores
 from ppreid_dist.evaluation.urr import attack_curve, urr
 
-AXES = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
 WEAK_JUDGE = 3.0  # times chance
-
-
-@dataclass(frozen=True, kw_only=True)
-class Victim:
-    """An extractor as its attackers meet it: stored features of the auxiliary and the query pictures.
-
-    ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive.
-    """
-
-    name: str
-    aux_ND: Tensor
-    query_QD: Tensor
-    utility_ap_Q: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +38,8 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
-    """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so is ``attributes``, what the
-    attribute probe found (``attacks.attribute``).
+    """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so are ``attributes``, what
+    the attribute probe found (``attacks.attribute``), and ``whitebox``, who knows the extractor (``attacks.informed``).
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
@@ -62,6 +49,7 @@ class SuiteResult:
 
     axes: dict[str, dict[str, Any]]
     attributes: dict[str, Any] | None
+    whitebox: dict[str, Any] | None
     judge: dict[str, float]
     notes: list[str]
     people: list[int]
@@ -135,6 +123,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
     victims = {control.name: reference.ceiling, protected.name: trained}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name in config.attackers}
+    both = {"control": control, "protected": protected}
     found = {
         victim: {name: float(np.nanmean(runs[name, largest].identity_Q)) for name in config.attackers}
         for victim, runs in victims.items()
@@ -144,12 +133,13 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
         attributes=attribute_leak(
             bench.aux,
             bench.query,
-            {role: (of.aux_ND, of.query_QD) for role, of in (("control", control), ("protected", protected))},
+            {role: (of.aux_ND, of.query_QD) for role, of in both.items()},
             config.attribute,
             Bootstrap(bench.query.pids_N, config.resamples, config.seed, 0.95),
             seed=config.seed,
             progress=bench.progress,
         ),
+        whitebox=whitebox_leak(bench, both),
         judge=quality,
         notes=notes,
         people=bench.people,
@@ -174,7 +164,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
 def judge_quality(bench: Bench) -> tuple[dict[str, float], list[str]]:
     """The judge's mAP and rank-1 on the real query pictures, beside chance, and a note where it is weak."""
     query, (_, pids, camids) = bench.query, bench.gallery
-    ranking = bench.rank(query.images_N3HW)
+    ranking = bench.rank(query.images_N3HW, np.arange(len(query.pids_N)))
     found = np.flatnonzero(~np.isnan(ranking.ap_Q))
     same = [(pids == query.pids_N[q], camids == query.camids_N[q]) for q in found]
     positives = np.array([np.sum(person & ~camera) for person, camera in same])

@@ -70,6 +70,14 @@ SHAPE = {
     "utility": {"control": RANKING, "protected": RANKING, "ratio": INTERVAL},
     "axes": Named(AXIS),
     "attributes": Maybe({"each": Named({"classes": WHOLE, **ATTACKER}), "mean": ATTACKER}),
+    "whitebox": Maybe(
+        {
+            "people": WHOLE,
+            "seconds": NUMBER,
+            "matched": {"control": NUMBER, "protected": NUMBER},
+            "axes": Named(ATTACKER),
+        }
+    ),
     "judge": {"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT},
     "probe": Maybe(
         {

@@ -50,7 +50,7 @@ def write_verdict(report: dict[str, Any]) -> Verdict:
         Line("Matching", _cost(report["utility"])),
         *(Line(axis_title(name), _leak(axis["leak"], people)) for name, axis in axes.items()),
         Line("Balance", _balance(axes)),
-        Line("Limits", _limits(axes, people) + _attributes(report["attributes"])),
+        Line("Limits", _limits(axes, people) + _attributes(report["attributes"]) + _whitebox(report["whitebox"])),
     ]
     return Verdict(tone, f"{headline}, for attackers with {people} auxiliary people", tuple(lines), _warnings(report))
 
@@ -168,6 +168,16 @@ def _attributes(found: dict[str, Any] | None) -> str:
         f" Without a picture, a probe keeps {number(100 * max(r['value'], 0), 0)}\u00a0% of what it can tell of "
         f"people's attributes (r\u00a0=\u00a0{number(r['value'])}, {_between(r)})."
     )
+
+
+def _whitebox(found: dict[str, Any] | None) -> str:
+    known = {} if found is None else {n: row["r"] for n, row in found["axes"].items() if row["r"]["value"] is not None}
+    if not known:
+        return ""
+    each = [
+        f"{axis_title(name).lower()} r\u00a0=\u00a0{number(r['value'])}, {_between(r)}" for name, r in known.items()
+    ]
+    return f" Whoever has the extractor as well recovers by white-box inversion: {_list(each)}."
 
 
 def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:

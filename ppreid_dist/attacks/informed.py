@@ -1,0 +1,77 @@
+"""What whoever has the extractor too recovers: white-box inversion, beside the axes of the others.
+
+It is slow, so a few query people are asked for, one picture each. The ceiling is the same attack on the control through
+the control's own extractor. It learns no pairs that could be permuted: its floor is the control's reconstruction of
+somebody else, scored against the person.
+
+Shapes: Q query pictures asked for, D feature dim, B the statistic itself, then each resample.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppreid_dist.attacks.base import Outcome, to_uint8
+from ppreid_dist.attacks.bench import AXES, Bench, Victim
+from ppreid_dist.attacks.kept import digest
+from ppreid_dist.attacks.whitebox import Inversion
+from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.leak import compare
+from ppreid_dist.settings import to_dict
+
+
+def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any] | None:
+    """White-box inversion of "control" and "protected", JSON-ready; None where the configuration asks for nobody.
+
+    ``axes`` holds scores and own ratio as an attacker's, ``matched`` the mean cosine between what is stored and what
+    the extractor makes of the reconstruction: where it is low the descent failed, and the scores say little.
+    """
+    people = np.unique(bench.query.pids_N)
+    people = np.random.default_rng([bench.config.seed, 0x3B]).permutation(people)[: bench.config.whitebox.people]
+    if not len(people):
+        return None
+    asked = np.array([np.flatnonzero(bench.query.pids_N == pid)[0] for pid in people])
+    found = {role: _attack(bench, role, victim, asked) for role, victim in victims.items()}
+    somebody_else = torch.roll(found["control"].shown, 1, dims=0)
+    found["floor"] = bench.judged(somebody_else.to(bench.query.images_N3HW.device), asked, seconds=0.0)
+    bootstrap = Bootstrap(people, bench.config.resamples, bench.config.seed, 0.95)
+    axes = {}
+    for axis in AXES:
+        means = bootstrap.means({role: getattr(outcome, f"{axis}_Q") for role, outcome in found.items()})
+        parts = {f"{role}_B": mean_B for role, mean_B in zip(found, means, strict=True)}
+        axes[axis] = asdict(compare(bootstrap, **parts))
+    return {
+        "people": len(people),
+        "seconds": round(sum(outcome.seconds for outcome in found.values()), 1),
+        "matched": {role: _matched(victim, found[role], asked) for role, victim in victims.items()},
+        "axes": axes,
+    }
+
+
+def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Outcome:
+    config, stored_QD, label = bench.config, victim.query_QD[torch.from_numpy(asked)], f"white-box inversion, {role}"
+
+    def train() -> Outcome:
+        started = time.monotonic()
+        attacker = Inversion(config.whitebox, config.ridge)
+        attacker.see(victim.see)
+        say = partial(bench.say, label)
+        attacker.fit(victim.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, seed=config.seed, progress=say)
+        drawn_Q3hw = to_uint8(attacker.reconstruct(stored_QD))
+        return bench.judged(drawn_Q3hw, asked, seconds=time.monotonic() - started)
+
+    # The features stand for the extractor: another one doesn't give the same of all those pictures.
+    settings = ["white-box", to_dict(config.whitebox), to_dict(config.ridge), config.seed]
+    return bench.once(label, digest(bench.world, settings, victim.aux_ND, victim.query_QD, asked), train)
+
+
+@torch.no_grad()
+def _matched(victim: Victim, outcome: Outcome, asked: np.ndarray) -> float:
+    stored_QD = victim.query_QD[torch.from_numpy(asked)]
+    seen_QD = victim.see(outcome.shown.to(stored_QD.device).float() / 255)
+    return float(torch.nn.functional.cosine_similarity(seen_QD, stored_QD).mean())

@@ -1,0 +1,71 @@
+"""A world for attackers: people of two colours, features that tell them, a judge that looks at them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.evaluation.images import scores
+from ppreid_dist.evaluation.ranking import rank_queries
+
+SIZE = (16, 8)
+LOOK_DIM, FEATURE_DIM = 6, 24
+
+
+def make_people(first: int, count: int, shots: int = 4, *, seed: int = 0) -> tuple[Pictures, Tensor]:
+    """People of two colours (upper and lower body) before cameras' backgrounds, and features that are their colours.
+
+    A picture's camera is its shot; background, place and light differ from picture to picture.
+    """
+    rng = np.random.default_rng([seed, first])
+    mixing = np.random.default_rng(99).standard_normal((LOOK_DIM + 2, FEATURE_DIM))
+    images, masks, codes = [], [], []
+    for look in rng.random((count, LOOK_DIM)):
+        for _ in range(shots):
+            picture = np.full((3, *SIZE), rng.uniform(0.3, 0.7, (3, 1, 1)))
+            left, mask = int(rng.integers(1, 4)), np.zeros((1, *SIZE))
+            picture[:, 2:9, left : left + 4] = look[:3, None, None]
+            picture[:, 9:15, left : left + 4] = look[3:, None, None]
+            mask[:, 2:15, left : left + 4] = 1
+            images.append(picture * rng.uniform(0.9, 1.1))
+            masks.append(mask)
+            codes.append(np.concatenate([look - 0.5, 0.2 * rng.standard_normal(2)]))
+    features = torch.from_numpy(np.array(codes) @ mixing).float()
+    pictures = Pictures(
+        images_N3HW=torch.from_numpy((np.array(images).clip(0, 1) * 255).round().astype(np.uint8)),
+        masks_N1HW=torch.from_numpy(np.array(masks).astype(np.uint8)),
+        pids_N=np.repeat(np.arange(first, first + count), shots),
+        camids_N=np.tile(np.arange(shots), count),
+        keys=[f"{first + i // shots:04d}_c{i % shots}" for i in range(count * shots)],
+        attributes={},
+    )
+    return pictures, torch.nn.functional.normalize(features, dim=1)
+
+
+def colours(images_N3hw: Tensor) -> Tensor:
+    """A judge that looks at the mean colours of the picture's middle, above and below."""
+    middle = images_N3hw[:, :, :, 2:6]
+    return torch.cat([middle[:, :, 2:9].mean((2, 3)), middle[:, :, 9:15].mean((2, 3))], dim=1) - 0.5
+
+
+def judged_ap(images_Q3hw: Tensor, people: Pictures) -> float:
+    ranking = rank_queries(
+        colours(images_Q3hw),
+        colours(people.images_N3HW.float() / 255),
+        query_pids=people.pids_N,
+        gallery_pids=people.pids_N,
+        query_camids=people.camids_N,
+        gallery_camids=people.camids_N,
+    )
+    return ranking.summary()["mAP"]
+
+
+def person_l1(images_Q3hw: Tensor, people: Pictures) -> float:
+    return float(scores(images_Q3hw, people.images_N3HW, people.masks_N1HW)["l1"].mean())
+
+
+def see_colours(images_B3hw: Tensor) -> Tensor:
+    """An extractor that can be descended through: the mean colours of 4×2 fields, mixed, of unit norm (B, 24)."""
+    fields_BC = torch.nn.functional.avg_pool2d(images_B3hw, 4).flatten(1) - 0.5
+    mixing_CD = torch.from_numpy(np.random.default_rng(98).standard_normal((fields_BC.shape[1], FEATURE_DIM))).float()
+    return torch.nn.functional.normalize(fields_BC @ mixing_CD, dim=1)
