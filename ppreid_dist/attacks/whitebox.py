@@ -35,7 +35,7 @@ class WhiteBoxConfig(Settings):
         choices=STARTS,
     )
     # What little the feature leaves open, smoothness fills in: too little of it ends in noise with the right feature.
-    smoothness: list[float] = option([0.03, 0.3, 3.0], "weights of the total variation to try", at_least=0)
+    smoothness: list[float] = option([0.1, 1.0, 3.0, 10.0, 30.0], "weights of the total variation to try", at_least=0)
     trial_people: int = option(8, "people held out of its own on whom smoothness is chosen", at_least=1)
     trial_steps: int = option(60, "steps of each trial", at_least=1)
     steps: int = option(300, "steps for a picture", at_least=1)
