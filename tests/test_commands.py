@@ -16,7 +16,7 @@ from ppreid_dist.reporting.page import load_report
 
 ATTACK = [
     "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression]",
-    "attack.curve_attackers=[ridge]", "attack.whitebox={people: 6, starts: [mean], steps: 4, trial_steps: 2}",
+    "attack.curve_attackers=[ridge]", "attack.whitebox={people: 6, starts: [mean], steps: 4}",
     "attack.ridge={widths: [1, 0], ridges: [0.01, 1, 100]}",
     "attack.regression={views: [raw], widths: [8], lrs: [0.005], trial_steps: 4, batch: 8,"
     " plateau: {max_steps: 8, evaluate_every: 4}}",

@@ -17,7 +17,7 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 
 RIDGE = RidgeConfig(widths=[2.0, 0.0], ridges=[1e-4, 1e-2, 1.0])
-CONFIG = WhiteBoxConfig(people=12, trial_steps=20, steps=60, smoothness=[0.03, 0.3, 3.0], batch=32)
+CONFIG = WhiteBoxConfig(people=12, steps=60, smoothness=[0.03, 0.3, 3.0], trial_people=4, batch=32)
 
 
 def fitted(seed: int = 0, **changes: object) -> Inversion:

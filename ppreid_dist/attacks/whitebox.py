@@ -35,9 +35,8 @@ class WhiteBoxConfig(Settings):
         choices=STARTS,
     )
     # What little the feature leaves open, smoothness fills in: too little of it ends in noise with the right feature.
-    smoothness: list[float] = option([0.1, 1.0, 3.0, 10.0, 30.0], "weights of the total variation to try", at_least=0)
+    smoothness: list[float] = option([0.3, 1.0, 3.0, 10.0], "weights of the total variation to try", at_least=0)
     trial_people: int = option(8, "people held out of its own on whom smoothness is chosen", at_least=1)
-    trial_steps: int = option(60, "steps of each trial", at_least=1)
     steps: int = option(300, "steps for a picture", at_least=1)
     lr: float = option(0.02, "Adam's learning rate, in units of the whole range of a pixel", more_than=0)
     batch: int = option(64, "pictures at a time", at_least=1)
@@ -87,8 +86,9 @@ class Inversion(WhiteBox):
         known = torch.from_numpy(fit)
         self._learn_starts(features_ND[known], pictures_N3hw[known], pids_N[fit])
         errors = {}
+        # With as many steps as later: fewer speak for more smoothness than the descent then needs.
         for smoothness in self.config.smoothness:
-            drawn_B3hw = self._invert(features_ND[tried], smoothness, self.config.trial_steps)
+            drawn_B3hw = self._invert(features_ND[tried], smoothness, self.config.steps)
             errors[smoothness] = held_out_error(drawn_B3hw, pictures_N3hw[tried])
         self.smoothness = min(errors, key=errors.__getitem__)
         self._learn_starts(features_ND, pictures_N3hw, pids_N)
