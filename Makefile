@@ -16,9 +16,9 @@ $(VENV)/installed: pyproject.toml constraints/cpu.txt
 	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track]'
 	@touch $@
 
-# DeepSpeed is for the tests of its engines; the demo does without.
+# DeepSpeed and diffusers are for the tests of engines and of one attacker; the demo does without.
 $(VENV)/tested: $(VENV)/installed
-	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track,deepspeed]'
+	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track,deepspeed,diffusion]'
 	@touch $@
 
 demo: $(VENV)/installed

@@ -47,7 +47,13 @@ def _findings() -> Iterator[Finding]:
             yield _try("decode by DALI on the GPU", lambda: _decode("dali-mixed", "cuda"))
     else:
         yield _absent("DALI", "gpu")
-    for module, extra in (("deepspeed", "deepspeed"), ("ray", "sweep"), ("wandb", "track"), ("tensorboard", "track")):
+    for module, extra in (
+        ("deepspeed", "deepspeed"),
+        ("diffusers", "diffusion"),
+        ("ray", "sweep"),
+        ("wandb", "track"),
+        ("tensorboard", "track"),
+    ):
         if importlib.util.find_spec(module):
             yield Finding("ok", module, importlib.metadata.version(module))
         else:

@@ -1,8 +1,10 @@
 """Attackers find what features give away, find nothing where there is nothing, and don't fool themselves."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +23,21 @@ from ppreid_dist.attacks.base import (
     split_people,
 )
 from ppreid_dist.attacks.bench import AttackConfig
+from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.kept import Kept
-from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig
+from ppreid_dist.attacks.plateau import PlateauConfig
+from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, Victim, chance_ap, run_suite
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.errors import ConfigError
+from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.storage import write_json
 
-NAMES = ("retrieval", "ridge", "regression", "gan")
+NAMES = ["retrieval", "ridge", "regression", "gan"]
+if find_spec("diffusers"):
+    NAMES.append("diffusion")
 
 
 def small_config(steps: int = 60, **changes: object) -> AttackConfig:
@@ -50,6 +56,17 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
+        diffusion=DiffusionConfig(
+            views=["raw"],
+            widths=[16],
+            lrs=[4e-3],
+            batch=32,
+            ema=0.95,
+            looks=4,
+            samples=4,
+            sampling_steps=8,
+            plateau=PlateauConfig(max_steps=10 * steps // 3, evaluate_every=50, patience=2, falls=1),
+        ),
         gan=GanConfig(start=start, noise_dim=4, plateau=PlateauConfig(max_steps=steps // 2, evaluate_every=15)),
     )
     return replace(config, **changes)  # type: ignore[arg-type]
@@ -316,6 +333,34 @@ def test_a_judge_that_sees_nothing_is_called_weak(
     monkeypatch.setitem(globals(), "colours", lambda x: torch.randn(len(x), 4, generator=noise))
     result = suite(*aux, *strangers, attackers=["ridge"])
     assert any("judge is weak" in note for note in result.notes)
+
+
+def test_an_attacker_without_its_library_is_one_line_before_anybody_trains(
+    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(ATTACKERS["ridge"], "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(MissingExtra, match=r"^the attacker diffusion needs the extra 'diffusion': pip [^\n]*$"):
+        suite(*aux, *strangers, attackers=["ridge", "diffusion"])
+
+
+def test_the_mean_of_guesses_counts_and_the_best_is_noted(
+    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    class Unsure(ATTACKERS["ridge"]):  # type: ignore[misc]
+        def guesses(self, features_MD: Tensor) -> Tensor:
+            drawn = self.reconstruct(features_MD)
+            return torch.stack([drawn, 0.5 * drawn + 0.5])
+
+    sure = suite(*aux, *strangers, attackers=["ridge"])
+    monkeypatch.setitem(ATTACKERS, "ridge", Unsure)
+    unsure = suite(*aux, *strangers, attackers=["ridge"])
+    (note,) = unsure.notes
+    mean, best = (float(x) for x in re.findall(r"(\S+) and (\S+) \(protected\)", note)[0])
+    assert mean == pytest.approx(unsure.axes["pixel"]["attackers"]["ridge"]["protected"], abs=1e-3)
+    assert mean < sure.axes["pixel"]["attackers"]["ridge"]["protected"] - 0.01
+    assert best > sure.axes["pixel"]["attackers"]["ridge"]["protected"] - 1e-3
+    assert sure.notes == []
 
 
 def test_what_is_kept_is_not_trained_again_unless_something_changed(

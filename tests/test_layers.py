@@ -18,6 +18,7 @@ DOORS = {
     "matplotlib": {"reporting/figures.py"},
     "accelerate": {"training/engine.py", "training/tracking.py", "training/zero.py"},
     "deepspeed": {"training/zero.py"},
+    "diffusers": {"models/denoiser.py"},
     "pickle": set(),
     "torchvision": set(),
     "timm": set(),

@@ -53,15 +53,24 @@ class Attacker(ABC):
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         """Pictures (M,3,h,w), float in [0,1], of the people whose features these are."""
 
+    def guesses(self, features_MD: Tensor) -> Tensor:
+        """(S,M,3,h,w): the pictures whose mean :meth:`reconstruct` gives; one for whoever doesn't guess."""
+        return self.reconstruct(features_MD)[None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One attacker, trained once and tested on every query picture."""
+    """One attacker, trained once and tested on every query picture.
+
+    ``best`` is the mean SSIM of the best of several guesses at each picture, NaN where there is one guess only. Only
+    the picture itself can tell which is the best, so it is a bound on what choosing could bring, not an attack.
+    """
 
     pixel_Q: np.ndarray
     identity_Q: np.ndarray
     l1: float
     psnr: float
+    best: float
     seconds: float
     shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import Attacker, Progress, picture_size, register
-from ppreid_dist.attacks.regression import Decoder, PlateauConfig, RegressionConfig, race
+from ppreid_dist.attacks.plateau import PlateauConfig
+from ppreid_dist.attacks.regression import Decoder, RegressionConfig, race_decoders
 from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
 from ppreid_dist.models.critic import Critic, CriticConfig
 from ppreid_dist.models.seeding import seeded
@@ -75,13 +76,13 @@ class Gan(Attacker):
         progress: Progress | None = None,
     ) -> None:
         say, config = progress or (lambda line: None), self.config
-        self.decoder = race(
+        self.decoder = race_decoders(
             features_ND, pictures_N3hw, pids_N, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
         )
         self.decoder.set_lr(config.lr)
         self.decoder.best = float("inf")  # the best look at what the critic has shaped, not at the regression
-        opponent = Judgement(self.decoder, config, seed)
-        self.decoder.train_to_plateau(config.plateau, config.plateau.max_steps, say, opponent)
+        self.decoder.opponent = Judgement(self.decoder, config, seed)
+        self.decoder.train_to_plateau(config.plateau, config.plateau.max_steps, say)
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         """With the noise at 0, the mean of its prior."""

@@ -19,7 +19,7 @@ from ppreid_dist.attacks.base import Outcome
 from ppreid_dist.errors import DataError
 from ppreid_dist.storage import read_tensors, write_tensors
 
-_ARRAYS, _NUMBERS = ("pixel_Q", "identity_Q"), ("l1", "psnr", "seconds")
+_ARRAYS, _NUMBERS = ("pixel_Q", "identity_Q"), ("l1", "psnr", "best", "seconds")
 
 
 def digest(*parts: Any) -> str:

@@ -121,6 +121,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
     quality, notes = judge_quality(bench)
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
+    notes += _best_guesses(bench, roles)
     victims = {control.name: reference.ceiling, protected.name: trained}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name in config.attackers}
     both = {"control": control, "protected": protected}
@@ -159,6 +160,20 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
         },
         means={key: {"l1": outcome.l1, "psnr": outcome.psnr} for key, outcome in final.items()},
     )
+
+
+def _best_guesses(bench: Bench, roles: dict[str, Trained]) -> list[str]:
+    """A line for every attacker that guesses: how far the best of its guesses is from what counts, their mean."""
+    lines = []
+    for name in bench.config.attackers:
+        final = {role: runs[name, bench.people[-1]] for role, runs in roles.items()}
+        each = [f"{np.nanmean(o.pixel_Q):.3f} and {o.best:.3f} ({role})" for role, o in final.items()]
+        if np.isfinite([outcome.best for outcome in final.values()]).all():
+            lines.append(
+                f"{name}: SSIM of the mean of its guesses, which counts, and of the guess that the picture itself "
+                f"would choose: {', '.join(each)}"
+            )
+    return lines
 
 
 def judge_quality(bench: Bench) -> tuple[dict[str, float], list[str]]:

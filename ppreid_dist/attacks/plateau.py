@@ -1,0 +1,153 @@
+"""Networks trained until held-out people gain no more: what every attacker that learns by gradient descent shares.
+
+Shapes: N its own pictures, F those fitted, B batch, D feature dim, K view dim.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ppreid_dist.attacks.base import VIEWS, View, fit_view, split_people, to_float
+from ppreid_dist.models.ema import Ema
+from ppreid_dist.settings import Settings, option
+
+T = TypeVar("T", bound="Trainee")
+
+
+@dataclass(kw_only=True)
+class PlateauConfig(Settings):
+    """When a training is over: an upper bound, and patience."""
+
+    max_steps: int = option(20_000, "most steps", at_least=1)
+    evaluate_every: int = option(200, "steps between looks at the held-out people", at_least=1)
+    patience: int = option(4, "looks without a better one before the learning rate falls", at_least=1)
+    falls: int = option(2, "how often the learning rate falls, to a quarter, before the training ends", at_least=0)
+
+
+@dataclass(kw_only=True)
+class RecipeConfig(Settings):
+    """What is tried, and how each training goes."""
+
+    # In trials whitening was better with 160 people, and threw most of the leak away with 40: it has to be tried.
+    views: list[str] = option(list(VIEWS), "forms of the features to try", choices=VIEWS)
+    widths: list[int] = option([32, 64], "network widths to try", at_least=1)
+    lrs: list[float] = option([1e-3, 3e-3], "learning rates to try", more_than=0)
+    trial_steps: int = option(600, "steps of each combination before the best goes on alone", at_least=1)
+    batch: int = option(64, "pictures a step", at_least=2)
+    weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
+    feature_noise: float = option(0.3, "noise added to the features, relative to their norm", at_least=0)
+    ema: float = option(0.99, "decay of the averaged weights, which are the ones that count", at_least=0, at_most=1)
+    plateau: PlateauConfig = option(PlateauConfig(), "")
+
+
+class Trainee(ABC):
+    """A network in training on one view of the features, by one learning rate; its averaged weights count."""
+
+    def __init__(
+        self,
+        features_ND: Tensor,
+        pictures_N3hw: Tensor,
+        pids_N: np.ndarray,
+        *,
+        view: str,
+        lr: float,
+        build: Callable[[int], nn.Module],
+        config: RecipeConfig,
+        seed: int,
+    ):
+        """``build`` makes the network, on the CPU, for features of so many dimensions."""
+        fit, held = (torch.from_numpy(rows) for rows in split_people(pids_N, seed))
+        self.config = config
+        self.view: View = fit_view(view, features_ND[fit])
+        self.x_FK, self.pictures_F3hw = self.view(features_ND[fit]), pictures_N3hw[fit]
+        self.held, self.held_pictures = features_ND[held], pictures_N3hw[held]
+        self.network = build(self.view.dim).to(features_ND.device)
+        self.average = Ema(self.network, config.ema)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        self.random = torch.Generator().manual_seed(seed)
+        self.best, self.weights = float("inf"), copy.deepcopy(self.network.state_dict())
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What was chosen, in words."""
+
+    @abstractmethod
+    def step(self, x_BK: Tensor, real_B3hw: Tensor) -> None:
+        """One step on features and their pictures, in [0,1]; ends in :meth:`descend`."""
+
+    @abstractmethod
+    def error(self) -> float:
+        """Of the averaged weights, on the held-out people."""
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step(*self._draw())
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(self.x_FK), (self.config.batch,), generator=self.random)
+        x_BK = self.x_FK[rows]
+        noise_BK = self.normal(x_BK.shape) / x_BK.shape[1] ** 0.5
+        return x_BK + self.config.feature_noise * noise_BK, to_float(self.pictures_F3hw[rows])
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, on the features' device, from this training's own stream."""
+        return torch.randn(tuple(shape), generator=self.random).to(self.x_FK)
+
+    def descend(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        self.average.update(self.network.state_dict())
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+
+    def go_on_from(self, weights: dict[str, Tensor]) -> None:
+        """Put these weights in place of the present ones and of their average."""
+        self.network.load_state_dict(weights)
+        self.average.module.load_state_dict(weights)
+
+    def look(self) -> bool:
+        """Test on the held-out people, and keep the weights if they are the best so far."""
+        error = self.error()
+        if better := error < self.best:
+            self.best, self.weights = error, copy.deepcopy(self.average.module.state_dict())
+        return better
+
+    def train_to_plateau(self, plateau: PlateauConfig, max_steps: int, say: Callable[[str], None]) -> None:
+        """Train until looks find nothing better; end with the best weights, those from before included."""
+        lr, falls, since, steps = self.optimiser.param_groups[0]["lr"], 0, 0, 0
+        while steps < max_steps and falls <= plateau.falls:
+            some = min(plateau.evaluate_every, max_steps - steps)
+            self.train(some)
+            steps += some
+            since = 0 if self.look() else since + 1
+            if since == plateau.patience:
+                falls, since = falls + 1, 0
+                self.go_on_from(self.weights)
+                self.set_lr(lr / 4**falls)
+        self.go_on_from(self.weights)
+        self.set_lr(lr)
+        say(f"{self.name}: {steps} steps, held-out error {self.best:.4f}")
+
+
+def race(entrants: Sequence[Callable[[], T]], config: RecipeConfig, say: Callable[[str], None]) -> T:
+    """A short trial of every entrant; the best on its held-out people goes on to its plateau."""
+    leading: list[T] = []
+    for enter in entrants:
+        trainee = enter()
+        if len(entrants) > 1:
+            trainee.train_to_plateau(config.plateau, config.trial_steps, say)
+        leading = [min([trainee, *leading], key=lambda t: t.best)]  # the others' memory is given back
+    leading[0].train_to_plateau(config.plateau, config.plateau.max_steps, say)
+    return leading[0]
