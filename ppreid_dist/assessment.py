@@ -10,6 +10,7 @@ DIR/                        of `ppreid attack --out DIR`
 
 import os
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppreid_dist import __version__
+from ppreid_dist.attacks.adaptive import trained_generator
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.suite import SuiteResult, Victim, run_suite
 from ppreid_dist.data.dataset import open_split
@@ -31,6 +33,7 @@ from ppreid_dist.evaluation.export import rank_split, save_features, stored_feat
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
+from ppreid_dist.models.generator import Generator
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import SCHEMA, check_report
 from ppreid_dist.settings import to_dict
@@ -93,6 +96,7 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
                 split: _pictures(config, split, saved.size, device, progress) for split in ("aux", "query", "gallery")
             }
         victims[role], rankings[role] = _victim(role, saved, sizes[saved.size])
+    victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device))
     with tqdm(disable=not progress, desc="attack", unit=" training") as bar:
 
         def say(line: str) -> None:
@@ -126,6 +130,13 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
     beside = {"synthetic": config.data.kind == "synthetic", "settings": to_dict(config.report)}
     attackers = {"protected": result.strongest["protected"], "control": result.strongest["control"]}
     write_json(out / "attack.json", {"report": figures, "strongest": attackers, **beside})
+
+
+def _reversal(run: Path, size: tuple[int, int], device: torch.device) -> Generator | None:
+    """The generator that the run was trained against, if it draws pictures of this size."""
+    config = load_run(run).reversal
+    generator = trained_generator(run, config) if tuple(config.size) == tuple(size) else None
+    return generator.to(device) if generator else None
 
 
 def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> tuple[Victim, Ranking]:

@@ -22,14 +22,15 @@ from ppreid_dist.attacks.base import (
     permute_people,
     split_people,
 )
-from ppreid_dist.attacks.bench import AttackConfig
+from ppreid_dist.attacks.bench import AttackConfig, Victim
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import PlateauConfig
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
-from ppreid_dist.attacks.suite import SuiteResult, Victim, chance_ap, run_suite
+from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra

@@ -15,7 +15,8 @@ from conftest import ROOT
 from ppreid_dist.reporting.page import load_report
 
 ATTACK = [
-    "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression]",
+    "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression,adaptive]",
+    "attack.adaptive={lrs: [0.001], batch: 8, plateau: {max_steps: 4, evaluate_every: 2}}",
     "attack.curve_attackers=[ridge]", "attack.whitebox={people: 6, starts: [mean], steps: 4}",
     "attack.ridge={widths: [1, 0], ridges: [0.01, 1, 100]}",
     "attack.regression={views: [raw], widths: [8], lrs: [0.005], trial_steps: 4, batch: 8,"
@@ -72,7 +73,7 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
         evaluated = json.loads((runs / name / "evaluation.json").read_text())
         assert report["utility"][name] == pytest.approx(evaluated)
     assert {row["n"] for row in report["axes"]["identity"]["curve"]} == {12, 24}
-    assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression"}
+    assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression", "adaptive"}
     assert report["whitebox"]["people"] == 6
     assert report["attributes"]["each"]["sleeve"]["classes"] == 2
     assert report["probe"]["history"] and report["training"]["protected"]["steps"] == 10

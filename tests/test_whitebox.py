@@ -9,9 +9,10 @@ import torch
 from attack_world import colours, judged_ap, make_people, person_l1, see_colours
 
 from ppreid_dist.attacks.base import permute_people
-from ppreid_dist.attacks.bench import AttackConfig
+from ppreid_dist.attacks.bench import AttackConfig, Victim
+from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.ridge import RidgeConfig
-from ppreid_dist.attacks.suite import SuiteResult, Victim, chance_ap, run_suite
+from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.whitebox import Inversion, WhiteBoxConfig, feature_distance, total_variation
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError

@@ -127,12 +127,15 @@ class View:
 
 
 def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
-    """``raw``: centred and scaled only. ``whitened``: principal axes too, each divided by its standard deviation.
+    """``stored``: as they are. ``raw``: centred and scaled. ``whitened``: by principal axes too, each divided by its
+    standard deviation.
 
     Whitening undoes an extractor that hides what it knows in directions of small variance. The variances are
     shrunk towards their mean (weight ``shrinkage``), else the smallest axes, which are noise, would dominate.
     """
     x_ND = features_ND.float()
+    if name == "stored":
+        return View(torch.zeros_like(x_ND[0]), torch.eye(x_ND.shape[1], device=x_ND.device))
     mean_D = x_ND.mean(0)
     x_ND = x_ND - mean_D
     if name == "raw":

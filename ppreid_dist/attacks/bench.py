@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig
 from ppreid_dist.attacks.attribute import AttributeConfig
 from ppreid_dist.attacks.base import (
     ATTACKERS,
@@ -35,6 +36,7 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.evaluation.ranking import Ranking, rank_queries
+from ppreid_dist.models.generator import Generator
 from ppreid_dist.settings import Settings, option, to_dict
 
 AXES = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
@@ -43,7 +45,9 @@ SHOWN = 12  # identities whose reconstructions are kept
 
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
-    attackers: list[str] = option(["retrieval", "ridge", "regression", "gan"], "who attacks", choices=tuple(ATTACKERS))
+    attackers: list[str] = option(
+        ["retrieval", "ridge", "regression", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
+    )
     curve_attackers: list[str] = option(
         ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
     )
@@ -57,6 +61,7 @@ class AttackConfig(Settings):
     regression: RegressionConfig = option(RegressionConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     diffusion: DiffusionConfig = option(DiffusionConfig(), "")
+    adaptive: AdaptiveConfig = option(AdaptiveConfig(), "")
     attribute: AttributeConfig = option(AttributeConfig(), "")
     whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
 
@@ -64,6 +69,8 @@ class AttackConfig(Settings):
         super().__post_init__()
         if not self.attackers:
             raise ConfigError("attackers: at least one must be named")
+        if set(self.attackers) == {Adaptive.name}:
+            raise ConfigError("attackers: adaptive has no counterpart on the control; name another beside it")
         if strangers := set(self.curve_attackers) - set(self.attackers):
             raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
         if not self.people:
@@ -81,7 +88,8 @@ class Victim:
     """An extractor as its attackers meet it: stored features of the auxiliary and the query pictures.
 
     ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
-    extractor itself, for white-box attackers: pictures of the attackers' size to stored features.
+    extractor itself, for white-box attackers: pictures of the attackers' size to stored features. ``reversal`` is the
+    generator that it was trained against, for the adaptive one.
     """
 
     name: str
@@ -89,6 +97,7 @@ class Victim:
     query_QD: Tensor
     utility_ap_Q: np.ndarray
     see: See
+    reversal: Generator | None = None
 
 
 Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
@@ -184,25 +193,42 @@ class Bench:
     def say(self, label: str, line: str) -> None:
         self.progress(f"{label}: {line}")
 
-    def train_all(self, role: str, aux_ND: Tensor, query_QD: Tensor, *, permuted: bool = False) -> Trained:
-        """Every attacker with every number of people on these features, or on those of permuted people."""
+    def train_all(
+        self, role: str, aux_ND: Tensor, query_QD: Tensor, *, reversal: Generator | None = None, permuted: bool = False
+    ) -> Trained:
+        """Every attacker with every number of people on these features, or on those of permuted people.
+
+        The adaptive one starts from ``reversal``, and is left out without it.
+        """
         trained: Trained = {}
         for n in self.people:
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
             pairs = permute_people(self.aux.pids_N[rows], self.config.seed) if permuted else np.arange(len(rows))
             for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
+                if name == Adaptive.name and reversal is None:
+                    continue
                 label = f"{name}, {n} people, {role}"
                 parts = (aux_ND[rows], rows, rows[pairs], query_QD)
                 settings = [name, to_dict(getattr(self.config, name)), self.config.seed]
-                train = partial(self._train, label, name, *parts)
-                trained[name, n] = self.once(label, digest(self.world, settings, *parts), train)
+                train = partial(self._train, label, name, *parts, reversal)
+                start = reversal.state_dict().values() if reversal and name == Adaptive.name else []
+                trained[name, n] = self.once(label, digest(self.world, settings, *parts, *start), train)
         return trained
 
     def _train(
-        self, label: str, name: str, features_ND: Tensor, rows: np.ndarray, pictured: np.ndarray, query_QD: Tensor
+        self,
+        label: str,
+        name: str,
+        features_ND: Tensor,
+        rows: np.ndarray,
+        pictured: np.ndarray,
+        query_QD: Tensor,
+        reversal: Generator | None,
     ) -> Outcome:
         started = time.monotonic()
         attacker = self.attacker(name)
+        if isinstance(attacker, Adaptive) and reversal is not None:
+            attacker.start_from(reversal)
         attacker.fit(
             features_ND,
             self.aux.images_N3HW[pictured],

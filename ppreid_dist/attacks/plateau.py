@@ -31,12 +31,9 @@ class PlateauConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class RecipeConfig(Settings):
-    """What is tried, and how each training goes."""
+class StepsConfig(Settings):
+    """How a training goes, and the learning rates that are tried."""
 
-    # In trials whitening was better with 160 people, and threw most of the leak away with 40: it has to be tried.
-    views: list[str] = option(list(VIEWS), "forms of the features to try", choices=VIEWS)
-    widths: list[int] = option([32, 64], "network widths to try", at_least=1)
     lrs: list[float] = option([1e-3, 3e-3], "learning rates to try", more_than=0)
     trial_steps: int = option(600, "steps of each combination before the best goes on alone", at_least=1)
     batch: int = option(64, "pictures a step", at_least=2)
@@ -44,6 +41,15 @@ class RecipeConfig(Settings):
     feature_noise: float = option(0.3, "noise added to the features, relative to their norm", at_least=0)
     ema: float = option(0.99, "decay of the averaged weights, which are the ones that count", at_least=0, at_most=1)
     plateau: PlateauConfig = option(PlateauConfig(), "")
+
+
+@dataclass(kw_only=True)
+class RecipeConfig(StepsConfig):
+    """The same with the features and networks that are tried."""
+
+    # In trials whitening was better with 160 people, and threw most of the leak away with 40: it has to be tried.
+    views: list[str] = option(list(VIEWS), "forms of the features to try", choices=VIEWS)
+    widths: list[int] = option([32, 64], "network widths to try", at_least=1)
 
 
 class Trainee(ABC):
@@ -58,7 +64,7 @@ class Trainee(ABC):
         view: str,
         lr: float,
         build: Callable[[int], nn.Module],
-        config: RecipeConfig,
+        config: StepsConfig,
         seed: int,
     ):
         """``build`` makes the network, on the CPU, for features of so many dimensions."""
@@ -141,7 +147,7 @@ class Trainee(ABC):
         say(f"{self.name}: {steps} steps, held-out error {self.best:.4f}")
 
 
-def race(entrants: Sequence[Callable[[], T]], config: RecipeConfig, say: Callable[[str], None]) -> T:
+def race(entrants: Sequence[Callable[[], T]], config: StepsConfig, say: Callable[[str], None]) -> T:
     """A short trial of every entrant; the best on its held-out people goes on to its plateau."""
     leading: list[T] = []
     for enter in entrants:

@@ -39,7 +39,6 @@ class Opponent(Protocol):
 class Decoder(Trainee):
     """A generator from one view of the features to pictures; where it has an ``opponent``, against that too."""
 
-    config: RegressionConfig
     opponent: Opponent | None = None
 
     def __init__(
@@ -55,7 +54,7 @@ class Decoder(Trainee):
         config: RegressionConfig,
         seed: int,
     ):
-        self.about, self.noise_dim = f"{view} features, width {width}, lr {lr:g}", noise_dim
+        self.about, self.noise_dim, self.loss = f"{view} features, width {width}, lr {lr:g}", noise_dim, config.loss
 
         def build(dim: int) -> Generator:
             with seeded(seed, width):
@@ -69,7 +68,7 @@ class Decoder(Trainee):
 
     def step(self, x_BK: Tensor, real_B3hw: Tensor) -> None:
         fake_B3hw = self.network(x_BK, self.normal((len(x_BK), self.noise_dim)))
-        loss = reconstruction_loss(fake_B3hw, real_B3hw, self.config.loss)
+        loss = reconstruction_loss(fake_B3hw, real_B3hw, self.loss)
         if self.opponent is not None:
             loss = loss + self.opponent.loss(fake_B3hw, x_BK)
         self.descend(loss)

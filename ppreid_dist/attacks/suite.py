@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ppreid_dist.attacks.adaptive import renewed
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.base import Progress
 from ppreid_dist.attacks.bench import AXES, AttackConfig, Bench, Judge, Trained, Victim
 from ppreid_dist.attacks.informed import whitebox_leak
+from ppreid_dist.attacks.judging import judge_quality
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores
 from ppreid_dist.evaluation.urr import attack_curve, urr
-
-WEAK_JUDGE = 3.0  # times chance
+from ppreid_dist.models.generator import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +62,12 @@ class SuiteResult:
     means: dict[tuple[str, str], dict[str, float]]
 
 
-def chance_ap(positives: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """The mean average precision of a random ranking with so many positives (at least 1) among so many candidates.
-
-    Exact: an item at rank k is a positive with chance R/N, and then each of the k − 1 before it with (R − 1)/(N − 1).
-    """
-    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, candidates.max() + 1))])[candidates]
-    others = (positives - 1) / np.maximum(candidates - 1, 1)
-    return (harmonic + others * (candidates - harmonic)) / candidates
-
-
-def attack_control(bench: Bench, control: Victim) -> Control:
-    """The ceilings and floors, which every protected extractor of the same data can be compared with."""
+def attack_control(bench: Bench, control: Victim, reversal: Generator | None = None) -> Control:
+    """The ceilings and floors, which every protected extractor of the same data can be compared with, where the
+    adaptive attacker is one of a generator like ``reversal``."""
     train = partial(bench.train_all, aux_ND=control.aux_ND, query_QD=control.query_QD)
-    return Control(ceiling=train("unprotected"), floor=train("prior only", permuted=True))
+    fresh = renewed(reversal, bench.config.seed) if reversal else None
+    return Control(ceiling=train("unprotected"), floor=train("prior only", reversal=fresh, permuted=True))
 
 
 def run_suite(
@@ -109,8 +102,8 @@ def run_suite(
         progress=progress,
         kept=kept,
     )
-    reference = attack_control(bench, control)
-    trained = bench.train_all("protected", protected.aux_ND, protected.query_QD)
+    reference = attack_control(bench, control, protected.reversal)
+    trained = bench.train_all("protected", protected.aux_ND, protected.query_QD, reversal=protected.reversal)
     return summarise(bench, control, protected, reference, trained)
 
 
@@ -122,11 +115,18 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
     notes += _best_guesses(bench, roles)
+    if left_out := [name for name in config.attackers if (name, largest) not in trained]:
+        notes.append(
+            f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
+        )
     victims = {control.name: reference.ceiling, protected.name: trained}
-    final = {(role, name): runs[name, largest] for role, runs in roles.items() for name in config.attackers}
+    final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
     both = {"control": control, "protected": protected}
     found = {
-        victim: {name: float(np.nanmean(runs[name, largest].identity_Q)) for name in config.attackers}
+        # Of those on both victims, so that their pictures can be shown side by side.
+        victim: {
+            n: float(np.nanmean(runs[n, largest].identity_Q)) for n, people in reference.ceiling if people == largest
+        }
         for victim, runs in victims.items()
     }
     return SuiteResult(
@@ -150,7 +150,10 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
         },
         shown=bench.shown,
         reconstructions={
-            (victim, name): runs[name, largest].shown for victim, runs in victims.items() for name in config.attackers
+            (victim, name): outcome.shown
+            for victim, runs in victims.items()
+            for (name, n), outcome in runs.items()
+            if n == largest
         },
         strongest={victim: max(by_name, key=by_name.__getitem__) for victim, by_name in found.items()},
         per_query={
@@ -166,9 +169,9 @@ def _best_guesses(bench: Bench, roles: dict[str, Trained]) -> list[str]:
     """A line for every attacker that guesses: how far the best of its guesses is from what counts, their mean."""
     lines = []
     for name in bench.config.attackers:
-        final = {role: runs[name, bench.people[-1]] for role, runs in roles.items()}
+        final = {role: runs[name, bench.people[-1]] for role, runs in roles.items() if (name, bench.people[-1]) in runs}
         each = [f"{np.nanmean(o.pixel_Q):.3f} and {o.best:.3f} ({role})" for role, o in final.items()]
-        if np.isfinite([outcome.best for outcome in final.values()]).all():
+        if final and np.isfinite([outcome.best for outcome in final.values()]).all():
             lines.append(
                 f"{name}: SSIM of the mean of its guesses, which counts, and of the guess that the picture itself "
                 f"would choose: {', '.join(each)}"
@@ -176,29 +179,13 @@ def _best_guesses(bench: Bench, roles: dict[str, Trained]) -> list[str]:
     return lines
 
 
-def judge_quality(bench: Bench) -> tuple[dict[str, float], list[str]]:
-    """The judge's mAP and rank-1 on the real query pictures, beside chance, and a note where it is weak."""
-    query, (_, pids, camids) = bench.query, bench.gallery
-    ranking = bench.rank(query.images_N3HW, np.arange(len(query.pids_N)))
-    found = np.flatnonzero(~np.isnan(ranking.ap_Q))
-    same = [(pids == query.pids_N[q], camids == query.camids_N[q]) for q in found]
-    positives = np.array([np.sum(person & ~camera) for person, camera in same])
-    candidates = np.array([np.sum(~(person & camera)) for person, camera in same])
-    summary, chance = ranking.summary(), float(chance_ap(positives, candidates).mean())
-    notes = []
-    if summary["mAP"] < WEAK_JUDGE * chance:
-        notes.append(
-            f"the judge is weak: mAP {summary['mAP']:.3f} on real pictures, chance is {chance:.3f}; "
-            "the identity axis says little"
-        )
-    return {"mAP": summary["mAP"], "rank1": summary["rank1"], "chance": chance}, notes
-
-
 def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: dict[str, Trained]) -> dict[str, Any]:
     config, pids_Q = bench.config, bench.query.pids_N
+    unscored = np.full(len(pids_Q), np.nan)
 
     def series(name: str, n: int) -> AttackScores:
-        return AttackScores(**{f"{role}_Q": getattr(runs[name, n], f"{axis}_Q") for role, runs in roles.items()})
+        found = {role: runs.get((name, n)) for role, runs in roles.items()}
+        return AttackScores(**{f"{role}_Q": getattr(of, f"{axis}_Q") if of else unscored for role, of in found.items()})
 
     bootstrap = {"resamples": config.resamples, "seed": config.seed}
     largest = bench.people[-1]
@@ -206,7 +193,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
         pids_Q,
         protected.utility_ap_Q,
         control.utility_ap_Q,
-        {name: series(name, largest) for name in config.attackers},
+        {name: series(name, largest) for name in config.attackers if (name, largest) in roles["protected"]},
         **bootstrap,
     )
     # The same attackers at every number of people, or the curve would jump where others join.

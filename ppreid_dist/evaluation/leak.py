@@ -17,7 +17,8 @@ the strongest on the control is fooled, the next one may lose nothing. So ``own`
 attackers, those with at least half of the largest excess on the control, stands beside it. It is at most 2 r.
 
 **Who counts.** "ok": beats its floor on the control beyond noise. "weak": it does, but isn't sound. "protected only":
-it doesn't, but beats its floor on protected features beyond noise; its excess there counts, its C − F doesn't.
+it doesn't, or there is no such attacker on the control, but it beats its floor on protected features beyond noise; its
+excess there counts, its C − F doesn't.
 "broken": neither; it says nothing, and nothing is said by it.
 
 **Intervals** come from a paired bootstrap over identities: all series share each resample, and both maxima are taken
@@ -34,6 +35,7 @@ import numpy as np
 from ppreid_dist.evaluation.bootstrap import Bootstrap, Interval, finite
 
 SOUND = 0.5  # of the largest excess on the control
+_ABSENT = "there is no such attacker on the control"
 _BLIND = "even without protection it doesn't beat its floor beyond noise"
 
 
@@ -88,12 +90,13 @@ def compare(
     """One attacker by itself, from its mean scores in every resample."""
     excess_B, gain_B = protected_B - floor_B, control_B - floor_B
     status, reason = "ok", None
-    if not np.isfinite([protected_B[0], control_B[0], floor_B[0]]).all():
+    if not np.isfinite([protected_B[0], floor_B[0]]).all():
         status, reason = "broken", "a series has no score"
-    elif bootstrap.ends(gain_B)[0] <= 0:
-        status, reason = "broken", _BLIND
-        if bootstrap.ends(excess_B)[0] > 0:
-            status, reason = "protected only", f"{_BLIND}, on protected features it does"
+    elif not np.isfinite(control_B[0]) or bootstrap.ends(gain_B)[0] <= 0:
+        blind = _BLIND if np.isfinite(control_B[0]) else _ABSENT
+        found = bool(bootstrap.ends(excess_B)[0] > 0)
+        status = "protected only" if found else "broken"
+        reason = f"{blind}; on protected features it {'beats' if found else 'does not beat'} its floor beyond noise"
     return AttackerResult(
         protected=finite(protected_B[0]),
         control=finite(control_B[0]),

@@ -68,7 +68,7 @@ class Generator(nn.Module):
         super().__init__()
         times = doublings(size)
         channels = [min(MAX_CHANNELS, width << level) for level in reversed(range(times))] + [width // 2]
-        self.feature_dim, self.noise_dim = feature_dim, noise_dim
+        self.feature_dim, self.size, self.width, self.noise_dim = feature_dim, size, width, noise_dim
         self.seed = nn.Linear(feature_dim + noise_dim, channels[0] * math.prod(SEED_SIZE))
         self.blocks = nn.Sequential(*[UpBlock(a, b) for a, b in pairwise(channels)])
         self.picture = nn.Conv2d(channels[-1], 3, 3, padding=1)
