@@ -17,7 +17,6 @@ from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.plateau import PlateauConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
-from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.generator import Generator, GeneratorConfig
@@ -139,7 +138,6 @@ def suite(aux: World, met: World, reversal: Generator | None) -> SuiteResult:
             resamples=100,
             ridge=RidgeConfig(widths=[2.0, 0.0], ridges=[1e-2, 1.0]),
             adaptive=config(20),
-            whitebox=WhiteBoxConfig(people=0),
         ),
         progress=lambda line: None,
     )

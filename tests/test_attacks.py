@@ -31,7 +31,6 @@ from ppreid_dist.attacks.plateau import PlateauConfig
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
-from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.storage import write_json
@@ -53,7 +52,6 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
     config = AttackConfig(
         people=[0],
         curve_attackers=["ridge"],
-        whitebox=WhiteBoxConfig(people=0),
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
@@ -64,8 +62,8 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
             batch=32,
             ema=0.95,
             looks=4,
-            samples=4,
-            sampling_steps=8,
+            samples=2,
+            sampling_steps=6,
             plateau=PlateauConfig(max_steps=10 * steps // 3, evaluate_every=50, patience=2, falls=1),
         ),
         gan=GanConfig(start=start, noise_dim=4, plateau=PlateauConfig(max_steps=steps // 2, evaluate_every=15)),

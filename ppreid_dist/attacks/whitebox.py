@@ -26,7 +26,7 @@ STARTS = ("mean", "ridge", "noise")
 @dataclass(kw_only=True)
 class WhiteBoxConfig(Settings):
     people: int = option(
-        32, "query people, a picture each, who are attacked through the extractor; 0 = nobody", at_least=0
+        0, "query people, a picture each, who are attacked through the extractor, which is slow", at_least=0
     )
     starts: list[str] = option(
         list(STARTS),
