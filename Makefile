@@ -24,9 +24,10 @@ $(VENV)/tested: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
 
-# Without those that take more than half a minute each: `pytest -m slow` runs them.
+# Without those that take more than half a minute each: `pytest -m slow` runs them. A file's tests stay together, since
+# they share what they train.
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n logical --dist loadfile -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

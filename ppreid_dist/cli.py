@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ppreid_dist import __version__
-from ppreid_dist.errors import PPReIDError, Stopped
+from ppreid_dist.errors import LostError, PPReIDError, Stopped
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 75
 _SETTINGS = "key=value"
@@ -160,6 +160,9 @@ def _guard(work: Callable[[], int]) -> NoReturn:
     except PPReIDError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
+    except LostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
     except Stopped as stopped:
         _log.info("%s; continue it by --resume", stopped)
         sys.exit(STOPPED)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
@@ -76,13 +77,20 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> list[tup
     return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
-def launch(processes: int, *arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int,
+    *arguments: str,
+    expect: int = 0,
+    script: str = "train.py",
+    options: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     """Run train.py on so many processes, as the README does it, and check its exit status."""
     several = ["--multi_gpu"] if processes > 1 else []
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         "train.py", *arguments],
+         *options, script, *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip

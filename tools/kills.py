@@ -125,7 +125,7 @@ def attempt(kind: str, processes: int, arguments: list[str], run: Path, chance: 
     statuses, said = ranks.wait()
     if all(status == 0 for status in statuses):
         return "finished"
-    if any(status not in (0, 2, -signal.SIGKILL) for status in statuses):
+    if any(status not in (0, 1, -signal.SIGKILL) for status in statuses):
         return f"{kind}: statuses {statuses}: {said[-500:]}"
     return None
 
