@@ -29,7 +29,7 @@ from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
-from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched
+from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched, meet_again
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -259,6 +259,7 @@ class Engine:
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         options = self._options(timeout)
         try:
+            meet_again(timeout)
             self.accelerator = Accelerator(log_with=list(loggers) or None, project_dir=str(run_folder), **options)
         except dist.DistError as error:
             self.forget()

@@ -6,8 +6,12 @@ A user's own `accelerate config` file arrives here. Nothing of it is dropped sil
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
 
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.storage import read_json
@@ -81,6 +85,27 @@ def _steps(said: str | int | None) -> int | None:
     if steps < 1:
         raise ConfigError(f"engine.accumulate: the launcher's {_STEPS} is {said}, not a number from 1 on")
     return steps if steps > 1 else None
+
+
+def meet_again(timeout: float) -> None:
+    """Form the process group where a launcher has started its processes again (``--max_restarts``).
+
+    Its store still holds what those before wrote, and torch 2.13 takes their addresses for the present ones: by
+    chance it fails or hangs. Under a name of their own the new ones find each other only. Else Accelerate forms the
+    group.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0":
+        return
+    wait = timedelta(seconds=timeout)
+    store, rank, processes = next(dist.rendezvous("env://", timeout=wait))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"restart {restart}", store),
+        rank=rank,
+        world_size=processes,
+        timeout=wait,
+    )
 
 
 def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
