@@ -1,6 +1,6 @@
 """The same training on 1, 2 and 4 processes, over several seeds: does the number of processes cost mAP?
 
-    OMP_NUM_THREADS=1 python tools/scaling.py --config configs/demo.yaml --seeds 0 1 2 3 4 privacy.weight=0
+    OMP_NUM_THREADS=1 python tools/scaling.py privacy.weight=0 --seeds 0 1 2 3 4
 
 Every run sees the same pictures in the same global batches. Runs are paired by seed; what is finished in ``--out`` is
 used again. Prints Markdown: mAP of each, mean and standard deviation over seeds, and the mean difference to one process
