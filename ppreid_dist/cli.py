@@ -96,6 +96,9 @@ def _attack(arguments: Sequence[str]) -> int:
         "--judge", type=Path, required=True, metavar="RUN", help="another run: backbone and seed of its own"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--trained", type=Path, metavar="DIR", help="where attackers' trainings are kept (default: trained in --out)"
+    )
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.assessment import attack
@@ -105,9 +108,8 @@ def _attack(arguments: Sequence[str]) -> int:
     base = options.config or options.protected / "config.yaml"
     if options.config is None:
         load_run(options.protected)
-    attack(
-        load_settings(Config, base, options.settings), options.control, options.protected, options.judge, options.out
-    )
+    runs = options.control, options.protected, options.judge
+    attack(load_settings(Config, base, options.settings), *runs, options.out, trained=options.trained)
     _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0
 
