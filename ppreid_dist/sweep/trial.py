@@ -15,7 +15,7 @@ from typing import Any
 
 from ppreid_dist.assessment import METHOD
 from ppreid_dist.data.dataset import open_training, prepare_shards
-from ppreid_dist.errors import PPReIDError
+from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import FREE, flat
 from ppreid_dist.settings import to_dict
 from ppreid_dist.storage import read_json, write_json
@@ -56,18 +56,30 @@ class Worker:
     def do(self, trial: Trial, claim: Claim, look: Look = lambda run: None) -> dict[str, Any]:
         """The trial's row, also written; a trial that fails has a row with its reason. Stopped passes through."""
         began = time.time()
-        base = self.folder.run_config([]).privacy.weight
-        row = {"name": trial.name, "point": trial.point, "settings": dict(trial.settings),
-               "weight": trial.settings.get(WEIGHT, base), "seed": trial.seed}  # fmt: skip
         with guarded(claim) as environment:
-            place = self.folder.begin(trial)
+            self.folder.begin(trial)
             try:
-                row |= self._measure(trial, claim, environment, look)
+                found = self._measure(trial, claim, environment, look)
             except (TrialFailed, PPReIDError) as failure:
-                row |= {"status": "failed", "reason": str(failure)}
-            row |= {"began": _stamp(began), "ended": _stamp(time.time())}
-            if not claim.outdone():
-                write_json(place / "trial.json", row)
+                found = {"status": "failed", "reason": str(failure)}
+            if claim.outdone():
+                raise Stopped(f"{trial.name}: another process took it over")
+            return self.note(trial, found, began)
+
+    def note(self, trial: Trial, found: dict[str, Any], began: float) -> dict[str, Any]:
+        """Write the trial's row: it is finished."""
+        weight = trial.settings.get(WEIGHT, self.folder.run_config([]).privacy.weight)
+        row = {
+            "name": trial.name,
+            "point": trial.point,
+            "settings": dict(trial.settings),
+            "weight": weight,
+            "seed": trial.seed,
+            **found,
+            "began": _stamp(began),
+            "ended": _stamp(time.time()),
+        }
+        write_json(self.folder.of(trial) / "trial.json", row)
         return row
 
     def _measure(self, trial: Trial, claim: Claim, environment: dict[str, str], look: Look) -> dict[str, Any]:
