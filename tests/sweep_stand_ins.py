@@ -23,10 +23,10 @@ def train(arguments: list[str]) -> int:
     run = Path(settings["output"])
     run.mkdir(parents=True, exist_ok=True)
     (run / "settings.json").write_text(json.dumps(settings))
-    (run / "threads").write_text(os.environ["OMP_NUM_THREADS"])
+    (run / "environment.json").write_text(json.dumps(dict(os.environ)))
     told: list[bool] = []
     signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    if settings.get("optimiser.lr") == "0.25":
+    if settings.get("training.ema") == "0.25":
         print("noise\nerror: step 3: the gradient is not finite", flush=True)
         return 2
     lines = run / "steps.txt"

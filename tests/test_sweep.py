@@ -283,8 +283,9 @@ def test_a_claim_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def asked(world: list[str], tmp_path: Path) -> Path:
+def asked(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sweep's file: two weights, two seeds."""
+    monkeypatch.chdir(ROOT)
     (tmp_path / "base.yaml").write_text("seed: 0\n")
     file = tmp_path / "sweep.yaml"
     file.write_text(
@@ -326,10 +327,12 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
     settings = [json.loads((run / "settings.json").read_text()) for run in trainings(out)]
     assert sorted(float(each["privacy.weight"]) for each in settings) == [0, 0, 0, 1, 1, 3, 3]
     assert {each["seed"] for each in settings if float(each["privacy.weight"]) == 0} == {"0", "1", "2"}
+    seen = json.loads((trainings(out)[-1] / "environment.json").read_text())
+    assert (seen["OMP_NUM_THREADS"], seen["WANDB_RUN_GROUP"]) == ("1", "out")
     rows = list(csv.DictReader((out / "front.csv").open()))
     assert [float(each["mAP"]) for each in rows] == [row["mAP"] for row in front["trials"]]
     page = (out / "front.html").read_text()
-    assert front["recommended"] in page and "data:image/png" in page and "http" not in page.replace("http-equiv", "")
+    assert front["recommended"] in page and "data:image/png" in page and "://" not in page
     assert sorted(file.stem for file in (out / "front").glob("*.png")) == [
         "cost_identity", "cost_pixel", "urr_identity", "urr_pixel",
     ]  # fmt: skip
@@ -339,12 +342,12 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
 
 
 def test_a_failed_trial_is_a_row_and_can_be_tried_again(asked: Path, tmp_path: Path) -> None:
-    front = array(asked, 'grid={"optimiser.lr": [0.25, 0.002]}', "seeds=[0]")
+    front = array(asked, 'grid={"training.ema": [0.25, 0.5]}', "seeds=[0]")
     failed, done = front["trials"]
     assert (failed["status"], failed["reason"]) == ("failed", "training: step 3: the gradient is not finite")
     assert done["status"] == "done" and front["complete"]
     assert failed["reason"] in (tmp_path / "out" / "front.html").read_text()
-    array(asked, 'grid={"optimiser.lr": [0.25, 0.002]}', "seeds=[0]", resume=True, retry=True)
+    array(asked, 'grid={"training.ema": [0.25, 0.5]}', "seeds=[0]", resume=True, retry=True)
     again = read_json(tmp_path / "out" / "front.json")["trials"]
     assert again[0]["began"] >= failed["ended"] and again[1] == done
 
@@ -431,3 +434,63 @@ def test_a_sweep_under_ray_that_is_killed_goes_on(asked: Path, tmp_path: Path) -
 @pytest.mark.faults
 def test_a_sweep_under_ray_that_is_asked_to_stop_goes_on(asked: Path, tmp_path: Path) -> None:
     kill_half_way_and_resume("ray", asked, tmp_path / "out", signal.SIGTERM)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_path: Path) -> None:
+    space = ["grid={}", "search.privacy.weight={low: 0.5, high: 20, log: true}", "trials=3", "seeds=[0]"]
+    driver = start("ray", asked, *space)
+    until(lambda: len(list((tmp_path / "out").glob("trials/*/trial.json"))) >= 1, seconds=90)
+    driver.send_signal(signal.SIGTERM)
+    said = driver.communicate(timeout=60)[0]
+    assert driver.returncode == 75, said
+    begun = {folder.name for folder in (tmp_path / "out" / "trials").iterdir()}
+    again = start("ray", asked, "--resume", *space)
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    front = assert_whole(tmp_path / "out", controls=1, trials=3)
+    assert begun <= {row["name"] for row in front["trials"]}
+    assert len({row["weight"] for row in front["trials"]}) == 3
+
+
+@needs_ray
+@pytest.mark.slow
+def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> None:
+    settings = ['grid={"training.ema": [0.1, 0.2, 0.3, 0.4]}', "seeds=[0]", "asha=true", "concurrent=1"]
+    done = start("ray", asked, *settings, "settings=" + json.dumps([*yaml.safe_load(asked.read_text())["settings"],
+                                                                    f"training.images={STEPS}"]))  # fmt: skip
+    said = done.communicate(timeout=180)[0]
+    assert done.returncode == 0, said
+    rows = read_json(tmp_path / "out" / "front.json")["trials"]
+    assert {row["status"] for row in rows} == {"done", "stopped"}, rows
+    assert all(row["reason"].startswith("asha:") for row in rows if row["status"] == "stopped")
+
+
+# --- for real ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["array", pytest.param("ray", marks=needs_ray)])
+def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Path, backend: str) -> None:
+    """Killed while the first one trains; what comes out is what `ppreid report` and `ppreid evaluate` take."""
+    attack = ["attack.people=[0]", "attack.resamples=50", "attack.attackers=[ridge]", "attack.curve_attackers=[ridge]"]
+    given = yaml.safe_load(asked.read_text())
+    given |= {"settings": [*given["settings"], *attack], "grid": {"privacy.weight": [1, 3]}, "seeds": [0]}
+    asked.write_text(yaml.safe_dump(given))
+    command = [sys.executable, "-m", "ppreid_dist.sweep", "--config", str(asked), "--backend", backend]
+    out, environment = tmp_path / "out", {**os.environ, "PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment)
+    until(lambda: any(out.glob("trials/*/run/checkpoints/latest")), seconds=120)
+    driver.kill()
+    driver.wait()
+    until(lambda: not Claims(out / "claims").held(), seconds=60)
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    front = read_json(out / "front.json")
+    assert [row["status"] for row in front["trials"]] == ["done", "done"], front["trials"]
+    assert len(list(out.glob("shared/*/model"))) == 2
+    resumed = [read_json(result)["resumed_at"] for result in out.glob("trials/*/run/result.json")]
+    assert max(resumed) > 0
+    assert all(0 < row["mAP"] < 1 and math.isfinite(row["axes"]["pixel"]["leak"]["value"]) for row in front["trials"])
+    assert write_again(load_settings(SweepConfig, asked))["points"] == front["points"]

@@ -60,7 +60,7 @@ def run_on_ray(
     resources = worker.folder.config.resources
     if address is None:
         ray.init(
-            num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False,
+            address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False,
             logging_level=logging.ERROR, object_store_memory=100 * 2**20,
         )  # fmt: skip
     else:
