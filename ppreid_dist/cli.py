@@ -131,8 +131,8 @@ def _report(arguments: Sequence[str]) -> int:
 def _sweep(arguments: Sequence[str], prog: str = "ppreid sweep") -> int:
     parser = _parser(
         prog,
-        "Train and attack many protected extractors, with one control and one judge between them, and write what privacy "
-        "costs: front.json, front.csv and front.html. Finished trials are never done again.",
+        "Train and attack many protected extractors, with one control and one judge between them, and write what "
+        "privacy costs: front.json, front.csv and front.html. Finished trials are never done again.",
         True,
     )
     for flag, what in (

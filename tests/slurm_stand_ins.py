@@ -12,7 +12,8 @@ from typing import Any
 
 from conftest import ROOT
 
-# Stands for srun, scontrol, scancel, squeue, ray and python, by its name: writes down how it was called and acts its part.
+# Stands for srun, scontrol, scancel, squeue, ray and python, by its name: writes down how it was called and acts its
+# part.
 STAND_IN = """#!{python} -S
 import json, os, signal, subprocess, sys, time
 
@@ -140,6 +141,11 @@ def make_door(folder: Path, script: str = "train.sh") -> Door:
         (programs / name).write_text(STAND_IN.format(python=sys.executable))
         (programs / name).chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMP_NUM", "MASTER"))}
-    job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "whole[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "8"}
+    job = {
+        "SLURM_JOB_ID": "70001",
+        "SLURM_JOB_NODELIST": "whole[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "8",
+    }
     calls = {"CALLS": str(folder / "calls"), "TMPDIR": str(folder), "PATH": f"{programs}:{kept['PATH']}"}
     return Door(root, {**kept, **job, **calls}, script)

@@ -1,8 +1,8 @@
-"""A sweep whose trainings and attacks are stand-ins: nothing is learnt, so a trial takes a second, and it can be killed.
+"""A sweep whose trainings and attacks are stand-ins: nothing is learnt, a trial takes a second, and it can be killed.
 
-    python tests/sweep_stand_ins.py ray|array CONFIG [--resume] [key=value …]      a sweep, with stand-ins
-    python tests/sweep_stand_ins.py launch … train.py …                            a training: a line a step in steps.txt
-    python tests/sweep_stand_ins.py ppreid attack …                                an attack: figures made up from λ
+python tests/sweep_stand_ins.py ray|array CONFIG [--resume] [key=value …]      a sweep, with stand-ins
+python tests/sweep_stand_ins.py launch … train.py …                            a training: a line a step in steps.txt
+python tests/sweep_stand_ins.py ppreid attack …                                an attack: figures made up from λ
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 STEPS = 12
-SECONDS = 0.1  # a step
+SECONDS = float(os.environ.get("STEP_SECONDS", "0.1"))
 HERE = str(Path(__file__).resolve())
 
 
@@ -34,8 +34,8 @@ def train(arguments: list[str]) -> int:
         time.sleep(SECONDS)
         with lines.open("a") as out:
             out.write(f"{step}\n")
-        row = {"step": step, "images": step, "loss/identity": 1.0, "loss/triplet": float(settings["optimiser.lr"]),
-               "privacy/strength": 0.0}  # fmt: skip
+        row = {"step": step, "images": step, "loss/identity": 1.0, "privacy/strength": 0.0,
+               "loss/triplet": float(settings.get("training.ema", "0"))}  # fmt: skip
         with (run / "metrics.jsonl").open("a") as out:
             out.write(json.dumps(row) + "\n")
         if told:

@@ -206,7 +206,9 @@ def test_ray_runs_on_every_node_and_the_driver_on_the_first(sweep_door: Door) ->
     assert driver["arguments"][:6] == ["-m", "ppreid_dist.sweep", "--config", "a run.yaml", "--resume", "--address"]
     address = driver["arguments"][6]
     assert address.startswith("first:") and driver["arguments"][7:] == ["--nodes", "2", "seeds=[0, 1]"]
-    head, other = sorted((call["arguments"] for call in sweep_door.calls("ray")), key=lambda words: "--head" not in words)
+    head, other = sorted(
+        (call["arguments"] for call in sweep_door.calls("ray")), key=lambda words: "--head" not in words
+    )
     assert f"--port={address.partition(':')[2]}" in head and f"--address={address}" in other
     assert all({"--num-cpus=8", "--num-gpus=4", "--block"} <= set(words) for words in (head, other))
 

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -24,7 +23,6 @@ from hypothesis import strategies as st
 from sweep_stand_ins import HERE, STEPS, stand_ins
 
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError
-from ppreid_dist.reporting.front_page import write_front
 from ppreid_dist.settings import load_settings
 from ppreid_dist.storage import read_json
 from ppreid_dist.sweep import claims as claims_module
@@ -35,14 +33,15 @@ from ppreid_dist.sweep.folder import open_folder
 from ppreid_dist.sweep.front import hypervolume, make_points, pareto, recommend, trials_per_hour
 from ppreid_dist.sweep.guard import MARK, guarded, marked
 from ppreid_dist.sweep.space import Trial, as_overrides, grid_trials
-from ppreid_dist.sweep.trial import Worker
 
 # --- the space --------------------------------------------------------------------------------------------------
 
 
 def config(*settings: str, **given: Any) -> SweepConfig:
     chosen = {"base": "configs/demo.yaml", "grid": {"privacy.weight": [1, 2]}} | given
-    return load_settings(SweepConfig, None, [*(f"{key}={json.dumps(value)}" for key, value in chosen.items()), *settings])
+    return load_settings(
+        SweepConfig, None, [*(f"{key}={json.dumps(value)}" for key, value in chosen.items()), *settings]
+    )
 
 
 def test_every_combination_with_every_seed_is_a_trial_of_its_own_name() -> None:
@@ -148,7 +147,11 @@ def test_the_hypervolume_is_that_of_inclusion_and_exclusion(pairs: dict[str, tup
 
 def row(weight: float, seed: int = 0, *, mAP: float = 0.5, leak: float | None = 0.5, **other: Any) -> dict[str, Any]:
     trial = Trial({"privacy.weight": weight}, seed)
-    interval = {"value": leak, "low": None if leak is None else leak - 0.1, "high": None if leak is None else leak + 0.1}
+    interval = {
+        "value": leak,
+        "low": None if leak is None else leak - 0.1,
+        "high": None if leak is None else leak + 0.1,
+    }
     ratio = {"value": 2.0, "low": 1.5, "high": None}
     urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞]", "reason": None, "raw": None, "base": 1.0}
     axes = {axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr} for axis in ("pixel", "identity")}
@@ -290,11 +293,20 @@ def asked(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     file = tmp_path / "sweep.yaml"
     file.write_text(
         yaml.safe_dump(
-            {"output": str(tmp_path / "out"), "base": str(tmp_path / "base.yaml"), "settings": world,
-             "grid": {"privacy.weight": [1, 3]}, "seeds": [0, 1]}
+            {
+                "output": str(tmp_path / "out"),
+                "base": str(tmp_path / "base.yaml"),
+                "settings": world,
+                "grid": {"privacy.weight": [1, 3]},
+                "seeds": [0, 1],
+            }
         )  # fmt: skip
     )
     return file
+
+
+def change(asked: Path, **keys: Any) -> None:
+    asked.write_text(yaml.safe_dump(yaml.safe_load(asked.read_text()) | keys))
 
 
 def array(asked: Path, *settings: str, task: int = 0, tasks: int = 1, **how: Any) -> dict[str, Any]:
@@ -303,7 +315,9 @@ def array(asked: Path, *settings: str, task: int = 0, tasks: int = 1, **how: Any
 
 
 def trainings(out: Path) -> list[Path]:
-    return sorted(file.parent for pattern in ("shared/*/steps.txt", "trials/*/run/steps.txt") for file in out.glob(pattern))
+    return sorted(
+        file.parent for pattern in ("shared/*/steps.txt", "trials/*/run/steps.txt") for file in out.glob(pattern)
+    )
 
 
 def assert_whole(out: Path, controls: int = 2, trials: int = 4) -> dict[str, Any]:
@@ -342,12 +356,13 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
 
 
 def test_a_failed_trial_is_a_row_and_can_be_tried_again(asked: Path, tmp_path: Path) -> None:
-    front = array(asked, 'grid={"training.ema": [0.25, 0.5]}', "seeds=[0]")
+    change(asked, grid={"training.ema": [0.25, 0.5]}, seeds=[0])
+    front = array(asked)
     failed, done = front["trials"]
     assert (failed["status"], failed["reason"]) == ("failed", "training: step 3: the gradient is not finite")
     assert done["status"] == "done" and front["complete"]
     assert failed["reason"] in (tmp_path / "out" / "front.html").read_text()
-    array(asked, 'grid={"training.ema": [0.25, 0.5]}', "seeds=[0]", resume=True, retry=True)
+    array(asked, resume=True, retry=True)
     again = read_json(tmp_path / "out" / "front.json")["trials"]
     assert again[0]["began"] >= failed["ended"] and again[1] == done
 
@@ -366,20 +381,21 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
     refused(RunError, "out: holds a sweep already; continue it by --resume")
     refused(ConfigError, r"^grid.privacy.weight: is \[1\] but .*sweep.json was begun with \[1, 3\]",
             "grid.privacy.weight=[1]", resume=True)  # fmt: skip
-    refused(ConfigError, "^optimiser.lrr:", 'grid={"optimiser.lrr": [1]}', f"output={tmp_path / 'other'}")
+    refused(ConfigError, "^optimiser.lrr:", "grid.optimiser.lrr=[1]", f"output={tmp_path / 'other'}")
     refused(ConfigError, "^judge: its seed 1 is one of seeds", 'judge=["seed=1"]', f"output={tmp_path / 'other'}")
-    refused(ConfigError, "needs --backend ray", "grid={}", "search.optimiser.lr={low: 0.1, high: 1}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a file").touch()
     refused(RunError, "full: holds something that isn't a sweep", f"output={tmp_path / 'full'}")
     (tmp_path / "a file").touch()
     refused(DataError, "a file/out", f"output={tmp_path / 'a file' / 'out'}")
+    change(asked, grid={}, search={"optimiser.weight_decay": {"low": 0.1, "high": 1}})
+    refused(ConfigError, "^search: needs --backend ray")
 
 
-def start(backend: str, asked: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(backend: str, asked: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, HERE, backend, str(asked), *arguments], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
 
@@ -439,14 +455,14 @@ def test_a_sweep_under_ray_that_is_asked_to_stop_goes_on(asked: Path, tmp_path: 
 @needs_ray
 @pytest.mark.slow
 def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_path: Path) -> None:
-    space = ["grid={}", "search.privacy.weight={low: 0.5, high: 20, log: true}", "trials=3", "seeds=[0]"]
-    driver = start("ray", asked, *space)
+    change(asked, grid={}, search={"privacy.weight": {"low": 0.5, "high": 20, "log": True}}, trials=3, seeds=[0])
+    driver = start("ray", asked)
     until(lambda: len(list((tmp_path / "out").glob("trials/*/trial.json"))) >= 1, seconds=90)
     driver.send_signal(signal.SIGTERM)
     said = driver.communicate(timeout=60)[0]
     assert driver.returncode == 75, said
     begun = {folder.name for folder in (tmp_path / "out" / "trials").iterdir()}
-    again = start("ray", asked, "--resume", *space)
+    again = start("ray", asked, "--resume")
     said = again.communicate(timeout=120)[0]
     assert again.returncode == 0, said
     front = assert_whole(tmp_path / "out", controls=1, trials=3)
@@ -457,9 +473,10 @@ def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_pat
 @needs_ray
 @pytest.mark.slow
 def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> None:
-    settings = ['grid={"training.ema": [0.1, 0.2, 0.3, 0.4]}', "seeds=[0]", "asha=true", "concurrent=1"]
-    done = start("ray", asked, *settings, "settings=" + json.dumps([*yaml.safe_load(asked.read_text())["settings"],
-                                                                    f"training.images={STEPS}"]))  # fmt: skip
+    settings = [*yaml.safe_load(asked.read_text())["settings"], f"training.images={STEPS}"]
+    grid = {"training.ema": [0.1, 0.2, 0.3, 0.4]}
+    change(asked, settings=settings, grid=grid, seeds=[0], asha=True, concurrent=1)
+    done = start("ray", asked, STEP_SECONDS="0.5")
     said = done.communicate(timeout=180)[0]
     assert done.returncode == 0, said
     rows = read_json(tmp_path / "out" / "front.json")["trials"]
@@ -475,9 +492,7 @@ def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> Non
 def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Path, backend: str) -> None:
     """Killed while the first one trains; what comes out is what `ppreid report` and `ppreid evaluate` take."""
     attack = ["attack.people=[0]", "attack.resamples=50", "attack.attackers=[ridge]", "attack.curve_attackers=[ridge]"]
-    given = yaml.safe_load(asked.read_text())
-    given |= {"settings": [*given["settings"], *attack], "grid": {"privacy.weight": [1, 3]}, "seeds": [0]}
-    asked.write_text(yaml.safe_dump(given))
+    change(asked, settings=[*yaml.safe_load(asked.read_text())["settings"], *attack], seeds=[0])
     command = [sys.executable, "-m", "ppreid_dist.sweep", "--config", str(asked), "--backend", backend]
     out, environment = tmp_path / "out", {**os.environ, "PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen(command, cwd=ROOT, env=environment)
@@ -485,7 +500,9 @@ def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Pat
     driver.kill()
     driver.wait()
     until(lambda: not Claims(out / "claims").held(), seconds=60)
-    done = subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     front = read_json(out / "front.json")
     assert [row["status"] for row in front["trials"]] == ["done", "done"], front["trials"]

@@ -44,7 +44,9 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
         x_line, y_line = np.array(front_line).T
         axes.step(np.clip(x_line, *R_SHOWN), y_line, where="post", color=theme.protected, linewidth=1, alpha=0.5)
     for name, mAP in front["controls"].items():
-        axes.plot(1, mAP, "s", color=theme.control, markersize=6, label="unprotected" if name == _first(front) else None)
+        axes.plot(
+            1, mAP, "s", color=theme.control, markersize=6, label="unprotected" if name == _first(front) else None
+        )
     axes.plot([], [], "o", color=theme.protected, markersize=6, label="front")
     axes.plot([], [], "o", color=theme.protected, markersize=6, alpha=_FAINT, label="dominated")
     for point in points:
@@ -84,7 +86,8 @@ def _urr(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
 def _cross(axes: Axes, x: dict[str, Any], y: dict[str, Any], colour: str, alpha: float) -> None:
     """A point with its intervals thin and the spread of its seeds thick, both ways."""
     at = (_clip(x["value"]), y["value"])
-    _bars(axes, tuple(_clip(end) for end in _ends(x)), (at[1], at[1]), colour, alpha)
+    low, high = _ends(x)
+    _bars(axes, (_clip(low), _clip(high)), (at[1], at[1]), colour, alpha)
     _bars(axes, (at[0], at[0]), _ends(y), colour, alpha)
     if x["least"] != x["most"]:
         spread: dict[str, Any] = {"color": colour, "linewidth": 3.2, "alpha": 0.6 * alpha, "solid_capstyle": "butt"}

@@ -99,15 +99,21 @@ def templates() -> jinja2.Environment:
 
 
 def _render(report: dict[str, Any], drawings: dict[str, Drawing], panel: Panel | None, strips: dict[str, bytes]) -> str:
-    return templates().get_template("report.html").render(
-        report=report,
-        verdict=write_verdict(report),
-        light=LIGHT,
-        dark=DARK,
-        figure=lambda name, alt: picture(drawings[name], alt) if name in drawings else Markup(""),
-        percent_of=percent,
-        panel=panel,
-        strips=[(words, len(panel.row(row)), _data(strips[row])) for row, words in PANEL_ROWS.items()] if panel else [],
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            report=report,
+            verdict=write_verdict(report),
+            light=LIGHT,
+            dark=DARK,
+            figure=lambda name, alt: picture(drawings[name], alt) if name in drawings else Markup(""),
+            percent_of=percent,
+            panel=panel,
+            strips=[(words, len(panel.row(row)), _data(strips[row])) for row, words in PANEL_ROWS.items()]
+            if panel
+            else [],
+        )
     )
 
 

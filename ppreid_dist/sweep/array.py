@@ -35,7 +35,8 @@ def _others_live(folder: Folder, trials: list[Trial], first_seen: dict[str, floa
     """Whether each of these is held by a process whose heart was seen to beat."""
     held = folder.claims.held()
     return all(
-        trial.name in held and held[trial.name] > first_seen.setdefault(trial.name, held[trial.name]) for trial in trials
+        trial.name in held and held[trial.name] > first_seen.setdefault(trial.name, held[trial.name])
+        for trial in trials
     )
 
 

@@ -87,4 +87,3 @@ class Claims:
 def _numbered(file: Path, more: int) -> Path:
     name, _, number = file.name.rpartition(".")
     return file.with_name(f"{name}.{int(number) + more:04d}")
-

@@ -13,7 +13,8 @@ from ppreid_dist.settings import Settings, option
 WEIGHT = "privacy.weight"
 # The yardstick is the same for all trials, and the sweep itself gives each its place and its seed.
 NOT_SWEPT = ("output", "seed", "attack.", "report.", "probe.", "engine.", "reversal.size", "data.kind", "data.root",
-             "data.shards", "data.aux_identities", "data.split_seed", "data.train_splits", "data.synthetic.")  # fmt: skip
+             "data.shards", "data.aux_identities", "data.split_seed", "data.train_splits",
+             "data.synthetic.")  # fmt: skip
 _RANGE = {"low", "high", "log", "choices"}
 
 
@@ -42,7 +43,8 @@ class SweepConfig(Settings):
     )
     trials: int = option(20, "points that a search tries", at_least=1)
     asha: bool = option(
-        False, "end trials early whose training loss is in the worse half; only where λ and the whole objective are fixed"
+        False,
+        "end trials early whose training loss is in the worse half; only where λ and the whole objective are fixed",
     )
     seeds: list[int] = option([0], "every point is trained with each of these", at_least=0)
     judge: list[str] = option([], "key=value of the judge over base and settings; its seed is one of its own")

@@ -128,7 +128,9 @@ def check_machine(resources: ResourcesConfig) -> None:
         ("cpus", resources.cpus, len(os.sched_getaffinity(0))),
     ):
         if asked > there:
-            raise ConfigError(f"resources.{key}: a trial asks for {asked} {key[:-1].upper()}s, this machine has {there}")
+            raise ConfigError(
+                f"resources.{key}: a trial asks for {asked} {key[:-1].upper()}s, this machine has {there}"
+            )
 
 
 def _wait_for_guards(folder: Folder) -> None:

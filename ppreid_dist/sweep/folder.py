@@ -1,18 +1,18 @@
 """A sweep's folder, which is all that its processes share: whoever can read it can go on with it.
 
-    OUT/
-        sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
-        shared/NAME/            the judge's run and each control's; NAME.json beside it: why it failed
-        trained/                trainings of attackers, kept for all trials; CONTROL.done: its ceilings and floors are there
-        trials/NAME/
-            settings.json       the point and the seed
-            run/                the training's folder
-            attack/             what `ppreid attack` wrote; `ppreid report` makes its page
-            log.txt             all that they said
-            trial.json          the trial's row; when it is there, the trial is finished
-        claims/                 who does what, see ``claims``
-        ray/                    Ray Tune's own files
-        front.json  front.csv  front.html  front/*.png
+OUT/
+    sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
+    shared/NAME/            the judge's run and each control's; NAME.json beside it: why it failed
+    trained/                trainings of attackers, kept for all trials; CONTROL.done: its ceilings and floors are there
+    trials/NAME/
+        settings.json       the point and the seed
+        run/                the training's folder
+        attack/             what `ppreid attack` wrote; `ppreid report` makes its page
+        log.txt             all that they said
+        trial.json          the trial's row; when it is there, the trial is finished
+    claims/                 who does what, see ``claims``
+    ray/                    Ray Tune's own files
+    front.json  front.csv  front.html  front/*.png
 """
 
 import os
@@ -129,4 +129,3 @@ def judge_seed(folder: Folder) -> int:
     """The judge's seed: as configured, or else the first that no trial has."""
     given = [setting for setting in folder.config.judge if setting.startswith("seed=")]
     return folder.run_config(given).seed if given else max(folder.config.seeds) + 1
-

@@ -1,7 +1,7 @@
 """From trials to points, and from points to the front: what privacy costs.
 
-A point is a setting, its figures the means over its seeds that are done. Point A dominates B, on one axis of the leak, if
-it has as much mAP and as little leak, and more of one of both; the front is what nothing dominates. Axes are never
+A point is a setting, its figures the means over its seeds that are done. Point A dominates B, on one axis of the leak,
+if it has as much mAP and as little leak, and is better in one; the front is what nothing dominates. Axes are never
 averaged: each has its front and its hypervolume, and one of them, ``axis``, chooses what is recommended.
 
 ``front.json``, written by :func:`front_of`, is described in ``docs/sweep.md``.
@@ -117,7 +117,9 @@ def _times(value: float | None, factor: float) -> float | None:
 def pairs_of(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Pair]:
     """mAP and leak of the points whose leak is known."""
     leaks = {point["name"]: point["axes"][axis]["leak"]["value"] for point in points}
-    return {point["name"]: (point["mAP"]["value"], leak) for point in points if (leak := leaks[point["name"]]) is not None}
+    return {
+        point["name"]: (point["mAP"]["value"], leak) for point in points if (leak := leaks[point["name"]]) is not None
+    }
 
 
 def recommend(points: Sequence[Mapping[str, Any]], axis: str, min_utility: float) -> str | None:

@@ -1,8 +1,8 @@
 """Processes that must not outlive their owner, however it ends; SIGKILL leaves it no time to say so.
 
 Everything that an owner starts under a claim has the claim's file in its environment, and a guard, a small process that
-is nobody's child, keeps the claim's heart beating. When the owner has gone, it tells those processes to stop (a training
-saves its state at the end of its step), waits, kills what is left, and gives the claim back. So whoever takes the claim
+is nobody's child, keeps the claim's heart beating. When the owner has gone, it tells those processes to stop (a
+training saves its state at the end of its step), waits, kills what is left, and gives the claim back. So whoever takes the claim
 next never meets a process of the one before.
 
     python -m ppreid_dist.sweep.guard CLAIM_FILE OWNER_PID OWNER_START
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ppreid_dist.sweep.claims import BEAT, Claim
@@ -42,7 +42,7 @@ def guarded(claim: Claim) -> Iterator[dict[str, str]]:
 
 
 def end(mark: str, grace: float = GRACE) -> None:
-    """Tell all processes with this mark to stop, wait for them, and kill those that are left after ``grace`` seconds."""
+    """Tell all processes with this mark to stop, wait, and kill those that are left after ``grace`` seconds."""
     told: set[int] = set()
     deadline = time.monotonic() + grace
     while pids := marked(mark):
@@ -75,10 +75,8 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _started(pid: int) -> str:

@@ -45,7 +45,7 @@ def carry_out(
     log: Path,
     look: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run ``command`` in the working directory until the file ``done`` is there, and again where it fails before; ``look`` is called meanwhile.
+    """Run ``command`` until the file ``done`` is there, and again where it fails before; call ``look`` meanwhile.
 
     TrialFailed with what it said last. Stopped if the claim was lost.
     """

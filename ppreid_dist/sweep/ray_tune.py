@@ -268,5 +268,3 @@ def _watcher(worker: Worker, progress: Progress, stopped: Callable[[], bool]) ->
                     worker.note(trial, found, time.time())
 
     return Watcher()
-
-
