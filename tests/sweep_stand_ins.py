@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 STEPS = 12
-SECONDS = float(os.environ.get("STEP_SECONDS", "0.1"))
+SECONDS = float(os.environ.get("STEP_SECONDS", "0.05"))
 HERE = str(Path(__file__).resolve())
 
 
@@ -50,7 +50,7 @@ def attack(arguments: list[str]) -> int:
 
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     protected = json.loads((Path(given["--protected"]) / "settings.json").read_text())
-    weight, report = float(protected["privacy.weight"]), good_report()
+    weight, report = float(protected.get("privacy.weight", "1")), good_report()
     leak = 1 / (1 + weight)
     report["utility"]["control"]["mAP"] = 0.6
     report["utility"]["protected"]["mAP"] = 0.6 - 0.01 * weight

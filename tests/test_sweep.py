@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_stand_ins import HERE, STEPS, stand_ins
 
-from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError
-from ppreid_dist.settings import load_settings
+from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError, Stopped
+from ppreid_dist.experiment import Config
+from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.storage import read_json
 from ppreid_dist.sweep import claims as claims_module
 from ppreid_dist.sweep.claims import Claims
@@ -54,10 +55,9 @@ def test_every_combination_with_every_seed_is_a_trial_of_its_own_name() -> None:
     assert grid_trials(config(grid=grid, seeds=[5])) == [trial for trial in trials if trial.seed == 5]
 
 
+@settings(max_examples=5)
 @given(st.floats(1e-9, 1e9), st.floats(1e-9, 1), st.sampled_from(["snapshot", "rare"]))
 def test_what_a_trial_says_a_run_understands(weight: float, lr: float, mode: str) -> None:
-    from ppreid_dist.experiment import Config
-
     settings = {
         "privacy.weight": weight, "optimiser.lr": lr, "reversal.lazy.mode": mode,
         "privacy.adversaries": [{"kind": "ridge", "weight": 0.25}],
@@ -277,7 +277,7 @@ def test_a_claim_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
     assert claim is not None
     with guarded(claim) as environment:
         child = subprocess.Popen(["sleep", "60"], env=environment)
-        assert marked(environment[MARK]) == {child.pid}
+        until(lambda: marked(environment[MARK]) == {child.pid})
     assert child.wait(timeout=5) == -signal.SIGTERM
     assert Claims(tmp_path).held() == {}
 
@@ -289,18 +289,17 @@ def test_a_claim_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
 def asked(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sweep's file: two weights, two seeds."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "base.yaml").write_text("seed: 0\n")
+    save_settings(load_settings(Config, None, world), tmp_path / "base.yaml")
     file = tmp_path / "sweep.yaml"
     file.write_text(
         yaml.safe_dump(
             {
                 "output": str(tmp_path / "out"),
                 "base": str(tmp_path / "base.yaml"),
-                "settings": world,
                 "grid": {"privacy.weight": [1, 3]},
                 "seeds": [0, 1],
             }
-        )  # fmt: skip
+        )
     )
     return file
 
@@ -392,30 +391,53 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
     refused(ConfigError, "^search: needs --backend ray")
 
 
-def start(backend: str, asked: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, HERE, backend, str(asked), *arguments], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )  # fmt: skip
+def _do_array(asked: Path, resume: bool) -> None:
+    try:
+        array(asked, resume=resume)
+    except Stopped:
+        sys.exit(75)
+
+
+class Driver:
+    """A sweep in a process of its own. An array's is forked, which spares it the imports."""
+
+    def __init__(self, backend: str, asked: Path, *, resume: bool = False, **environment: str):
+        self.log = asked.with_name(f"driver-{time.monotonic_ns()}.log")
+        if backend == "array":
+            self.process = multiprocessing.get_context("fork").Process(target=_do_array, args=(asked, resume))
+            self.process.start()
+            return
+        words = [HERE, backend, str(asked), *(["--resume"] if resume else [])]
+        self.process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        )  # fmt: skip
+
+    def ends(self, status: int, *, told: signal.Signals | None = None, within: float = 150) -> None:
+        if told is not None:
+            os.kill(self.process.pid, told)
+        if isinstance(self.process, subprocess.Popen):
+            found = self.process.wait(timeout=within)
+        else:
+            self.process.join(timeout=within)
+            found = self.process.exitcode
+        assert found == status, self.log.read_text() if self.log.exists() else found
 
 
 def kill_half_way_and_resume(backend: str, asked: Path, out: Path, number: signal.Signals) -> None:
-    driver = start(backend, asked)
-    until(lambda: len(list(out.glob("trials/*/trial.json"))) >= 1, seconds=60)
+    change(asked, seeds=[0], concurrent=1)
+    driver = Driver(backend, asked)
+    until(lambda: len(list(out.glob("trials/*/trial.json"))) == 1, seconds=60)
     until(lambda: any(0 < len(run.joinpath("steps.txt").read_text().split()) < STEPS for run in trainings(out)))
-    driver.send_signal(number)
-    said = driver.communicate(timeout=60)[0]
-    assert driver.returncode == (-9 if number == signal.SIGKILL else 75), said
+    driver.ends(-9 if number == signal.SIGKILL else 75, told=number)
     until(lambda: not Claims(out / "claims").held())  # the guards have ended what ran
     finished = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/trial.json")}
     begun = {run: run.joinpath("steps.txt").read_text() for run in trainings(out)}
-    assert len(finished) < 4
-    time.sleep(0.5)
+    assert len(finished) == 1
+    time.sleep(0.3)
     assert begun == {run: run.joinpath("steps.txt").read_text() for run in trainings(out)}, "an orphan trains on"
-    again = start(backend, asked, "--resume")
-    said = again.communicate(timeout=120)[0]
-    assert again.returncode == 0, said
-    assert_whole(out)
+    Driver(backend, asked, resume=True).ends(0)
+    assert_whole(out, controls=1, trials=2)
     assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
 
 
@@ -426,10 +448,10 @@ def test_an_array_that_is_killed_goes_on(asked: Path, tmp_path: Path, number: si
 
 
 def test_tasks_of_an_array_share_the_trials(asked: Path, tmp_path: Path) -> None:
-    first, second = start("array", asked, "--resume"), start("array", asked, "--resume")
-    for task in (first, second):
-        assert task.wait(timeout=120) == 0, task.communicate()[0]
-    assert_whole(tmp_path / "out")
+    change(asked, seeds=[0])
+    for task in [Driver("array", asked, resume=True), Driver("array", asked, resume=True)]:
+        task.ends(0)
+    assert_whole(tmp_path / "out", controls=1, trials=2)
 
 
 # --- under Ray --------------------------------------------------------------------------------------------------
@@ -456,15 +478,11 @@ def test_a_sweep_under_ray_that_is_asked_to_stop_goes_on(asked: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_path: Path) -> None:
     change(asked, grid={}, search={"privacy.weight": {"low": 0.5, "high": 20, "log": True}}, trials=3, seeds=[0])
-    driver = start("ray", asked)
+    driver = Driver("ray", asked)
     until(lambda: len(list((tmp_path / "out").glob("trials/*/trial.json"))) >= 1, seconds=90)
-    driver.send_signal(signal.SIGTERM)
-    said = driver.communicate(timeout=60)[0]
-    assert driver.returncode == 75, said
+    driver.ends(75, told=signal.SIGTERM)
     begun = {folder.name for folder in (tmp_path / "out" / "trials").iterdir()}
-    again = start("ray", asked, "--resume")
-    said = again.communicate(timeout=120)[0]
-    assert again.returncode == 0, said
+    Driver("ray", asked, resume=True).ends(0)
     front = assert_whole(tmp_path / "out", controls=1, trials=3)
     assert begun <= {row["name"] for row in front["trials"]}
     assert len({row["weight"] for row in front["trials"]}) == 3
@@ -473,12 +491,10 @@ def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_pat
 @needs_ray
 @pytest.mark.slow
 def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> None:
-    settings = [*yaml.safe_load(asked.read_text())["settings"], f"training.images={STEPS}"]
+    settings = [f"training.images={STEPS}"]
     grid = {"training.ema": [0.1, 0.2, 0.3, 0.4]}
     change(asked, settings=settings, grid=grid, seeds=[0], asha=True, concurrent=1)
-    done = start("ray", asked, STEP_SECONDS="0.5")
-    said = done.communicate(timeout=180)[0]
-    assert done.returncode == 0, said
+    Driver("ray", asked, STEP_SECONDS="0.5").ends(0)
     rows = read_json(tmp_path / "out" / "front.json")["trials"]
     assert {row["status"] for row in rows} == {"done", "stopped"}, rows
     assert all(row["reason"].startswith("asha:") for row in rows if row["status"] == "stopped")
@@ -492,7 +508,7 @@ def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> Non
 def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Path, backend: str) -> None:
     """Killed while the first one trains; what comes out is what `ppreid report` and `ppreid evaluate` take."""
     attack = ["attack.people=[0]", "attack.resamples=50", "attack.attackers=[ridge]", "attack.curve_attackers=[ridge]"]
-    change(asked, settings=[*yaml.safe_load(asked.read_text())["settings"], *attack], seeds=[0])
+    change(asked, settings=attack, seeds=[0])
     command = [sys.executable, "-m", "ppreid_dist.sweep", "--config", str(asked), "--backend", backend]
     out, environment = tmp_path / "out", {**os.environ, "PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen(command, cwd=ROOT, env=environment)

@@ -18,6 +18,7 @@ OUT/
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ class Folder:
         return file.parent
 
     def run_config(self, overrides: list[str]) -> Config:
-        """A run's configuration: the base, the settings of all, and these."""
-        return load_settings(Config, self.config.base, [*self.config.settings, *overrides])
+        """A run's configuration: the base, the settings of all, and these. Not to be changed."""
+        return _load(self.config.base, (*self.config.settings, *overrides))
 
     def forget_failures(self) -> None:
         """Let what failed be tried again."""
@@ -78,6 +79,11 @@ class Folder:
         for file in (self.path / "trials").glob("*/trial.json"):
             if read_json(file)["status"] == "failed":
                 file.unlink()
+
+
+@lru_cache(maxsize=256)
+def _load(base: str, settings: tuple[str, ...]) -> Config:
+    return load_settings(Config, base, settings)
 
 
 def open_folder(config: SweepConfig, *, resume: bool) -> Folder:

@@ -2,8 +2,8 @@
 
 Everything that an owner starts under a claim has the claim's file in its environment, and a guard, a small process that
 is nobody's child, keeps the claim's heart beating. When the owner has gone, it tells those processes to stop (a
-training saves its state at the end of its step), waits, kills what is left, and gives the claim back. So whoever takes the claim
-next never meets a process of the one before.
+training saves its state at the end of its step), waits, kills what is left, and gives the claim back. So whoever takes
+the claim next never meets a process of the one before.
 
     python -m ppreid_dist.sweep.guard CLAIM_FILE OWNER_PID OWNER_START
 
@@ -45,7 +45,7 @@ def end(mark: str, grace: float = GRACE) -> None:
     """Tell all processes with this mark to stop, wait, and kill those that are left after ``grace`` seconds."""
     told: set[int] = set()
     deadline = time.monotonic() + grace
-    while pids := marked(mark):
+    while pids := marked(mark) or _born(mark):
         late = time.monotonic() > deadline
         for pid in pids if late else pids - told:
             if late or not _is_launcher(pid):
@@ -65,6 +65,12 @@ def marked(mark: str) -> set[int]:
         except OSError:
             continue  # it has ended, or is another user's
     return found - {os.getpid()}
+
+
+def _born(mark: str) -> set[int]:
+    """A second look: a process that is just being started has no environment for a moment."""
+    time.sleep(0.05)
+    return marked(mark)
 
 
 def _is_launcher(pid: int) -> bool:
