@@ -426,8 +426,8 @@ class Driver:
 
 def kill_half_way_and_resume(backend: str, asked: Path, out: Path, number: signal.Signals) -> None:
     change(asked, seeds=[0], concurrent=1)
-    driver = Driver(backend, asked)
-    until(lambda: len(list(out.glob("trials/*/trial.json"))) == 1, seconds=60)
+    driver = Driver(backend, asked, STEP_SECONDS="0.5")  # for Ray takes a second or two to see that it was killed
+    until(lambda: len(list(out.glob("trials/*/trial.json"))) == 1, seconds=90)
     until(lambda: any(0 < len(run.joinpath("steps.txt").read_text().split()) < STEPS for run in trainings(out)))
     driver.ends(-9 if number == signal.SIGKILL else 75, told=number)
     until(lambda: not Claims(out / "claims").held())  # the guards have ended what ran

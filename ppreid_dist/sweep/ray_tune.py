@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _PLAIN = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # ASHA sees losses first, and the aims at the end
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "2",  # seconds until the actor of a trial that ASHA ends is killed; its guard saves
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -139,11 +142,11 @@ def _tune(worker: Worker, say: Callable[[str], None], stopped: Callable[[], bool
             storage_path=str(folder.path / "ray"),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_LOST),
-            stop=_stopper(stopped),
             callbacks=[_watcher(worker, Progress(folder, say), stopped)],
         ),
     )
-    tuner.fit()
+    with suppress(_Asked):
+        tuner.fit()
 
 
 # --- in Ray's workers -------------------------------------------------------------------------------------------
@@ -225,17 +228,8 @@ def _scheduler(folder: Folder) -> Any:
     )  # fmt: skip
 
 
-def _stopper(stopped: Callable[[], bool]) -> Any:
-    from ray import tune
-
-    class Stopper(tune.Stopper):
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            return stopped()
-
-    return Stopper()
+class _Asked(BaseException):
+    """Out of Tune, at once: for an Exception it would first wait for its trials to end by themselves."""
 
 
 def _watcher(worker: Worker, progress: Progress, stopped: Callable[[], bool]) -> Any:
@@ -251,6 +245,8 @@ def _watcher(worker: Worker, progress: Progress, stopped: Callable[[], bool]) ->
             if time.monotonic() - self._looked > 2:
                 self._looked = time.monotonic()
                 progress.look()
+            if stopped():
+                raise _Asked
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._note(trial, {"status": "stopped", "reason": "asha: its training loss was in the worse half"})
@@ -260,8 +256,6 @@ def _watcher(worker: Worker, progress: Progress, stopped: Callable[[], bool]) ->
             self._note(trial, {"status": "failed", "reason": lines[-1][:300]})
 
         def _note(self, ended: Any, found: dict[str, Any]) -> None:
-            if stopped():
-                return  # it goes on another time
             for trial in _trials(worker.folder, ended.config):
                 if worker.folder.row(trial) is None:
                     worker.folder.begin(trial)
