@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
+from ppreid_dist.sweep.asha import Losses
 from ppreid_dist.sweep.config import ResourcesConfig
 from ppreid_dist.sweep.folder import Folder
 from ppreid_dist.sweep.progress import Progress
 from ppreid_dist.sweep.space import Trial
 from ppreid_dist.sweep.study import aims_of, open_study
-from ppreid_dist.sweep.trial import Worker
-from ppreid_dist.training.tracking import read_metrics
+from ppreid_dist.sweep.trial import Look, Worker
 
 PATIENCE = 180.0  # seconds that the nodes of a cluster have to come up
 _LOST = 3  # times that a trial's Ray worker may die
@@ -173,34 +173,23 @@ def _row(worker: Worker, trial: Trial) -> dict[str, Any]:
         if (claim := worker.folder.claims.take(trial.name)) is None:
             time.sleep(worker.wait)
         elif worker.folder.row(trial) is None:
-            return worker.do(trial, claim, _Reporter(worker.folder) if worker.folder.config.asha else lambda run: None)
+            return worker.do(trial, claim, _reporter(worker.folder) if worker.folder.config.asha else lambda run: None)
         else:
             claim.give_back()
     return row
 
 
-class _Reporter:
-    """Tells Ray the training loss, for its scheduler."""
+def _reporter(folder: Folder) -> Look:
+    """Tells Ray the training loss as it comes, for its scheduler."""
+    from ray import tune
 
-    def __init__(self, folder: Folder):
-        privacy = folder.run_config([]).privacy
-        self._weights = {adversary.kind: adversary.weight for adversary in privacy.adversaries}
-        self._step, self._looked = 0, 0.0
+    losses = Losses(folder.run_config([]).privacy)
 
-    def __call__(self, run: Path) -> None:
-        from ray import tune
+    def look(run: Path) -> None:
+        for known in losses.new(run):
+            tune.report(known)
 
-        if time.monotonic() - self._looked < 2:
-            return
-        self._looked = time.monotonic()
-        for row in read_metrics(run / "metrics.jsonl"):
-            if row["step"] > self._step and "loss/identity" in row:
-                self._step = row["step"]
-                tune.report({"images": row["images"], "loss": self._loss(row)})
-
-    def _loss(self, row: Mapping[str, Any]) -> float:
-        private = sum(weight * row.get(f"loss/{kind}", 0.0) for kind, weight in self._weights.items())
-        return float(row["loss/identity"] + row["loss/triplet"] + row["privacy/strength"] * private)
+    return look
 
 
 # --- in the driver ----------------------------------------------------------------------------------------------
