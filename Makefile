@@ -16,9 +16,9 @@ $(VENV)/installed: pyproject.toml constraints/cpu.txt
 	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track]'
 	@touch $@
 
-# DeepSpeed is for the tests of its engines; the demo does without.
+# DeepSpeed is for the tests of its engines, Ray for those of sweeps; the demo does without.
 $(VENV)/tested: $(VENV)/installed
-	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track,deepspeed]'
+	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track,deepspeed,sweep]'
 	@touch $@
 
 demo: $(VENV)/installed

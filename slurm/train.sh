@@ -17,52 +17,21 @@
 # requeued; anything else a crash. Only 75 is ever requeued.
 set -euo pipefail
 
-readonly SAVED=75
-
-say() { echo "train.sh: $*"; }
-
-fail() {
-    echo "error: $*" >&2
+readonly me=train.sh
+[[ -f slurm/common.sh ]] || {
+    echo "error: submit it from the repository's root: $PWD has no slurm/common.sh" >&2
     exit 2
 }
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
 
-[[ -v SLURM_JOB_ID ]] || fail "start it by: sbatch slurm/train.sh CONFIG [key=value …]"
-[[ -f train.py && -f slurm/task.sh ]] || fail "submit it from the repository's root: $PWD has no train.py"
-(($# > 0)) || fail "no configuration: sbatch slurm/train.sh CONFIG [key=value …]"
+enter_job "$@"
 config=$1
 shift
 
-job=$SLURM_JOB_ID
-if [[ -v SLURM_ARRAY_TASK_ID ]]; then
-    # One task of an array bears the array's own number, which to scontrol and scancel means all its tasks.
-    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-fi
+tell_once() { scancel --quiet --signal=USR2 "$job"; }
 
-# A signal may come before the step exists, or before Python listens: it is sent again until the step has ended.
-sender=''
-tell_tasks() {
-    while :; do
-        scancel --quiet --signal=USR2 "$job" || :
-        sleep 3
-    done
-}
-hear() {
-    interrupted=1
-    if [[ -z $sender ]]; then
-        tell_tasks >/dev/null 2>&1 &
-        sender=$!
-        disown "$sender" # or the shell would report its end
-    fi
-}
-trap hear USR2 TERM
-
-unset MASTER_ADDR MASTER_PORT # the submitting shell's, if any
-if [[ -f slurm/site.sh ]]; then
-    set +eu # modules and conda don't stand them
-    # shellcheck source=slurm/site.example.sh
-    source slurm/site.sh
-    set -eu
-fi
+source_site
 
 if [[ -v SLURM_ARRAY_TASK_ID ]]; then
     output=''
@@ -102,31 +71,6 @@ export PPREID_STATUS=$scratch/status
 # --export: under `sbatch --export=NONE` the tasks would get nothing of what was set above.
 srun "${shape[@]}" --cpus-per-task="$cpus" --kill-on-bad-exit=1 --export=ALL \
     bash slurm/task.sh --config "$config" --resume "$@" &
-step=$!
-# A trap ends `wait` early, with a status that isn't the step's.
-while interrupted=0; do
-    status=0
-    wait "$step" || status=$?
-    ((interrupted)) || break
-done
-if [[ -n $sender ]]; then kill "$sender" 2>/dev/null || :; fi
+await $!
 if [[ -s $PPREID_STATUS ]]; then status=$(<"$PPREID_STATUS"); fi
-((status == SAVED)) || exit "$status"
-
-restarts=${SLURM_RESTART_COUNT:-0}
-REQUEUES_MAX=${REQUEUES_MAX:-50}
-if ((restarts >= REQUEUES_MAX)); then
-    say "saved; not requeued, since it was $restarts times already (REQUEUES_MAX)"
-    exit "$SAVED"
-fi
-# A job that its user cancels also saves and ends by 75, and must not come back.
-state=$(squeue --noheader --jobs="$job" --format='%T %r') || state=''
-if [[ $state != RUNNING* && $state != *TimeLimit ]]; then
-    say "saved; not requeued, since Slurm is ending the job (${state:-unknown})"
-    exit "$SAVED"
-fi
-say "saved; requeued, $((restarts + 1)) of at most $REQUEUES_MAX times"
-scontrol requeue "$job" || {
-    say "saved; scontrol requeue failed: continue it by submitting it again"
-    exit "$SAVED"
-}
+leave "$status"

@@ -168,6 +168,7 @@ PROVEN = {
     "cp slurm/site.example.sh": "tests/test_slurm.py",
     "source slurm/site.sh": "tests/test_slurm.py",
     "sbatch slurm/train.sh": "tests/test_slurm.py",
+    "ppreid sweep": "tests/test_sweep.py",
     "sbatch --": "tests/test_slurm.py",
 }
 
@@ -194,11 +195,13 @@ def test_the_readme_s_words_are_understood(command: str) -> None:
     """Flags and settings as printed in the README parse: settings by the real loader, flags by --help."""
     from ppreid_dist.experiment import Config
     from ppreid_dist.settings import load_settings
+    from ppreid_dist.sweep.config import SweepConfig
 
     words = shlex.split(command)
     settings = [word for word in words if re.fullmatch(r"[a-z_.]+=.*", word)]
     config = words[words.index("--config") + 1] if "--config" in words else None
-    load_settings(Config, ROOT / config if config else None, settings)
+    schema = SweepConfig if words[1] == "sweep" else Config
+    load_settings(schema, ROOT / config if config else None, settings)
     program = ["ppreid", words[1]] if words[0] == "ppreid" else ["train.py"]
     helped = ppreid(*(program[1:] or ["train"]), "--help").stdout
     ours = words[words.index("train.py") :] if "train.py" in words else words
