@@ -1,6 +1,6 @@
 # What slurm/train.sh and slurm/sweep.sh share: how a job hears that it must stop, and how it comes back. Sourced from
 # the repository's root, with the job's name in $me.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # $me and what it is told in $status are those of who sources it
 
 readonly SAVED=75
 

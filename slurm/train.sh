@@ -14,7 +14,8 @@
 # What differs between clusters is in slurm/site.sh, made from slurm/site.example.sh.
 # Five minutes before the time limit, or on SIGUSR2 or SIGTERM, the run saves and the job requeues itself, at most
 # REQUEUES_MAX times (50), and goes on where it was. Exit status: 0 done; 2 an error to mend; 75 saved but not
-# requeued; anything else a crash. Only 75 is ever requeued.
+# requeued; anything else a crash (a lost node, a killed process). After a crash the job comes back, too, if it had
+# saved a checkpoint since it started: else the same would happen again and again.
 set -euo pipefail
 
 readonly me=train.sh
@@ -33,17 +34,21 @@ tell_once() { scancel --quiet --signal=USR2 "$job"; }
 
 source_site
 
-if [[ -v SLURM_ARRAY_TASK_ID ]]; then
-    output=''
-    for setting in "$@"; do
-        if [[ $setting == output=* ]]; then output=${setting#output=}; fi
-    done
-    if [[ -z $output ]]; then
-        read_output='import sys, yaml; print(yaml.safe_load(open(sys.argv[1], encoding="utf-8"))["output"])'
-        output=$(python -c "$read_output" "$config" 2>/dev/null) || fail "$config: no output in it: give output=FOLDER"
-    fi
-    set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$output/seed_$SLURM_ARRAY_TASK_ID"
+output=''
+for setting in "$@"; do
+    if [[ $setting == output=* ]]; then output=${setting#output=}; fi
+done
+if [[ -z $output ]]; then
+    read_output='import sys, yaml; print(yaml.safe_load(open(sys.argv[1], encoding="utf-8"))["output"])'
+    output=$(python -c "$read_output" "$config" 2>/dev/null) || fail "$config: no output in it: give output=FOLDER"
 fi
+if [[ -v SLURM_ARRAY_TASK_ID ]]; then
+    output=$output/seed_$SLURM_ARRAY_TASK_ID
+    set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$output"
+fi
+
+# The name of the run's newest checkpoint.
+newest() { cat "$output/checkpoints/latest" 2>/dev/null || :; }
 
 # Rank 0 runs on the first node. The port is below those that Linux gives to clients.
 if [[ ! -v MASTER_ADDR ]]; then
@@ -67,10 +72,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export PPREID_STATUS=$scratch/status
+before=$(newest)
 
 # --export: under `sbatch --export=NONE` the tasks would get nothing of what was set above.
 srun "${shape[@]}" --cpus-per-task="$cpus" --kill-on-bad-exit=1 --export=ALL \
     bash slurm/task.sh --config "$config" --resume "$@" &
 await $!
 if [[ -s $PPREID_STATUS ]]; then status=$(<"$PPREID_STATUS"); fi
+if ((status != 0 && status != 2 && status != SAVED)) && [[ $(newest) != "$before" ]]; then
+    say "crashed by status $status, after a checkpoint of this start"
+    status=$SAVED
+fi
 leave "$status"

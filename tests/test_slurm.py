@@ -1,5 +1,6 @@
 """The Slurm door: what slurm/train.sh and sweep.sh ask of Slurm, seen by stand-ins, and stops on a real cluster."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, finish, start_ranks
 from slurm_cluster import Cluster, cluster, missing
@@ -93,6 +95,21 @@ def test_whatever_is_not_75_ends_the_job_with_that_status(door: Door, status: in
     assert door.requeued() == []
 
 
+@pytest.mark.parametrize("status", [1, 137])
+def test_a_crash_after_a_checkpoint_comes_back(door: Door, status: int) -> None:
+    saves = {"SAVES": "runs/a run/checkpoints"}
+    said = door.run("a run.yaml", STATUS=str(status), **saves)
+    assert door.requeued() == ["70001"]
+    assert f"crashed by status {status}, after a checkpoint of this start" in said
+    door.run("a run.yaml", STATUS=str(status), expect=status)  # the checkpoint is now older than the start
+    assert len(door.requeued()) == 1
+
+
+def test_a_mistake_after_a_checkpoint_stays_away(door: Door) -> None:
+    door.run("a run.yaml", STATUS="2", SAVES="runs/a run/checkpoints", expect=2)
+    assert door.requeued() == []
+
+
 def test_the_first_failure_is_the_job_s_status(door: Door) -> None:
     """srun alone says 137: the other process was killed because of the first one's failure."""
     door.run("a run.yaml", TASKS="2", STATUS="2,stay", expect=2)
@@ -153,9 +170,10 @@ def test_an_array_gives_seeds_and_folders_of_their_own(door: Door) -> None:
     assert second[-2:] == ["seed=3", "output=else where/seed_3"]
 
 
-def test_an_array_without_an_output_is_an_error(door: Door) -> None:
+@pytest.mark.parametrize("array", [{}, ARRAY])
+def test_a_job_without_an_output_is_an_error(door: Door, array: dict[str, str]) -> None:
     (door.root / "none.yaml").write_text("seed: 1\n")
-    assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **ARRAY)
+    assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **array)
     assert door.calls("srun") == []
 
 
@@ -299,6 +317,28 @@ def test_a_preempted_job_saves_comes_back_and_ends_with_the_same_weights(
     assert slurm.field(job, "Restarts") == "1"
     assert json.loads((run / "result.json").read_text())["processes"] == 2
     assert_same(last(tmp_path / "whole"), last(run))
+
+
+def process_on_second_node(repository: Path) -> psutil.Process:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            here = process.name().startswith("python") and process.cwd() == str(repository)
+            if here and process.environ().get("RANK") == "1":
+                return process
+    raise AssertionError("no such process")
+
+
+@pytest.mark.faults
+def test_a_killed_process_brings_the_job_back(slurm: Cluster, repository: Path, world: list[str]) -> None:
+    """Of two nodes one loses its process after a checkpoint: the other one leaves, and both go on from it."""
+    job = submit(slurm, repository, *world, "training.images=800", "privacy.weight=0")
+    run = repository / "runs" / "a run"
+    until(lambda: (run / "checkpoints" / "latest").exists(), repository)
+    process_on_second_node(repository).kill()
+    assert slurm.ended(job) == "COMPLETED", (repository / "job.log").read_text()
+    said = (repository / "job.log").read_text()
+    assert "after a checkpoint of this start" in said and "continued at step" in said
+    assert slurm.field(job, "Restarts") == "1"
 
 
 @pytest.mark.parametrize(
