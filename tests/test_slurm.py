@@ -314,7 +314,7 @@ def test_a_preempted_job_saves_comes_back_and_ends_with_the_same_weights(
     order = ["saved at step", "train.sh: saved; requeued, 1 of at most 50 times", "continued at step", "30 steps"]
     places = [said.index(each) for each in order]
     assert places == sorted(places), said
-    assert slurm.field(job, "Restarts") == "1"
+    assert said.count("train.sh: saved; requeued") == 1, said
     assert json.loads((run / "result.json").read_text())["processes"] == 2
     assert_same(last(tmp_path / "whole"), last(run))
 
@@ -338,7 +338,8 @@ def test_a_killed_process_brings_the_job_back(slurm: Cluster, repository: Path, 
     assert slurm.ended(job) == "COMPLETED", (repository / "job.log").read_text()
     said = (repository / "job.log").read_text()
     assert "after a checkpoint of this start" in said and "continued at step" in said
-    assert slurm.field(job, "Restarts") == "1"
+    # Slurm's own count is more where it had to launch the job again, as on a busy machine.
+    assert said.count("train.sh: saved; requeued") == 1, said
 
 
 @pytest.mark.parametrize(
@@ -408,7 +409,7 @@ def test_a_seed_of_an_array_is_preempted_alone(slurm: Cluster, listener: Path) -
     ids = {seed: slurm.field(f"{array}_{seed}", "JobId") for seed in (0, 1)}
     risky = next(seed for seed, number in ids.items() if number == array)  # its number is the array's
     slurm.run("scancel", "--signal=USR2", "--batch", f"{array}_{risky}")
-    until(lambda: slurm.field(f"{array}_{risky}", "Restarts") == "1", listener)
+    until(lambda: slurm.field(f"{array}_{risky}", "Restarts") != "0", listener)
     assert slurm.field(f"{array}_{1 - risky}", "JobState") == "RUNNING"
     assert slurm.field(f"{array}_{1 - risky}", "Restarts") == "0"
     slurm.run("scancel", array)
@@ -464,6 +465,6 @@ def test_ray_over_two_nodes_sweeps_is_preempted_and_comes_back(
     out = tmp_path / "out"
     until(lambda: any(out.glob("trials/*/run/steps.txt")), repository, 180)
     slurm.run("scancel", "--signal=USR2", "--batch", job)
-    until(lambda: slurm.field(job, "Restarts") == "1", repository, 120)
+    until(lambda: slurm.field(job, "Restarts") != "0", repository, 120)
     assert slurm.ended(job, within=180) == "COMPLETED", slurm.logs()
     assert_swept(repository, out)
