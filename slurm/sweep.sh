@@ -34,11 +34,15 @@ ray=''
 if [[ -v SLURM_ARRAY_TASK_ID ]]; then
     sweep+=(--backend array)
 else
-    # Ray's head is on the first node, where this script runs. The port is below those that Linux gives to clients.
+    # Ray's head is on the first node, where this script runs. The port is above those that Ray gives to its workers
+    # (10002 to 19999) and below those that Linux gives to clients.
     if [[ ! -v MASTER_ADDR ]]; then
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     fi
-    port=$((12000 + SLURM_JOB_ID % 16000))
+    port=$((20000 + SLURM_JOB_ID % 12000))
+    # Without it anyone who reaches the node could run programs as this user.
+    RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
     gpus=()
     if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE"); fi
     # Ray is alone on a node, and shares its GPUs out itself.

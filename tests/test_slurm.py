@@ -224,11 +224,13 @@ def test_ray_runs_on_every_node_and_the_driver_on_the_first(sweep_door: Door) ->
     assert driver["arguments"][:6] == ["-m", "ppreid_dist.sweep", "--config", "a run.yaml", "--resume", "--address"]
     address = driver["arguments"][6]
     assert address.startswith("first:") and driver["arguments"][7:] == ["--nodes", "2", "seeds=[0, 1]"]
-    head, other = sorted(
-        (call["arguments"] for call in sweep_door.calls("ray")), key=lambda words: "--head" not in words
-    )
+    nodes = sweep_door.calls("ray")
+    head, other = sorted((call["arguments"] for call in nodes), key=lambda words: "--head" not in words)
     assert f"--port={address.partition(':')[2]}" in head and f"--address={address}" in other
+    assert 20_000 <= int(address.partition(":")[2]) < 32_768  # Ray's workers have 10,002 to 19,999
     assert all({"--num-cpus=8", "--num-gpus=4", "--block"} <= set(words) for words in (head, other))
+    (token,) = {call["environment"]["RAY_AUTH_TOKEN"] for call in (driver, *nodes)}
+    assert len(token) == 64
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])

@@ -105,10 +105,10 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
     file = folder.path / "sweep.json"
     if file.is_file():
         if not resume:
-            raise RunError(f"{folder.path}: holds a sweep already; continue it by --resume or choose another output")
+            raise RunError(f"{config.output}: holds a sweep already; continue it by --resume or choose another output")
         _check_same(read_json(file), asked, file)
     elif folder.path.is_dir() and any(not item.name.startswith(".") for item in folder.path.iterdir()):
-        raise RunError(f"{folder.path}: holds something that isn't a sweep; choose another output")
+        raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
     else:
         write_json(file, asked)  # first of all: another task of an array may look meanwhile
     try:
@@ -118,7 +118,7 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise DataError(f"{folder.path}: could not be written: {error.strerror or error}") from error
+        raise DataError(f"{config.output}: could not be written: {error.strerror or error}") from error
     return folder
 
 
