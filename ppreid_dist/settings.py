@@ -164,7 +164,7 @@ def describe(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, st
         if choices := f.metadata.get("choices"):
             text = f"{text} [{' | '.join(map(str, choices))}]"
         # Not of an instance: a schema may have keys that must be given.
-        value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if typing.get_origin(hint) is list and (nested := _settings_type(typing.get_args(hint)[0])):
             yield key, f"{len(value)} of them", text
             yield from describe(nested, f"{key}[i].")
