@@ -22,6 +22,14 @@ hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is
 hypothesis.settings.load_profile("here")
 torch.set_num_threads(1)  # tiny tensors, and the tests must not depend on how sums are split over threads
 
+# Files that take more than half a minute, the longest first: with these begun, the short ones fill what is left.
+LONG = ("stopping", "engines", "commands", "training", "sweep", "slurm", "accumulate", "split_head")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

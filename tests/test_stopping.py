@@ -110,13 +110,13 @@ def test_a_process_that_hangs_is_given_up(world: list[str], tmp_path: Path) -> N
 
 @pytest.mark.engines
 def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
-    """One kill of each kind but the last; `tools/kills.py --kills 50` is the long form."""
+    """Killed in a step and while writing; `tools/kills.py --kills 50` is the long form, of all kinds."""
     done = subprocess.run(
-        [sys.executable, "tools/kills.py", "--kills", "3", "--out", str(tmp_path), "--seed", "1"],
+        [sys.executable, "tools/kills.py", "--kills", "2", "--out", str(tmp_path), "--seed", "1"],
         cwd=ROOT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"\| (\w+) \| 1 \| 1 \| 0 \|", done.stdout) == ["step", "writing", "pruning"]
+    assert re.findall(r"\| (\w+) \| 1 \| 1 \| 0 \|", done.stdout) == ["step", "writing"]
 
 
 @pytest.mark.engines
