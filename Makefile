@@ -10,23 +10,22 @@ BIN := $(VENV)/bin
 # Threads: two training processes on two cores with default threads would fight for them.
 export TOKENIZERS_PARALLELISM := false
 
-$(VENV)/installed: pyproject.toml constraints/cpu.txt
+# DeepSpeed is for the tests of its engines, Ray for those of sweeps, diffusers for one attacker; the demo does without.
+$(VENV)/installed: EXTRAS := dev,gpu,track
+$(VENV)/tested: EXTRAS := dev,gpu,track,deepspeed,sweep,diffusion
+$(VENV)/installed $(VENV)/tested: pyproject.toml constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track]'
-	@touch $@
-
-# DeepSpeed and diffusers are for the tests of engines and of one attacker; the demo does without.
-$(VENV)/tested: $(VENV)/installed
-	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[dev,gpu,track,deepspeed,diffusion]'
-	@touch $@
+	$(BIN)/pip install --progress-bar on -c constraints/cpu.txt -e '.[$(EXTRAS)]'
+	@touch $(VENV)/installed $@
 
 demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
 
-# Without those that take more than half a minute each: `pytest -m slow` runs them.
+# Without those that take more than half a minute each: `pytest -m slow` runs them. A file's tests stay together, since
+# they share what they train.
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ from ppreid_dist.training.reversal import resize
 from ppreid_dist.training.tracking import read_metrics
 
 # Control and protected must be the same training but for these.
-_METHOD = ("privacy.", "reversal.", "data.strangers_split", "training.warm")
+METHOD = ("privacy.", "reversal.", "data.strangers_split", "training.warm")
 
 
 def default_device() -> torch.device:
@@ -71,8 +71,20 @@ def evaluate(run: Path, *, progress: bool = True) -> dict[str, float]:
 # --- attack -----------------------------------------------------------------------------------------------------
 
 
-def attack(config: Config, control: Path, protected: Path, judge: Path, out: Path, *, progress: bool = True) -> None:
+def attack(
+    config: Config,
+    control: Path,
+    protected: Path,
+    judge: Path,
+    out: Path,
+    *,
+    trained: Path | None = None,
+    progress: bool = True,
+) -> None:
     """Attack two runs' stored features and write attack.json, per_query and pictures into ``out``.
+
+    ``trained`` is where trainings are kept, ``out / "trained"`` by default: several runs of the same control share its
+    ceilings and floors there.
 
     Raises RunError where the runs can't be compared: control and protected must be the same training but for the
     protection, the judge another run than both, the auxiliary people unknown to control and protected.
@@ -116,7 +128,7 @@ def attack(config: Config, control: Path, protected: Path, judge: Path, out: Pat
             judge=look,
             config=config.attack,
             progress=say,
-            kept=Kept(out / "trained"),
+            kept=Kept(trained or out / "trained"),
         )
     figures = _figures(config, control, protected, judge, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))
@@ -158,7 +170,7 @@ def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
     settings = {run: dict(flat(to_dict(load_run(run)))) for run in (control, protected, judge)}
     for key, value in settings[control].items():
         other = settings[protected][key]
-        if not key.startswith((*_METHOD, *FREE)) and value != other:
+        if not key.startswith((*METHOD, *FREE)) and value != other:
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
     if settings[control]["privacy.weight"]:
         raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")

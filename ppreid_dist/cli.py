@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ppreid_dist import __version__
-from ppreid_dist.errors import PPReIDError, Stopped
+from ppreid_dist.errors import LostError, PPReIDError, Stopped
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 75
 _SETTINGS = "key=value"
@@ -26,13 +26,14 @@ def _parser(prog: str, description: str, schema_help: bool = False) -> argparse.
     return parser
 
 
-def _explain_settings(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+def _explain_settings(arguments: Sequence[str], parser: argparse.ArgumentParser, sweep: bool = False) -> None:
     """The list of all settings needs heavy imports: it is made only when help is asked for."""
     if "-h" in arguments or "--help" in arguments:
         from ppreid_dist.experiment import Config
         from ppreid_dist.settings import help_text
+        from ppreid_dist.sweep.config import SweepConfig
 
-        parser.epilog = "settings and their defaults:\n" + help_text(Config)
+        parser.epilog = "settings and their defaults:\n" + help_text(SweepConfig if sweep else Config)
 
 
 def _train(arguments: Sequence[str], prog: str = "ppreid train") -> int:
@@ -96,6 +97,9 @@ def _attack(arguments: Sequence[str]) -> int:
         "--judge", type=Path, required=True, metavar="RUN", help="another run: backbone and seed of its own"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--trained", type=Path, metavar="DIR", help="where attackers' trainings are kept (default: trained in --out)"
+    )
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.assessment import attack
@@ -105,9 +109,8 @@ def _attack(arguments: Sequence[str]) -> int:
     base = options.config or options.protected / "config.yaml"
     if options.config is None:
         load_run(options.protected)
-    attack(
-        load_settings(Config, base, options.settings), options.control, options.protected, options.judge, options.out
-    )
+    runs = options.control, options.protected, options.judge
+    attack(load_settings(Config, base, options.settings), *runs, options.out, trained=options.trained)
     _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0
 
@@ -123,6 +126,57 @@ def _report(arguments: Sequence[str]) -> int:
 
     _say(report(options.folder, pictures=options.pictures))
     return 0
+
+
+def _sweep(arguments: Sequence[str], prog: str = "ppreid sweep") -> int:
+    parser = _parser(
+        prog,
+        "Train and attack many protected extractors, with one control and one judge between them, and write what "
+        "privacy costs: front.json, front.csv and front.html. Finished trials are never done again.",
+        True,
+    )
+    for flag, what in (
+        ("--resume", "go on with the sweep in the folder; every task of an array may say it"),
+        ("--retry", "and try what failed again"),
+        ("--front", "do nothing but write the front of what is done so far"),
+    ):
+        parser.add_argument(flag, action="store_true", help=what)
+    parser.add_argument(
+        "--backend", choices=("ray", "array"), default="ray", help="array: no Ray, tasks that share a folder"
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster (default: a Ray of this machine)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="wait for so many nodes of it")
+    parser.add_argument("--task", type=int, metavar="I", help="of an array, from 0 (default: as Slurm says)")
+    parser.add_argument("--tasks", type=int, metavar="N", help="tasks of the array (default: as Slurm says)")
+    _explain_settings(arguments, parser, sweep=True)
+    options = parser.parse_intermixed_args(arguments)
+    from ppreid_dist.settings import load_settings
+    from ppreid_dist.sweep.config import SweepConfig
+    from ppreid_dist.sweep.driver import sweep_in_array, sweep_on_ray, write_again
+
+    config = load_settings(SweepConfig, options.config, options.settings)
+    go_on = {"resume": options.resume, "retry": options.retry, "say": _say}
+    if options.front:
+        front = write_again(config)
+    elif options.backend == "array":
+        front = sweep_in_array(config, *_task(options.task, options.tasks), **go_on)
+    else:
+        front = sweep_on_ray(config, address=options.address, nodes=options.nodes, **go_on)
+    failed = sum(row["status"] == "failed" for row in front["trials"])
+    _say(
+        f"{config.output}: {len(front['trials'])} of {front['expected']} trials, {failed} failed; recommended: "
+        f"{front['recommended'] or 'none'}" + (f"; {config.output}/front.html" if front["complete"] else "")
+    )
+    return FAILED if failed == len(front["trials"]) and failed else 0
+
+
+def _task(task: int | None, tasks: int | None) -> tuple[int, int]:
+    """This task's number from 0 and the number of tasks, as given or as Slurm says; alone where neither does."""
+    slurm = {key: int(os.environ.get(f"SLURM_ARRAY_TASK_{key}", default)) for key, default in
+             (("ID", "0"), ("MIN", "0"), ("COUNT", "1"), ("STEP", "1"))}  # fmt: skip
+    if task is None:
+        task = (slurm["ID"] - slurm["MIN"]) // slurm["STEP"]
+    return task, slurm["COUNT"] if tasks is None else tasks
 
 
 def _doctor(arguments: Sequence[str]) -> int:
@@ -142,6 +196,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (_evaluate, "mAP, CMC, mINP of runs"),
     "attack": (_attack, "fresh attackers on a control and a protected run"),
     "report": (_report, "the privacy report of an attack"),
+    "sweep": (_sweep, "many trials over λ and more, and the front of mAP against leak"),
     "doctor": (_doctor, "what this installation can do"),
 }
 
@@ -160,6 +215,9 @@ def _guard(work: Callable[[], int]) -> NoReturn:
     except PPReIDError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
+    except LostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(FAILED)
     except Stopped as stopped:
         _log.info("%s; continue it by --resume", stopped)
         sys.exit(STOPPED)
@@ -170,6 +228,11 @@ def _guard(work: Callable[[], int]) -> NoReturn:
 def train_main() -> NoReturn:
     """What ``train.py`` runs."""
     _guard(lambda: _train(sys.argv[1:], prog="train.py"))
+
+
+def sweep_main() -> NoReturn:
+    """What ``python -m ppreid_dist.sweep`` runs."""
+    _guard(lambda: _sweep(sys.argv[1:], prog="python -m ppreid_dist.sweep"))
 
 
 def main() -> NoReturn:

@@ -21,6 +21,11 @@ class Stopped(Exception):
     """A run was asked to stop and saved its state; the commands exit with status 75 (EX_TEMPFAIL): to be continued."""
 
 
+class LostError(Exception):
+    """Another process of a run died or hangs; the commands print it as one line and exit with status 1: a crash, no
+    mistake of the user's, and the run can go on from its last checkpoint."""
+
+
 class MissingExtra(PPReIDError):
     """A feature needs an optional dependency that isn't installed."""
 

@@ -71,6 +71,7 @@ class Config(Settings):
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
 FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
+        "engine.accumulate",
         "training.log_every", "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def _play(
     with seeded(config.seed, _EXTRACTOR):
         network = Extractor(config.model, num_classes=0 if split_head else len(classes))
         head = SplitHead(network.feature_dim, len(classes)) if split_head else None
+    network.accumulate(engine.accumulate)
     extractor = Player("extractor", network, config.optimiser, engine)
     heads = Player("head", head, config.optimiser, engine, split_rows=len(classes)) if head is not None else None
 

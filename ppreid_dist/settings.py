@@ -154,7 +154,7 @@ def save_settings(settings: Settings, file: Path) -> None:
 
 def describe(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield ``(full key, default, explanation)`` for every setting, in order of declaration."""
-    hints, defaults = typing.get_type_hints(schema), schema()
+    hints = typing.get_type_hints(schema)
     for f in dataclasses.fields(schema):
         key, hint = f"{prefix}{f.name}", hints[f.name]
         if nested := _settings_type(hint):
@@ -163,7 +163,8 @@ def describe(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, st
         text = f.metadata.get("help", "")
         if choices := f.metadata.get("choices"):
             text = f"{text} [{' | '.join(map(str, choices))}]"
-        value = getattr(defaults, f.name)
+        # Not of an instance: a schema may have keys that must be given.
+        value: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if typing.get_origin(hint) is list and (nested := _settings_type(typing.get_args(hint)[0])):
             yield key, f"{len(value)} of them", text
             yield from describe(nested, f"{key}[i].")

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is not a fault
 hypothesis.settings.load_profile("here")
 torch.set_num_threads(1)  # tiny tensors, and the tests must not depend on how sums are split over threads
+
+# Files that take more than half a minute, the longest first: with these begun, the short ones fill what is left.
+LONG = ("stopping", "engines", "commands", "training", "sweep", "slurm", "accumulate", "split_head")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -76,13 +85,20 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> list[tup
     return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
-def launch(processes: int, *arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int,
+    *arguments: str,
+    expect: int = 0,
+    script: str = "train.py",
+    options: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
     """Run train.py on so many processes, as the README does it, and check its exit status."""
     several = ["--multi_gpu"] if processes > 1 else []
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         "train.py", *arguments],
+         *options, script, *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip

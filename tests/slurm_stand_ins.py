@@ -12,7 +12,8 @@ from typing import Any
 
 from conftest import ROOT
 
-# Stands for srun, scontrol, scancel, squeue and python, by its name: writes down how it was called and acts its part.
+# Stands for srun, scontrol, scancel, squeue, ray and python, by its name: writes down how it was called and acts its
+# part.
 STAND_IN = """#!{python} -S
 import json, os, signal, subprocess, sys, time
 
@@ -31,6 +32,7 @@ def srun():
     for i in range(count):
         place = {{"SLURM_PROCID": str(i), "SLURM_NTASKS": str(count), "SLURM_LOCALID": str(i)}}
         tasks.append(subprocess.Popen(command, start_new_session=True, env={{**os.environ, **place}}))
+    signal.signal(signal.SIGTERM, lambda *_: [os.killpg(task.pid, signal.SIGTERM) for task in tasks])
     while any(task.poll() is None for task in tasks):
         if "--kill-on-bad-exit=1" in arguments and any(task.poll() for task in tasks):
             for task in tasks:
@@ -40,9 +42,19 @@ def srun():
     return max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks)
 
 
+def calls_of(name):
+    return [line for line in open(os.environ["CALLS"]) if json.loads(line)["name"] == name]
+
+
 def python():
-    rank = int(os.environ["RANK"])
+    while "--nodes" in arguments and len(calls_of("ray")) < int(os.environ.get("TASKS", "1")):
+        time.sleep(0.01)  # a sweep's driver waits for its nodes
+    rank = int(os.environ.get("RANK", "0"))
     status = os.environ.get("STATUS", "stay," * (rank + 1)).split(",")[rank]
+    if os.environ.get("SAVES"):
+        os.makedirs(os.environ["SAVES"])
+        with open(os.environ["SAVES"] + "/latest", "w") as latest:
+            latest.write("step_00000003")
     if status != "stay":
         return int(status)
     heard = []
@@ -70,6 +82,11 @@ def scancel():
     return 0
 
 
+def ray():
+    time.sleep(20)
+    return 98
+
+
 def squeue():
     print(os.environ.get("STATE", "RUNNING None"))
     return 0
@@ -77,7 +94,7 @@ def squeue():
 
 def scontrol():
     if arguments[:2] == ["show", "hostnames"]:
-        print("first\\nsecond")
+        os.write(1, b"first\\nsecond\\n")  # at once: the reader leaves after the first line
     return int(os.environ.get("SCONTROL", "0")) if arguments[0] == "requeue" else 0
 
 
@@ -91,10 +108,11 @@ class Door:
 
     root: Path
     environment: dict[str, str] = field(default_factory=dict)
+    script: str = "train.sh"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", "slurm/train.sh", *arguments], cwd=self.root, env={**self.environment, **environment},
+            ["bash", f"slurm/{self.script}", *arguments], cwd=self.root, env={**self.environment, **environment},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -121,18 +139,23 @@ class Door:
             time.sleep(0.01)
 
 
-def make_door(folder: Path) -> Door:
-    """A job on two nodes, as train.sh finds itself in it."""
+def make_door(folder: Path, script: str = "train.sh") -> Door:
+    """A job on two nodes, as the script finds itself in it."""
     root, programs = folder / "the repository", folder / "stand ins"
     root.mkdir()
     shutil.copytree(ROOT / "slurm", root / "slurm", ignore=shutil.ignore_patterns("site.sh"))
     (root / "train.py").touch()
     (root / "a run.yaml").write_text("output: runs/a run\n")
     programs.mkdir()
-    for name in ("srun", "scontrol", "scancel", "squeue", "python"):
+    for name in ("srun", "scontrol", "scancel", "squeue", "python", "ray"):
         (programs / name).write_text(STAND_IN.format(python=sys.executable))
         (programs / name).chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "OMP_NUM", "MASTER"))}
-    job = {"SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "whole[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    job = {
+        "SLURM_JOB_ID": "70001",
+        "SLURM_JOB_NODELIST": "whole[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "8",
+    }
     calls = {"CALLS": str(folder / "calls"), "TMPDIR": str(folder), "PATH": f"{programs}:{kept['PATH']}"}
-    return Door(root, {**kept, **job, **calls})
+    return Door(root, {**kept, **job, **calls}, script)

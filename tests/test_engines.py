@@ -30,8 +30,9 @@ KINDS = ["ddp", *(pytest.param(kind, marks=deepspeed) for kind in ("zero1", "zer
 # By default DeepSpeed leaves small layers whole in stage 3, and all of the tests' are small.
 PARTS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 SHIPPED = ROOT / "configs" / "accelerate"
-FLAG, FILE, STAGE = (
-    f"ACCELERATE_{name}" for name in ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "DEEPSPEED_ZERO_STAGE")
+FLAG, FILE, STAGE, STEPS = (
+    f"ACCELERATE_{name}"
+    for name in ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "DEEPSPEED_ZERO_STAGE", "GRADIENT_ACCUMULATION_STEPS")
 )
 
 
@@ -172,13 +173,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
 def test_a_run_goes_on_under_other_engines(
     game: list[str], whole: dict[str, Path], alone: dict[str, dict[str, Tensor]], parts: dict[str, str], tmp_path: Path
 ) -> None:
-    """DDP to step 3, ZeRO-2 to 6, ZeRO-3 to 9 with every layer in parts, and DDP to the end."""
-    second = directly(2, cut(whole["ddp"], 3, tmp_path / "2"), *game, "--resume", "engine.kind=zero2")
-    third = directly(2, cut(second, 6, tmp_path / "3"), *game, "--resume", **parts)
-    assert result(third) == ("zero3", "no", 2, 10)
+    """ZeRO-2 to step 3, ZeRO-3 to 6 with every layer in parts, and DDP to the end."""
+    second = directly(2, cut(whole["zero2"], 3, tmp_path / "2"), *game, "--resume", **parts)
+    assert result(second) == ("zero3", "no", 2, 10)
+    assert_close(alone["no"], last(second), EXACT)
+    third = directly(2, cut(second, 6, tmp_path / "3"), *game, "--resume")
     assert_close(alone["no"], last(third), EXACT)
-    fourth = directly(2, cut(third, 9, tmp_path / "4"), *game, "--resume")
-    assert_close(alone["no"], last(fourth), EXACT)
 
 
 @deepspeed
@@ -254,7 +254,7 @@ def test_not_a_number_stops_all_processes_before_the_update(
 ) -> None:
     """One process's loss is NaN in the fourth step: all end with one line, their weights those of the third."""
     script, folder = "tests/faulty_train.py", tmp_path / "run"
-    ended = finish(start_ranks(2, "3", *game, f"output={folder}", f"engine.kind={stage}", script=script), 200)
+    ended = finish(start_ranks(2, "nan", "3", *game, f"output={folder}", f"engine.kind={stage}", script=script), 200)
     for status, said in ended:
         assert status == 2 and "Traceback" not in said, said
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -273,16 +273,21 @@ def test_not_a_number_stops_all_processes_before_the_update(
 @pytest.mark.parametrize(
     ("said", "settings", "agreed"),
     [
-        ({}, ("auto", "auto"), ("ddp", "no")),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", "auto"), ("ddp", "bf16")),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, ("zero1", "bf16"), ("zero1", "bf16")),
-        ({FLAG: "true", STAGE: "3", "ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", "auto"), ("zero3", "bf16")),
-        ({FLAG: "true", STAGE: "2"}, ("zero2", "no"), ("zero2", "no")),
-        ({FLAG: "true", FILE: str(ROOT / "configs/deepspeed/zero1.json")}, ("auto", "auto"), ("zero1", "no")),
+        ({}, ("auto", "auto", 0), ("ddp", "no", 1)),
+        ({}, ("ddp", "bf16", 3), ("ddp", "bf16", 3)),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", "auto", 0), ("ddp", "bf16", 1)),
+        ({"ACCELERATE_MIXED_PRECISION": "no", STEPS: "1"}, ("zero1", "bf16", 2), ("zero1", "bf16", 2)),
+        (
+            {FLAG: "true", STAGE: "3", STEPS: "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
+            ("auto", "auto", 0),
+            ("zero3", "bf16", 2),
+        ),
+        ({FLAG: "true", STAGE: "2"}, ("zero2", "no", 0), ("zero2", "no", 1)),
+        ({FLAG: "true", FILE: str(ROOT / "configs/deepspeed/zero1.json")}, ("auto", "auto", 0), ("zero1", "no", 1)),
     ],
 )
 def test_auto_takes_the_launcher_s_word(
-    said: dict[str, str], settings: tuple[str, str], agreed: tuple[str, str]
+    said: dict[str, str], settings: tuple[str, str, int], agreed: tuple[str, str, int]
 ) -> None:
     assert Launched.read(said).agreed(*settings) == agreed
 
@@ -300,11 +305,6 @@ def test_auto_takes_the_launcher_s_word(
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ("auto", "auto"), "engine.precision: the launcher says fp16"),
         ({FLAG: "true", STAGE: "0"}, ("auto", "auto"), "zero_optimization.stage: 1, 2 or 3"),
         ({FLAG: "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("auto", "auto"), "offload"),
-        (
-            {FLAG: "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
-            ("auto", "auto"),
-            "gradient_accumulation_steps",
-        ),
         ({FLAG: "true", FILE: "/nowhere.json"}, ("auto", "auto"), "/nowhere.json: no such file"),
         (
             {
@@ -315,11 +315,13 @@ def test_auto_takes_the_launcher_s_word(
             ("auto", "auto"),
             "zero1.json: say zero_stage there",
         ),
+        ({STEPS: "4"}, ("auto", "auto"), "engine.accumulate: the configuration says 2 but the launcher says 4"),
+        ({STEPS: "0"}, ("auto", "auto"), "engine.accumulate: the launcher's gradient_accumulation_steps is 0"),
     ],
 )
 def test_contradictions(said: dict[str, str], settings: tuple[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        Launched.read(said).agreed(*settings)
+        Launched.read(said).agreed(*settings, 2)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

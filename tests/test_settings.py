@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import Settings, describe, help_text, load_settings, option, save_settings, to_dict
+from ppreid_dist.sweep.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,13 +93,15 @@ def test_defaults_are_not_shared_between_instances() -> None:
     assert len(second.many) == 1 and second.inner.rate == 0.1
 
 
-def test_help_names_every_key_with_its_default() -> None:
-    text = help_text(Config)
-    for key, default, explanation in describe(Config):
+@pytest.mark.parametrize("schema", [Config, SweepConfig])
+def test_help_names_every_key_with_its_default(schema: type[Settings]) -> None:
+    text = help_text(schema)
+    for key, default, explanation in describe(schema):
         assert f"{key}={default}" in text
         assert explanation, f"{key} is not explained"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
-    assert to_dict(load_settings(Config, file))["output"]
+    schema = SweepConfig if file.name.startswith("sweep") else Config
+    assert to_dict(load_settings(schema, file))["output"]

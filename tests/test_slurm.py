@@ -1,5 +1,6 @@
-"""The Slurm door: what slurm/train.sh asks of Slurm, seen by stand-ins, and preemptions on a real cluster."""
+"""The Slurm door: what slurm/train.sh and sweep.sh ask of Slurm, seen by stand-ins, and stops on a real cluster."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -7,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, finish, start_ranks
 from slurm_cluster import Cluster, cluster, missing
 from slurm_stand_ins import Door, make_door
+from sweep_stand_ins import HERE, STEPS
 from test_training import assert_same, last
 
 pytestmark = pytest.mark.slurm
@@ -91,6 +95,21 @@ def test_whatever_is_not_75_ends_the_job_with_that_status(door: Door, status: in
     assert door.requeued() == []
 
 
+@pytest.mark.parametrize("status", [1, 137])
+def test_a_crash_after_a_checkpoint_comes_back(door: Door, status: int) -> None:
+    saves = {"SAVES": "runs/a run/checkpoints"}
+    said = door.run("a run.yaml", STATUS=str(status), **saves)
+    assert door.requeued() == ["70001"]
+    assert f"crashed by status {status}, after a checkpoint of this start" in said
+    door.run("a run.yaml", STATUS=str(status), expect=status)  # the checkpoint is now older than the start
+    assert len(door.requeued()) == 1
+
+
+def test_a_mistake_after_a_checkpoint_stays_away(door: Door) -> None:
+    door.run("a run.yaml", STATUS="2", SAVES="runs/a run/checkpoints", expect=2)
+    assert door.requeued() == []
+
+
 def test_the_first_failure_is_the_job_s_status(door: Door) -> None:
     """srun alone says 137: the other process was killed because of the first one's failure."""
     door.run("a run.yaml", TASKS="2", STATUS="2,stay", expect=2)
@@ -151,9 +170,10 @@ def test_an_array_gives_seeds_and_folders_of_their_own(door: Door) -> None:
     assert second[-2:] == ["seed=3", "output=else where/seed_3"]
 
 
-def test_an_array_without_an_output_is_an_error(door: Door) -> None:
+@pytest.mark.parametrize("array", [{}, ARRAY])
+def test_a_job_without_an_output_is_an_error(door: Door, array: dict[str, str]) -> None:
     (door.root / "none.yaml").write_text("seed: 1\n")
-    assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **ARRAY)
+    assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **array)
     assert door.calls("srun") == []
 
 
@@ -185,6 +205,60 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(door: Door, tmp_path: 
     before = set(tmp_path.iterdir())
     door.run("a run.yaml", STATUS="75")
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {"calls"}
+
+
+# --- a sweep, with stand-ins ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep_door(tmp_path: Path) -> Door:
+    return make_door(tmp_path, "sweep.sh")
+
+
+def test_ray_runs_on_every_node_and_the_driver_on_the_first(sweep_door: Door) -> None:
+    sweep_door.run("a run.yaml", "seeds=[0, 1]", TASKS="2", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_NTASKS="16")
+    asked = sweep_door.calls("srun")[0]
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gpus-per-node=4"} <= set(asked["arguments"])
+    assert "SLURM_NTASKS" not in asked["environment"] or asked["environment"]["SLURM_NTASKS"] == "2"
+    (driver,) = sweep_door.calls("python")
+    assert driver["arguments"][:6] == ["-m", "ppreid_dist.sweep", "--config", "a run.yaml", "--resume", "--address"]
+    address = driver["arguments"][6]
+    assert address.startswith("first:") and driver["arguments"][7:] == ["--nodes", "2", "seeds=[0, 1]"]
+    nodes = sweep_door.calls("ray")
+    head, other = sorted((call["arguments"] for call in nodes), key=lambda words: "--head" not in words)
+    assert f"--port={address.partition(':')[2]}" in head and f"--address={address}" in other
+    assert 20_000 <= int(address.partition(":")[2]) < 32_768  # Ray's workers have 10,002 to 19,999
+    assert all({"--num-cpus=8", "--num-gpus=4", "--block"} <= set(words) for words in (head, other))
+    (token,) = {call["environment"]["RAY_AUTH_TOKEN"] for call in (driver, *nodes)}
+    assert len(token) == 64
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_driver_s_status_is_the_job_s_and_ray_is_taken_down(sweep_door: Door, status: int) -> None:
+    began = time.monotonic()
+    sweep_door.run("a run.yaml", TASKS="2", STATUS=str(status), expect=status)
+    assert sweep_door.requeued() == [] and time.monotonic() - began < 15
+    for call in sweep_door.calls("ray"):
+        assert not Path(f"/proc/{call['pids'][0]}").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_sweep_that_is_told_to_stop_saves_and_comes_back(sweep_door: Door, number: signal.Signals) -> None:
+    process = sweep_door.start("a run.yaml", DEAF="1")
+    while not sweep_door.calls("python"):
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, out + err
+    assert sweep_door.requeued() == ["70001"] and "sweep.sh: saved; requeued, 1 of at most 50 times" in out
+
+
+def test_an_array_sweeps_without_ray_and_requeues_its_task_alone(sweep_door: Door) -> None:
+    sweep_door.run("a run.yaml", "seeds=[0]", STATUS="75", **ARRAY)
+    assert sweep_door.calls("srun") == [] and sweep_door.calls("ray") == []
+    (driver,) = sweep_door.calls("python")
+    assert driver["arguments"][4:] == ["--resume", "--backend", "array", "seeds=[0]"]
+    assert sweep_door.requeued() == ["70001_3"]
 
 
 # --- with a real one --------------------------------------------------------------------------------------------
@@ -242,9 +316,32 @@ def test_a_preempted_job_saves_comes_back_and_ends_with_the_same_weights(
     order = ["saved at step", "train.sh: saved; requeued, 1 of at most 50 times", "continued at step", "30 steps"]
     places = [said.index(each) for each in order]
     assert places == sorted(places), said
-    assert slurm.field(job, "Restarts") == "1"
+    assert said.count("train.sh: saved; requeued") == 1, said
     assert json.loads((run / "result.json").read_text())["processes"] == 2
     assert_same(last(tmp_path / "whole"), last(run))
+
+
+def process_on_second_node(repository: Path) -> psutil.Process:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            here = process.name().startswith("python") and process.cwd() == str(repository)
+            if here and process.environ().get("RANK") == "1":
+                return process
+    raise AssertionError("no such process")
+
+
+@pytest.mark.faults
+def test_a_killed_process_brings_the_job_back(slurm: Cluster, repository: Path, world: list[str]) -> None:
+    """Of two nodes one loses its process after a checkpoint: the other one leaves, and both go on from it."""
+    job = submit(slurm, repository, *world, "training.images=800", "privacy.weight=0")
+    run = repository / "runs" / "a run"
+    until(lambda: (run / "checkpoints" / "latest").exists(), repository)
+    process_on_second_node(repository).kill()
+    assert slurm.ended(job) == "COMPLETED", (repository / "job.log").read_text()
+    said = (repository / "job.log").read_text()
+    assert "after a checkpoint of this start" in said and "continued at step" in said
+    # Slurm's own count is more where it had to launch the job again, as on a busy machine.
+    assert said.count("train.sh: saved; requeued") == 1, said
 
 
 @pytest.mark.parametrize(
@@ -314,7 +411,62 @@ def test_a_seed_of_an_array_is_preempted_alone(slurm: Cluster, listener: Path) -
     ids = {seed: slurm.field(f"{array}_{seed}", "JobId") for seed in (0, 1)}
     risky = next(seed for seed, number in ids.items() if number == array)  # its number is the array's
     slurm.run("scancel", "--signal=USR2", "--batch", f"{array}_{risky}")
-    until(lambda: slurm.field(f"{array}_{risky}", "Restarts") == "1", listener)
+    until(lambda: slurm.field(f"{array}_{risky}", "Restarts") != "0", listener)
     assert slurm.field(f"{array}_{1 - risky}", "JobState") == "RUNNING"
     assert slurm.field(f"{array}_{1 - risky}", "Restarts") == "0"
     slurm.run("scancel", array)
+
+
+# --- a sweep on a real one --------------------------------------------------------------------------------------
+
+
+def submit_sweep(slurm: Cluster, repository: Path, world: list[str], tmp_path: Path, *options: str) -> str:
+    """A sweep of two weights, whose trainings and attacks are stand-ins'."""
+    (repository / "base.yaml").write_text("seed: 0\n")
+    asked = {"output": str(tmp_path / "out"), "base": "base.yaml", "settings": world}
+    (repository / "sweep.yaml").write_text(json.dumps({**asked, "grid": {"privacy.weight": [1, 3]}}))
+    package = tmp_path / "with stand-ins" / "ppreid_dist" / "sweep"
+    shutil.copytree(ROOT / "ppreid_dist", package.parent, ignore=shutil.ignore_patterns("__pycache__"))
+    programs = package / "programs.py"
+    text = programs.read_text()
+    for name, words in (("launch", '"-m", "accelerate.commands.launch"'), ("ppreid", None)):
+        line = next(line for line in text.splitlines() if line.startswith(f"    {name}: tuple"))
+        assert words is None or words in line
+        text = text.replace(line, f"    {name}: tuple[str, ...] = (sys.executable, {HERE!r}, {name!r})")
+    programs.write_text(text)
+    site = repository / "slurm" / "site.sh"
+    site.write_text(site.read_text() + f"export PYTHONPATH='{package.parents[1]}'\n")
+    command = ["sbatch", "--parsable", "--output=job-%a.log", *options, "slurm/sweep.sh", "sweep.yaml"]
+    return slurm.run(*command, cwd=repository).strip()
+
+
+def assert_swept(repository: Path, out: Path) -> None:
+    said = "".join(log.read_text() for log in repository.glob("job-*.log"))
+    assert (out / "front.json").is_file(), said
+    front = json.loads((out / "front.json").read_text())
+    assert front["complete"] and [row["status"] for row in front["trials"]] == ["done", "done"], said
+    runs = [*out.glob("shared/*/steps.txt"), *out.glob("trials/*/run/steps.txt")]
+    assert len(runs) == 4
+    assert all([int(line) for line in run.read_text().split()] == list(range(STEPS)) for run in runs), said
+
+
+@pytest.mark.slow
+def test_an_array_of_two_nodes_sweeps(slurm: Cluster, repository: Path, world: list[str], tmp_path: Path) -> None:
+    job = submit_sweep(slurm, repository, world, tmp_path, "--array=0-1", "--ntasks=1")
+    for task in range(2):
+        assert slurm.ended(f"{job}_{task}", within=120) == "COMPLETED"
+    assert_swept(repository, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'sweep' is not installed")
+def test_ray_over_two_nodes_sweeps_is_preempted_and_comes_back(
+    slurm: Cluster, repository: Path, world: list[str], tmp_path: Path
+) -> None:
+    job = submit_sweep(slurm, repository, world, tmp_path, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
+    out = tmp_path / "out"
+    until(lambda: any(out.glob("trials/*/run/steps.txt")), repository, 180)
+    slurm.run("scancel", "--signal=USR2", "--batch", job)
+    until(lambda: slurm.field(job, "Restarts") != "0", repository, 120)
+    assert slurm.ended(job, within=180) == "COMPLETED", slurm.logs()
+    assert_swept(repository, out)

@@ -1,9 +1,10 @@
 """Every engine against one process: the whole game on tiny synthetic people, the extractor's weights compared.
 
-    python tools/engine_table.py [--out DIR] [--processes 2 4] [--steps 20]
+    python tools/engine_table.py [--out DIR] [--processes 2 4] [--steps 20] [--accumulate 3]
 
-prints docs/distributed.md's table: how far the extractor is from one process's after so many steps, relative, by its
-entry that is furthest from it and by the norm of all. Under zero3 every layer is in parts, small ones too.
+prints docs/distributed.md's tables: how far the extractor is from one process's after so many steps, relative, by its
+entry that is furthest from it and by the norm of all. Under zero3 every layer is in parts, small ones too. With
+``--accumulate`` the backbone is a small ViT, through which only the one process's batch goes whole.
 """
 
 import argparse
@@ -26,15 +27,17 @@ from ppreid_dist.settings import load_settings
 from ppreid_dist.training.launcher import KINDS, PRECISIONS
 
 _ROWS = 16
+_VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "image_size": 32, "patch_size": 8}  # fmt: skip
 
 
-def settings(out: Path, steps: int) -> list[str]:
+def settings(out: Path, steps: int, backbone: str) -> list[str]:
     """GAN and ridge, snapshots, an average; every batch can be shared by up to eight processes."""
     return [
         f"data.root={out / 'pictures'}", f"data.shards={out / 'shards'}", "data.height=32", "data.width=16",
         "data.synthetic={train: 24, unlabelled: 32, aux: 24, test: 10, cameras: 2, shots: 2, height: 32, width: 16}",
         "data.identities_per_batch=8", "data.pictures_per_identity=2", "data.strangers_split=unlabelled",
-        "data.augment.pad=2", "data.stream.backend=pillow", "model.backbone=configs/backbones/resnet_tiny",
+        "data.augment.pad=2", "data.stream.backend=pillow", f"model.backbone={backbone}",
         "optimiser.lr=0.002", "privacy.adversaries=[{kind: gan}, {kind: ridge}]",
         "privacy.ridge={strangers: 16, target_size: [8, 4]}", "reversal.size=[16,8]", "reversal.batch=8",
         "reversal.warm_steps=6", "reversal.generator={width: 8, noise_dim: 4}", "reversal.critic.width=8",
@@ -72,16 +75,25 @@ def difference(run: Path, reference: Path) -> str:
     return f"{largest:.1e}, {apart / math.hypot(*(float(t.norm()) for t in theirs.values())):.1e}"
 
 
-def table(out: Path, processes: list[int], steps: int) -> Iterator[str]:
+def small_vit(folder: Path) -> str:
+    """A backbone without batch norm."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(_VIT))
+    return str(folder)
+
+
+def table(out: Path, processes: list[int], steps: int, pieces: int) -> Iterator[str]:
     columns = [(number, precision) for number in processes for precision in PRECISIONS]
     yield "| engine | " + " | ".join(f"{n} processes, {precision}" for n, precision in columns) + " |"
     yield "| --- |" + " --- |" * len(columns)
-    chosen = settings(out, steps)
+    backbone = small_vit(out / "vit") if pieces > 1 else "configs/backbones/resnet_tiny"
+    chosen = settings(out, steps, backbone)
     prepare_shards(load_settings(Config, None, chosen).data, progress=False)
     bar = tqdm(total=len(PRECISIONS) + len(KINDS) * len(columns), unit="run")
 
     def run(name: str, number: int, kind: str, precision: str) -> Path:
-        train(out / name, number, kind, [*chosen, f"engine.precision={precision}"])
+        accumulate = 1 if number == 1 else pieces
+        train(out / name, number, kind, [*chosen, f"engine.precision={precision}", f"engine.accumulate={accumulate}"])
         bar.update()
         return out / name
 
@@ -100,9 +112,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the runs, which must be new (default: a temporary one)")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=1, metavar="PIECES")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        lines = list(table(options.out or Path(temporary), options.processes, options.steps))
+        lines = list(table(options.out or Path(temporary), options.processes, options.steps, options.accumulate))
     print("\n".join(lines))
 
 

@@ -46,6 +46,7 @@ TINY = [
     "reversal.size=[16,8]", "reversal.batch=8", "reversal.warm_steps=6", "reversal.generator={width: 8, noise_dim: 4}",
     "reversal.critic.width=8", "reversal.lazy={period: 3, catch_up: 4, window: 2}", "training.images=640",
     "training.warm=0.2", "training.checkpoint_every=1", "training.log_every=1", "probe.every=0",
+    "engine.timeout=45",
 ]  # fmt: skip
 
 
@@ -76,8 +77,12 @@ class Ranks:
         return all(process.poll() is None for process in self.processes)
 
     def wait(self) -> tuple[list[int], str]:
-        """Statuses and what was said, when all have ended; a process that outlives the others by far is an error."""
-        said = [process.communicate(timeout=PATIENCE)[0] for process in self.processes]
+        """Statuses and what was said, when all have ended. TimeoutExpired if one doesn't; it is killed."""
+        try:
+            said = [process.communicate(timeout=PATIENCE)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
         return [process.returncode for process in self.processes], "\n".join(said)
 
     def kill(self, ranks: list[int]) -> None:
@@ -87,9 +92,9 @@ class Ranks:
 
 def moment(kind: str, checkpoints: Path, chance: random.Random) -> Callable[[], bool]:
     """Whether now is the time to kill; asked every millisecond."""
-    first = sorted(checkpoints.glob("step_*"))[-1:]
+    first, left = sorted(checkpoints.glob("step_*"))[-1:], set(checkpoints.glob(".step_*.tmp/*"))
     if kind == "writing":
-        return lambda: any(checkpoints.glob(".step_*.tmp/*"))
+        return lambda: bool(set(checkpoints.glob(".step_*.tmp/*")) - left)
     if kind == "pruning":
         return lambda: len(list(checkpoints.glob("step_*"))) > 2
     delay, begun = chance.uniform(0, 0.5), [0.0]
@@ -104,6 +109,13 @@ def moment(kind: str, checkpoints: Path, chance: random.Random) -> Callable[[], 
 
 def attempt(kind: str, processes: int, arguments: list[str], run: Path, chance: random.Random) -> str | None:
     """Start, kill, clean up. None where it went as it must, else what went wrong; "finished" where it was too late."""
+    try:
+        return _attempt(kind, processes, arguments, run, chance)
+    except subprocess.TimeoutExpired:
+        return f"{kind}: a process outlived the others by {PATIENCE:.0f} s"
+
+
+def _attempt(kind: str, processes: int, arguments: list[str], run: Path, chance: random.Random) -> str | None:
     if kind == "full disk":
         # Enough for what is small, too little for the tensors.
         newest = sorted((run / "checkpoints").glob("step_*/tensors.safetensors"))
@@ -125,7 +137,7 @@ def attempt(kind: str, processes: int, arguments: list[str], run: Path, chance: 
     statuses, said = ranks.wait()
     if all(status == 0 for status in statuses):
         return "finished"
-    if any(status not in (0, 2, -signal.SIGKILL) for status in statuses):
+    if any(status not in (0, 1, -signal.SIGKILL) for status in statuses):
         return f"{kind}: statuses {statuses}: {said[-500:]}"
     return None
 

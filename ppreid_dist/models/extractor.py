@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.backbone import FeatureMap, build_backbone
@@ -87,15 +89,33 @@ class Extractor(nn.Module):
             nn.init.kaiming_normal_(self.reduce.weight, mode="fan_out")
         if self.classifier is not None:
             nn.init.normal_(self.classifier.weight, std=0.001)
+        self._pieces = 1
         # Not part of the state: they belong to the configuration.
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
+    def accumulate(self, pieces: int) -> None:
+        """Let a training batch pass the backbone in so many pieces, one after another.
+
+        A piece's activations are forgotten and made again in its turn of the backward, where its part of the gradient
+        is added up: there is memory for one piece only, and the losses still see the whole batch (Gao et al.,
+        "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021). ConfigError for a backbone
+        with batch norm, to which a piece isn't the batch.
+        """
+        if pieces > 1 and any(isinstance(module, _BatchNorm) for module in self.backbone.modules()):
+            raise ConfigError(
+                f"engine.accumulate: {self.config.backbone} has batch norm, which takes its statistics from the whole "
+                f"batch; use 1, more processes, or a backbone without it (ViT, DINOv2, Swin)"
+            )
+        self._pieces = pieces
+
     def forward(self, x_B3HW: Tensor) -> ExtractorOutput:
-        features = self.backbone((x_B3HW - self.mean) / self.std)
-        # All that follows is cheap, and a feature in bf16 would keep three digits.
+        if self.training and self._pieces > 1:
+            pieces = x_B3HW.tensor_split(min(self._pieces, len(x_B3HW)))
+            pooled_BD = torch.cat([checkpoint(self._pooled_map, piece, use_reentrant=False) for piece in pieces])
+        else:
+            pooled_BD = self._pooled_map(x_B3HW)
         with torch.autocast(x_B3HW.device.type, enabled=False):
-            pooled_BD = self._pool(features)
             embedding_BD = self.neck(pooled_BD)
             logits_BC = embedding_BD[:, :0] if self.classifier is None else self.classifier(embedding_BD)
             return ExtractorOutput(pooled_BD, embedding_BD, self.stored(embedding_BD), logits_BC)
@@ -104,6 +124,12 @@ class Extractor(nn.Module):
         """T: the embedding (B, D) as a gallery keeps it, of unit norm (to a rounding, if quantised), fp32."""
         stored_BD = F.normalize(embedding_BD, dim=1)
         return stored_BD if self.config.quantise == "none" else quantise_int8(stored_BD)
+
+    def _pooled_map(self, x_B3HW: Tensor) -> Tensor:
+        features = self.backbone((x_B3HW - self.mean) / self.std)
+        # All that follows is cheap, and a feature in bf16 would keep three digits.
+        with torch.autocast(x_B3HW.device.type, enabled=False):
+            return self._pool(features)
 
     def _pool(self, features: FeatureMap) -> Tensor:
         if self.config.pooling == "cls":

@@ -14,9 +14,8 @@ _BLOCK = 1024  # identities drawn at a time
 class SplitHead(nn.Module):
     """A classifier without bias, of which this process has its ``distributed.share`` of rows.
 
-    ``losses.identity.split_identity_loss`` takes its logits.
-
-    Not synchronised: each process trains its own rows, from the features of all.
+    ``losses.identity.split_identity_loss`` takes its logits. Not synchronised: each process trains
+    its own rows, from the features of all.
     """
 
     def __init__(self, dim: int, classes: int):

@@ -60,11 +60,13 @@ def draw_report(report: dict[str, Any]) -> dict[str, Drawing]:
             jobs[f"curve_{name}"] = partial(_curve, axis)
     if report["probe"] and report["probe"]["history"]:
         jobs["probe"] = partial(_probe, report["probe"])
-    drawings = {}
-    for name, job in jobs.items():
-        light, dark = (_png(job, theme, f"{report['name']}: {report['protocol']}") for theme in (LIGHT, DARK))
-        drawings[name] = Drawing(light, dark)
-    return drawings
+    description = f"{report['name']}: {report['protocol']}"
+    return {name: draw(job, description) for name, job in jobs.items()}
+
+
+def draw(job: Callable[[Theme], Figure], description: str) -> Drawing:
+    """A figure on both grounds; a figure that travels keeps its ``description``."""
+    return Drawing(*(_png(job, theme, description) for theme in (LIGHT, DARK)))
 
 
 def draw_strip(pictures_K3hw: np.ndarray, *, height: int = 192) -> bytes:
@@ -127,17 +129,19 @@ def _style(theme: Theme) -> Iterator[None]:
 def _png(job: Callable[[Theme], Figure], theme: Theme, description: str) -> bytes:
     with _style(theme):
         file = io.BytesIO()
-        metadata = {"Software": None, "Description": description}  # a figure that travels keeps its protocol
+        metadata = {"Software": None, "Description": description}
         FigureCanvasAgg(job(theme)).print_png(file, metadata=metadata)
         return file.getvalue()
 
 
-def _canvas(height: float) -> tuple[Figure, Axes]:
+def canvas(height: float) -> tuple[Figure, Axes]:
+    """A figure of the page's width and so many inches."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
+    """Above the axes, in a row."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
 
@@ -152,7 +156,7 @@ def _attacker_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
 
 def _scores(axis: dict[str, Any], theme: Theme) -> Figure:
     rows = ranked(axis["attackers"])
-    figure, axes = _canvas(1.25 + ROW * len(rows))
+    figure, axes = canvas(1.25 + ROW * len(rows))
     y = np.arange(len(rows))
     floor, protected, control = (_numbers([row[key] for _, row in rows]) for key in ("floor", "protected", "control"))
     works = np.array([row["status"] != "broken" for _, row in rows])
@@ -172,13 +176,13 @@ def _scores(axis: dict[str, Any], theme: Theme) -> Figure:
     if scored.size:
         margin = 0.04 * (np.ptp(scored) or 1)
         axes.set_xlim(scored.min() - margin, scored.max() + margin)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def _leak(axis: dict[str, Any], theme: Theme) -> Figure:
     rows = ranked(axis["attackers"])
-    figure, axes = _canvas(1.25 + ROW * len(rows))
+    figure, axes = canvas(1.25 + ROW * len(rows))
     left, right = -0.12, 1.2
     for y, (name, row) in enumerate(rows):
         r = row["r"]
@@ -201,12 +205,12 @@ def _leak(axis: dict[str, Any], theme: Theme) -> Figure:
     _attacker_rows(axes, [name for name, _ in rows], theme)
     axes.set_xlim(left, right)
     axes.set_xlabel("each attacker's own ratio, with its interval; r of all")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def _curve(axis: dict[str, Any], theme: Theme) -> Figure:
-    figure, axes = _canvas(3.1)
+    figure, axes = canvas(3.1)
     points = sorted(axis["curve"], key=lambda point: point["n"])
     n = np.array([point["n"] for point in points])
     axes.axhline(1, color=theme.control, linewidth=1.4, label="unprotected")
@@ -230,7 +234,7 @@ def _curve(axis: dict[str, Any], theme: Theme) -> Figure:
     axes.grid(axis="y")
     axes.set_xlabel("people the attacker trained on (logarithmic)")
     axes.set_ylabel("residual leak r@n")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -246,7 +250,7 @@ def _log_ticks(axes: Axes, n: np.ndarray) -> None:
 
 
 def _probe(probe: dict[str, Any], theme: Theme) -> Figure:
-    figure, axes = _canvas(2.9)
+    figure, axes = canvas(2.9)
     images, apparent, fresh = (_numbers([p[key] for p in probe["history"]]) for key in ("images", "apparent", "fresh"))
     marker = "o" if len(images) < 40 else ""
     line: dict[str, Any] = {"color": theme.protected, "marker": marker, "markersize": 3.5}
@@ -259,7 +263,7 @@ def _probe(probe: dict[str, Any], theme: Theme) -> Figure:
     axes.grid(axis="y")
     axes.set_xlabel("images seen in training")
     axes.set_ylabel(f"error ({probe['unit']})")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 

@@ -76,7 +76,8 @@ def load_report(file: str | Path) -> dict[str, Any]:
     return report
 
 
-def _render(report: dict[str, Any], drawings: dict[str, Drawing], panel: Panel | None, strips: dict[str, bytes]) -> str:
+def templates() -> jinja2.Environment:
+    """The pages' templates, with the filters by which they write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -94,15 +95,25 @@ def _render(report: dict[str, Any], drawings: dict[str, Drawing], panel: Panel |
         ranked=ranked,
         gauge=_gauge,
     )
-    return environment.get_template("report.html").render(
-        report=report,
-        verdict=write_verdict(report),
-        light=LIGHT,
-        dark=DARK,
-        figure=lambda name, alt: _picture(drawings[name], alt) if name in drawings else Markup(""),
-        percent_of=percent,
-        panel=panel,
-        strips=[(words, len(panel.row(row)), _data(strips[row])) for row, words in PANEL_ROWS.items()] if panel else [],
+    return environment
+
+
+def _render(report: dict[str, Any], drawings: dict[str, Drawing], panel: Panel | None, strips: dict[str, bytes]) -> str:
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            report=report,
+            verdict=write_verdict(report),
+            light=LIGHT,
+            dark=DARK,
+            figure=lambda name, alt: picture(drawings[name], alt) if name in drawings else Markup(""),
+            percent_of=percent,
+            panel=panel,
+            strips=[(words, len(panel.row(row)), _data(strips[row])) for row, words in PANEL_ROWS.items()]
+            if panel
+            else [],
+        )
     )
 
 
@@ -110,7 +121,7 @@ def _data(png: bytes) -> str:
     return "data:image/png;base64," + b64encode(png).decode()
 
 
-def _picture(drawing: Drawing, alt: str) -> Markup:
+def picture(drawing: Drawing, alt: str) -> Markup:
     """The drawing for the reader's ground; paper takes the light one."""
     return Markup(
         '<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}"></picture>'

@@ -142,7 +142,8 @@ class CheckpointFolder:
             except DataError as error:
                 raise RunError(str(error)) from error
         write_text(self.folder / "latest", target.name + "\n")
-        for old in sorted(self.folder.glob("step_*"))[: -self._keep]:
+        killed = self.folder.glob(".step_*.tmp")  # what a process left that was killed while it wrote
+        for old in [*sorted(self.folder.glob("step_*"))[: -self._keep], *killed]:
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
         return target

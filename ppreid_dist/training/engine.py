@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
-from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched
+from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched, meet_again
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -54,6 +55,13 @@ class EngineConfig(Settings):
         "torch.compile of each player's forward, by this backend (under ddp; not of a critic under R1, which is "
         "differentiated twice)",
         choices=("no", "inductor", "aot_eager"),
+    )
+    accumulate: int = option(
+        0,
+        "pieces in which a process's pictures pass the extractor's backbone, one after another: less memory, a forward "
+        "more of time, the same gradient; not for a backbone with batch norm; 0 takes the launcher's "
+        "gradient_accumulation_steps, else 1",
+        at_least=0,
     )
     timeout: float = option(
         1800.0, "seconds after which a process that waits for another gives it up; a probe must end sooner", more_than=0
@@ -239,17 +247,27 @@ class Engine:
         kind: str,
         precision: str,
         *,
+        accumulate: int,
         compile: str,
         launched: Launched,
         timeout: float,
         run_folder: Path,
         loggers: Sequence[Any] = (),
     ):
-        self.kind, self.precision, self.compile, self.launched = kind, precision, compile, launched
+        self.kind, self.precision, self.accumulate, self.compile = kind, precision, accumulate, compile
+        self.launched = launched
         expected = int(os.environ.get("WORLD_SIZE", "1"))
-        self.accelerator = Accelerator(
-            log_with=list(loggers) or None, project_dir=str(run_folder), **self._options(timeout)
-        )
+        options = self._options(timeout)
+        try:
+            meet_again(timeout)
+            self.accelerator = Accelerator(log_with=list(loggers) or None, project_dir=str(run_folder), **options)
+        except dist.DistError as error:
+            self.forget()
+            what = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"WORLD_SIZE: not all of the {expected} processes met within {timeout:g} s (engine.timeout), at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {what}"
+            ) from error
         seen = self.accelerator.num_processes
         if seen != expected or distributed.world_size() != expected:
             self.forget()
@@ -263,6 +281,7 @@ class Engine:
         return {
             "cpu": not torch.cuda.is_available(),
             "mixed_precision": self.precision,
+            "gradient_accumulation_plugin": one_step(),
             "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         }
 
@@ -308,10 +327,17 @@ class Engine:
         AcceleratorState._reset_state()
 
 
+def one_step() -> GradientAccumulationPlugin:
+    """For Accelerate, which would otherwise divide losses by the launcher's number: a step is one backward here."""
+    return GradientAccumulationPlugin(num_steps=1)
+
+
 def open_engine(config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any] = ()) -> Engine:
     """The engine that configuration and launcher agree on. ConfigError where they contradict each other."""
     launched = Launched.read()
-    kind, precision = launched.agreed(config.kind, config.precision)
+    kind, precision, accumulate = launched.agreed(config.kind, config.precision, config.accumulate)
+    if accumulate > 1 and config.compile != "no":
+        raise ConfigError(f"engine.accumulate: {accumulate} isn't compiled; use engine.compile=no")
     made = Engine
     if kind != "ddp":
         if find_spec("deepspeed") is None:
@@ -324,6 +350,7 @@ def open_engine(config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any
     return made(
         kind,
         precision,
+        accumulate=accumulate,
         compile=config.compile,
         launched=launched,
         timeout=config.timeout,

@@ -6,8 +6,12 @@ A user's own `accelerate config` file arrives here. Nothing of it is dropped sil
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
 
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.storage import read_json
@@ -15,16 +19,19 @@ from ppreid_dist.storage import read_json
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("no", "bf16")
 _PREFIX = "ACCELERATE_"
-_FIELDS = {"zero_stage", "gradient_clipping", "gradient_accumulation_steps", "offload_optimizer_device",
-           "offload_param_device"}  # fmt: skip
+_STEPS = "gradient_accumulation_steps"
+_FIELDS = {"zero_stage", "gradient_clipping", _STEPS, "offload_optimizer_device", "offload_param_device"}
+_Value = TypeVar("_Value", str, int)
 
 
 @dataclass(frozen=True)
 class Launched:
-    """``kind`` and ``precision`` are None where it doesn't say; ``deepspeed`` is what it says to DeepSpeed."""
+    """``kind``, ``precision`` and ``accumulate`` are None where it doesn't say; ``deepspeed`` is what it says to
+    DeepSpeed."""
 
     kind: str | None = None
     precision: str | None = None
+    accumulate: int | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -37,26 +44,68 @@ class Launched:
         # The launcher says "no" whether or not its user did.
         found = None if precision == "no" else precision
         if said.get("USE_DEEPSPEED", "false").lower() != "true":
-            return cls(precision=found)
+            return cls(precision=found, accumulate=_steps(said.get(_STEPS.upper())))
         deepspeed = _deepspeed(said)
         if "torch_autocast" in deepspeed:
             found = "bf16" if deepspeed["torch_autocast"].get("enabled") else "no"
-        return cls(kind=f"zero{deepspeed['zero_optimization']['stage']}", precision=found, deepspeed=deepspeed)
+        return cls(
+            kind=f"zero{deepspeed['zero_optimization']['stage']}",
+            precision=found,
+            accumulate=_steps(deepspeed.get(_STEPS)),
+            deepspeed=deepspeed,
+        )
 
-    def agreed(self, kind: str, precision: str) -> tuple[str, str]:
-        """``engine.kind`` and ``engine.precision`` with `auto` resolved. ConfigError for a contradiction."""
-        return _agreed("kind", kind, self.kind, "ddp"), _agreed("precision", precision, self.precision, "no")
+    def agreed(self, kind: str, precision: str, accumulate: int) -> tuple[str, str, int]:
+        """``engine.kind``, ``precision`` and ``accumulate``, with `auto` and 0 resolved. ConfigError for a
+        contradiction."""
+        return (
+            _agreed("kind", kind, self.kind, auto="auto", otherwise="ddp"),
+            _agreed("precision", precision, self.precision, auto="auto", otherwise="no"),
+            _agreed("accumulate", accumulate, self.accumulate, auto=0, otherwise=1),
+        )
 
 
-def _agreed(key: str, configured: str, launched: str | None, otherwise: str) -> str:
-    if configured == "auto":
-        return launched or otherwise
+def _agreed(key: str, configured: _Value, launched: _Value | None, *, auto: _Value, otherwise: _Value) -> _Value:
+    if configured == auto:
+        return otherwise if launched is None else launched
     if launched not in (None, configured):
         raise ConfigError(
-            f"engine.{key}: the configuration says {configured} but the launcher says {launched}; leave it at auto, or "
-            f"launch without it"
+            f"engine.{key}: the configuration says {configured} but the launcher says {launched}; leave it at {auto}, "
+            f"or launch without it"
         )
     return configured
+
+
+def _steps(said: str | int | None) -> int | None:
+    """Gradient accumulation as the launcher says it: 1 is its default and contradicts nothing."""
+    try:
+        steps = 1 if said in (None, "auto") else int(said)
+    except ValueError:
+        steps = 0
+    if steps < 1:
+        raise ConfigError(f"engine.accumulate: the launcher's {_STEPS} is {said}, not a number from 1 on")
+    return steps if steps > 1 else None
+
+
+def meet_again(timeout: float) -> None:
+    """Form the process group where a launcher has started its processes again (``--max_restarts``).
+
+    Its store still holds what those before wrote, and torch 2.13 takes their addresses for the present ones: by
+    chance it fails or hangs. Under a name of their own the new ones find each other only. Else Accelerate forms the
+    group.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0":
+        return
+    wait = timedelta(seconds=timeout)
+    store, rank, processes = next(dist.rendezvous("env://", timeout=wait))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"restart {restart}", store),
+        rank=rank,
+        world_size=processes,
+        timeout=wait,
+    )
 
 
 def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
@@ -76,7 +125,7 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
         }
         settings = {
             "zero_optimization": {"stage": int(said.get("DEEPSPEED_ZERO_STAGE", "2")), **offload},
-            "gradient_accumulation_steps": said.get("GRADIENT_ACCUMULATION_STEPS", "1"),
+            _STEPS: said.get(_STEPS.upper(), "auto"),
             "gradient_clipping": said.get("GRADIENT_CLIPPING", "auto"),
         }
     zero = settings.get("zero_optimization", {})
@@ -93,10 +142,6 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
         (
             any(settings.get(key, "auto") != "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu")),
             "train_batch_size, train_micro_batch_size_per_gpu: auto, since data says it",
-        ),
-        (
-            str(settings.get("gradient_accumulation_steps", "auto")) not in ("1", "auto"),
-            "gradient_accumulation_steps: a batch is one step here",
         ),
         (
             any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")),

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ppreid_dist import distributed
-from ppreid_dist.errors import RunError, Stopped
+from ppreid_dist.errors import LostError, RunError, Stopped
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
@@ -105,7 +105,8 @@ class Runner:
     def run(self) -> dict[str, Any]:
         """Train from ``self.step`` to the end; returns what result.json holds.
 
-        RunError if a gradient is not finite or another process is lost; Stopped, with a checkpoint, if asked to stop.
+        RunError if a gradient is not finite, LostError if another process is gone; Stopped, with a checkpoint, if asked
+        to stop.
         """
         bar = tqdm(
             total=self.total, initial=self.step, desc=f"train {self.folder.name}", unit="step",
@@ -137,7 +138,7 @@ class Runner:
             if not distributed.lost_contact(error):
                 raise
             what = " ".join(str(error).split())[:200]
-            raise RunError(f"{self.folder}: step {self.step}: another process died or hangs: {what}") from error
+            raise LostError(f"{self.folder}: step {self.step}: another process died or hangs: {what}") from error
         finally:
             self.requests.close()
             bar.close()

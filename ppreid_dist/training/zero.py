@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.batchnorm import convert_batchnorm
-from ppreid_dist.training.engine import Engine, Held, NotFinite
+from ppreid_dist.training.engine import Engine, Held, NotFinite, one_step
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,6 +56,7 @@ class ZeroEngine(Engine):
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
         return {
             "deepspeed_plugins": {"": self._plugin(self.stage, 0.0)},
+            "gradient_accumulation_plugin": one_step(),
             "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend)],
         }
 
@@ -116,7 +117,7 @@ class _Partitioned(Held):
         self._device = next(module.parameters()).device
         # What DeepSpeed has taken over can't be copied: it holds hooks, groups and, in stage 3, empty weights.
         self._shape = copy.deepcopy(module).to("meta")
-        self._accelerator = Accelerator()
+        self._accelerator = Accelerator(gradient_accumulation_plugin=one_step())
         try:
             self.forward, _ = self._accelerator.prepare(module, make_optimiser(self.parameters, config))
         except ValueError as error:  # how Accelerate and DeepSpeed refuse a setting

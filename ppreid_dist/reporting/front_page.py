@@ -1,0 +1,62 @@
+"""A sweep's front as files that need nothing else:
+
+front.json         every number (docs/sweep.md)
+front.csv          a line a trial
+front.html         the front as one page: no script, no request
+front/*.png        the page's figures, for a paper
+"""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ppreid_dist.reporting.figures import DARK, LIGHT
+from ppreid_dist.reporting.front_figures import draw_front
+from ppreid_dist.reporting.page import picture, templates
+from ppreid_dist.reporting.verdict import axis_title
+from ppreid_dist.storage import atomic, write_json, write_text
+
+_FIGURES = ("value", "low", "high")
+
+
+def write_front(front: dict[str, Any], folder: Path) -> None:
+    """Write all of them, each whole or not at all. DataError naming the file that could not be written."""
+    drawings = draw_front(front)
+    page = templates().get_template("front.html")
+    written = page.render(
+        front=front,
+        light=LIGHT,
+        dark=DARK,
+        figure=lambda name, alt: picture(drawings[name], alt) if name in drawings else Markup(""),
+        axes={axis: axis_title(axis) for axis in front["front"]},
+    )
+    write_json(folder / "front.json", front)
+    write_text(folder / "front.csv", _table(front))
+    for name, drawing in drawings.items():
+        with atomic(folder / "front" / f"{name}.png") as temporary:
+            temporary.write_bytes(drawing.light)
+    write_text(folder / "front.html", written)
+
+
+def _table(front: dict[str, Any]) -> str:
+    """Empty is what was not or could not be measured."""
+    keys = sorted({key for row in front["trials"] for key in row["settings"]})
+    names = ["name", "point", "seed", "status", "reason", *keys, "mAP", "control_mAP"]
+    names += [f"utility_{end}" for end in _FIGURES]
+    for axis in front["front"]:
+        names += [f"{axis}_leak_{end}" for end in _FIGURES] + [f"{axis}_attacker", f"{axis}_urr"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in front["trials"]:
+        cells = {**row, **row["settings"]}
+        if row["status"] == "done":
+            cells |= {f"utility_{end}": row["utility"][end] for end in _FIGURES}
+            for axis, figures in row["axes"].items():
+                cells |= {f"{axis}_leak_{end}": figures["leak"][end] for end in _FIGURES}
+                cells |= {f"{axis}_attacker": figures["leak"]["attacker"], f"{axis}_urr": figures["urr"]["display"]}
+        writer.writerow(cells)
+    return out.getvalue()

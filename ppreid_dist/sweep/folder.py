@@ -1,0 +1,137 @@
+"""A sweep's folder, which is all that its processes share: whoever can read it can go on with it.
+
+OUT/
+    sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
+    shared/NAME/            the judge's run and each control's; NAME.json beside it: why it failed
+    trained/                trainings of attackers, kept for all trials; CONTROL.done: its ceilings and floors are there
+    trials/NAME/
+        settings.json       the point and the seed
+        run/                the training's folder
+        attack/             what `ppreid attack` wrote; `ppreid report` makes its page
+        log.txt             all that they said
+        trial.json          the trial's row; when it is there, the trial is finished
+    claims/                 who does what, see ``claims``
+    ray/                    Ray Tune's own files
+    front.json  front.csv  front.html  front/*.png
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ppreid_dist.errors import ConfigError, DataError, RunError
+from ppreid_dist.experiment import Config, flat
+from ppreid_dist.settings import load_settings, to_dict
+from ppreid_dist.storage import read_json, write_json
+from ppreid_dist.sweep.claims import Claims
+from ppreid_dist.sweep.config import SweepConfig
+from ppreid_dist.sweep.space import Trial, as_overrides, corners, grid_trials
+
+# What may differ when a sweep goes on: nothing of it is in a trial's figures.
+_FREE = ("output", "concurrent", "resources.", "min_utility", "axis")
+_PARTS = ("shared", "trained", "trials", "claims")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """``path`` is absolute. The configuration's paths may be relative to the working directory, where train.py is."""
+
+    path: Path
+    config: SweepConfig
+
+    @property
+    def claims(self) -> Claims:
+        return Claims(self.path / "claims")
+
+    def of(self, trial: Trial) -> Path:
+        return self.path / "trials" / trial.name
+
+    def row(self, trial: Trial) -> dict[str, Any] | None:
+        """The row of a finished trial."""
+        file = self.of(trial) / "trial.json"
+        return read_json(file) if file.is_file() else None
+
+    def known(self) -> list[Trial]:
+        """All trials of a grid; of a search, those that were begun, in the order of their beginning."""
+        if self.config.grid:
+            return grid_trials(self.config)
+        begun = sorted((self.path / "trials").glob("*/settings.json"), key=lambda file: file.stat().st_mtime_ns)
+        return [Trial(**read_json(file)) for file in begun]
+
+    def begin(self, trial: Trial) -> Path:
+        """The trial's folder, with its settings in it."""
+        file = self.of(trial) / "settings.json"
+        if not file.is_file():
+            write_json(file, {"settings": dict(trial.settings), "seed": trial.seed})
+        return file.parent
+
+    def run_config(self, overrides: list[str]) -> Config:
+        """A run's configuration: the base, the settings of all, and these. Not to be changed."""
+        return _load(self.config.base, (*self.config.settings, *overrides))
+
+    def forget_failures(self) -> None:
+        """Let what failed be tried again."""
+        for file in (self.path / "shared").glob("*.json"):
+            file.unlink()
+        for file in (self.path / "trials").glob("*/trial.json"):
+            if read_json(file)["status"] == "failed":
+                file.unlink()
+
+
+@lru_cache(maxsize=256)
+def _load(base: str, settings: tuple[str, ...]) -> Config:
+    return load_settings(Config, base, settings)
+
+
+def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
+    """The sweep's folder, made where there is none, with the space checked.
+
+    ConfigError for a run key that doesn't exist or a value that it can't have; RunError where the folder holds a sweep
+    and ``resume`` is false, or another sweep; DataError where it can't be written.
+    """
+    folder = Folder(Path(config.output).resolve(), config)
+    if not Path("train.py").is_file():
+        raise RunError(f"{Path('train.py').resolve()}: not there: start a sweep from the repository's root")
+    base = folder.run_config([])
+    for settings in corners(config):
+        folder.run_config(as_overrides(settings))
+    for seed in config.seeds:
+        if judge_seed(folder) == seed:
+            raise ConfigError(f"judge: its seed {seed} is one of seeds; a judge of its own mind needs another")
+    asked = {"sweep": to_dict(config), "base": to_dict(base)}
+    file = folder.path / "sweep.json"
+    if file.is_file():
+        if not resume:
+            raise RunError(f"{config.output}: holds a sweep already; continue it by --resume or choose another output")
+        _check_same(read_json(file), asked, file)
+    elif folder.path.is_dir() and any(not item.name.startswith(".") for item in folder.path.iterdir()):
+        raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
+    else:
+        write_json(file, asked)  # first of all: another task of an array may look meanwhile
+    try:
+        for part in _PARTS:
+            (folder.path / part).mkdir(parents=True, exist_ok=True)
+        probe = folder.path / "claims" / f".{os.getpid()}.writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"{config.output}: could not be written: {error.strerror or error}") from error
+    return folder
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+    for part in ("sweep", "base"):
+        old, new = (dict(flat(asked[part])) for asked in (before, now))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and not (part == "sweep" and key.startswith(_FREE)):
+                where = key if part == "sweep" else f"base, {key}"
+                raise ConfigError(f"{where}: is {new.get(key)!r} but {file} was begun with {old.get(key)!r}")
+
+
+def judge_seed(folder: Folder) -> int:
+    """The judge's seed: as configured, or else the first that no trial has."""
+    given = [setting for setting in folder.config.judge if setting.startswith("seed=")]
+    return folder.run_config(given).seed if given else max(folder.config.seeds) + 1

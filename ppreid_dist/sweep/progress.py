@@ -1,0 +1,82 @@
+"""A table of a sweep while it runs, made from its folder alone."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from ppreid_dist.sweep.folder import Folder
+from ppreid_dist.sweep.front import make_points, recommend
+from ppreid_dist.sweep.space import Trial
+from ppreid_dist.training.tracking import read_metrics
+
+EVERY = 60.0  # seconds between tables while nothing begins or ends
+
+
+class Progress:
+    """Says the table when a trial has begun or ended, and now and then."""
+
+    def __init__(self, folder: Folder, say: Callable[[str], None]):
+        self.folder, self.say = folder, say
+        self._seen: list[str] = []
+        self._said = 0.0
+
+    def look(self) -> None:
+        rows = [(trial, self.folder.row(trial)) for trial in self.folder.known()]
+        held = self.folder.claims.held()
+        states = [row["status"] if row else "running" if trial.name in held else "waiting" for trial, row in rows]
+        if states != self._seen or time.monotonic() - self._said > EVERY:
+            self._seen, self._said = states, time.monotonic()
+            self.say(table(self.folder, [(t, row, state) for (t, row), state in zip(rows, states, strict=True)]))
+
+
+def table(folder: Folder, trials: list[tuple[Trial, dict[str, Any] | None, str]]) -> str:
+    """A line on the whole, then a line for each trial."""
+    rows = [row for _, row, _ in trials if row is not None]
+    count = Counter(state for *_, state in trials)
+    expected = max(len(trials), 0 if folder.config.grid else folder.config.trials * len(folder.config.seeds))
+    parts = [f"{count['done']} of {expected} done", f"{count['running']} running"]
+    parts += [f"{count[state]} {state}" for state in ("failed", "stopped") if count[state]]
+    points = make_points(rows)
+    if best := recommend(points, folder.config.axis, folder.config.min_utility):
+        parts.append(f"best so far {best}")
+    if left := time_left(rows, expected - len(rows), count["running"]):
+        parts.append(f"about {left} left")
+    width = max(len(trial.name) for trial, *_ in trials) if trials else 0
+    lines = [f"  {state:8} {trial.name:{width}}  {_detail(folder, trial, row, state)}" for trial, row, state in trials]
+    return "\n".join([f"{folder.path.name}: {', '.join(parts)}", *(line.rstrip() for line in lines)])
+
+
+def time_left(rows: list[dict[str, Any]], missing: int, running: int) -> str | None:
+    """Trials that are missing, at the mean time of those that are done, as many at a time as run now."""
+    spans = [_seconds(row) for row in rows if row["status"] == "done"]
+    if not spans or not missing:
+        return None
+    seconds = sum(spans) / len(spans) * missing / max(1, running)
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return (datetime.fromisoformat(row["ended"]) - datetime.fromisoformat(row["began"])).total_seconds()
+
+
+def _detail(folder: Folder, trial: Trial, row: dict[str, Any] | None, state: str) -> str:
+    if row is None:
+        return _stage(folder, trial) if state == "running" else ""
+    if row["status"] != "done":
+        return str(row["reason"])
+    leaks = ", ".join(f"{axis} r {_number(figures['leak']['value'])}" for axis, figures in row["axes"].items())
+    return f"mAP {row['mAP']:.3f} of {row['control_mAP']:.3f}, {leaks}, {_seconds(row) / 60:.1f} min"
+
+
+def _stage(folder: Folder, trial: Trial) -> str:
+    run = folder.of(trial) / "run"
+    if (run / "model" / "extractor.json").is_file():
+        return "attack"
+    metrics = read_metrics(run / "metrics.jsonl")
+    return f"training, {metrics[-1]['images']:,} pictures" if metrics else "training"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"

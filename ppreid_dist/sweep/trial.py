@@ -1,0 +1,219 @@
+"""One trial, from its settings to its row: train, see to the control and the judge, attack.
+
+The trial trains first, and only then needs the control and the judge. Of several trials that come to that point, one
+trains the control, the next one the judge, and the others wait.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ppreid_dist.assessment import METHOD
+from ppreid_dist.data.dataset import open_training, prepare_shards
+from ppreid_dist.errors import PPReIDError, Stopped
+from ppreid_dist.experiment import FREE, flat
+from ppreid_dist.settings import to_dict
+from ppreid_dist.storage import read_json, write_json
+from ppreid_dist.sweep.claims import Claim
+from ppreid_dist.sweep.config import WEIGHT
+from ppreid_dist.sweep.folder import Folder, judge_seed
+from ppreid_dist.sweep.guard import guarded
+from ppreid_dist.sweep.programs import Programs, TrialFailed, carry_out
+from ppreid_dist.sweep.space import Trial, as_overrides
+
+Look = Callable[[Path], None]  # is shown a training's folder while it trains
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of train.py: its folder, its settings beside those of all, and where what it says is kept."""
+
+    role: str
+    name: str
+    run: Path
+    overrides: list[str]
+    log: Path
+
+    @property
+    def finished(self) -> Path:
+        """The last file that a training writes."""
+        return self.run / "model" / "extractor.json"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Does trials of a sweep, one at a time."""
+
+    folder: Folder
+    programs: Programs = field(default_factory=Programs)
+    wait: float = 2.0  # seconds between looks at what others do
+
+    def do(self, trial: Trial, claim: Claim, look: Look = lambda run: None) -> dict[str, Any]:
+        """The trial's row, also written; a trial that fails has a row with its reason. Stopped passes through."""
+        began = time.time()
+        with guarded(claim) as environment:
+            self.folder.begin(trial)
+            try:
+                found = self._measure(trial, claim, environment, look)
+            except (TrialFailed, PPReIDError) as failure:
+                found = {"status": "failed", "reason": str(failure)}
+            if claim.outdone():
+                raise Stopped(f"{trial.name}: another process took it over")
+            return self.note(trial, found, began)
+
+    def note(self, trial: Trial, found: dict[str, Any], began: float) -> dict[str, Any]:
+        """Write the trial's row: it is finished."""
+        weight = trial.settings.get(WEIGHT, self.folder.run_config([]).privacy.weight)
+        row = {
+            "name": trial.name,
+            "point": trial.point,
+            "settings": dict(trial.settings),
+            "weight": weight,
+            "seed": trial.seed,
+            **found,
+            "began": _stamp(began),
+            "ended": _stamp(time.time()),
+        }
+        write_json(self.folder.of(trial) / "trial.json", row)
+        return row
+
+    def _measure(self, trial: Trial, claim: Claim, environment: dict[str, str], look: Look) -> dict[str, Any]:
+        place = self.folder.of(trial)
+        protected = Training("training", trial.name, place / "run", trial.overrides, place / "log.txt")
+        self._train(protected, claim, environment, look)
+        control, judge = self._control(trial), self._judge()
+        self._see_to([control, judge])
+        self._attack(place, protected, control, judge, claim, environment)
+        return _row(read_json(place / "attack" / "attack.json")["report"], control.name, judge.name)
+
+    def _attack(
+        self,
+        place: Path,
+        protected: Training,
+        control: Training,
+        judge: Training,
+        claim: Claim,
+        environment: dict[str, str],
+    ) -> None:
+        out, trained = place / "attack", self.folder.path / "trained"
+        runs = ("--control", control.run, "--protected", protected.run, "--judge", judge.run)
+        command = self.programs.attack([str(word) for word in (*runs, "--out", out, "--trained", trained)])
+
+        def attack(claim: Claim, environment: dict[str, str]) -> None:
+            self._start(command, out / "attack.json", "attack", claim, environment, place / "log.txt")
+
+        ceilings = trained / f"{control.name}.done"
+        while not ceilings.exists():  # they and the floors are the first one's to make, and the others' to wait for
+            if (first := self.folder.claims.take(ceilings.name)) is None:
+                time.sleep(self.wait)
+                continue
+            with guarded(first) as its_environment:
+                attack(first, its_environment)
+                ceilings.touch()
+        if not (out / "attack.json").is_file():
+            attack(claim, environment)
+
+    # --- what trials share --------------------------------------------------------------------------------------
+
+    def see_to_shards(self) -> None:
+        """The pictures' shards, written by whoever comes first."""
+        data = self.folder.run_config([]).data
+        while not (Path(data.shards) / "meta.json").is_file():
+            if (claim := self.folder.claims.take("shards")) is None:
+                time.sleep(self.wait)
+                continue
+            with guarded(claim):
+                prepare_shards(data, progress=False)
+
+    def _control(self, trial: Trial) -> Training:
+        """The same training without protection: what it varies of the method takes no part in it."""
+        rest = {key: value for key, value in trial.settings.items() if not key.startswith(METHOD)}
+        return self._shared("control", [*as_overrides(rest), f"seed={trial.seed}", f"{WEIGHT}=0"])
+
+    def _judge(self) -> Training:
+        return self._shared("judge", [f"seed={judge_seed(self.folder)}", f"{WEIGHT}=0", *self.folder.config.judge])
+
+    def _shared(self, role: str, overrides: list[str]) -> Training:
+        """Found by all that it is made of: data, backbone, schedule, seed."""
+        config = self.folder.run_config(overrides)
+        made_of = [item for item in flat(to_dict(config)) if not item[0].startswith((*METHOD, *FREE))]
+        made_of.append(("pictures", open_training(config.data).fingerprint))
+        name = f"{role}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]}"
+        shared = self.folder.path / "shared"
+        return Training(f"the {role}", name, shared / name, overrides, shared / f"{name}.log")
+
+    def _see_to(self, trainings: list[Training]) -> None:
+        """Return when all of them are done, by whomever. TrialFailed if one can't be."""
+        while wanted := [training for training in trainings if not training.finished.is_file()]:
+            for training in wanted:
+                failed = training.run.with_suffix(".json")
+                if failed.is_file():
+                    raise TrialFailed(read_json(failed)["reason"])
+                if (claim := self.folder.claims.take(training.name)) is None:
+                    continue
+                with guarded(claim) as environment:
+                    try:
+                        self._train(training, claim, environment)
+                    except TrialFailed as failure:
+                        write_json(failed, {"reason": str(failure)})
+                        raise
+                break
+            else:
+                time.sleep(self.wait)
+
+    # --- programs -----------------------------------------------------------------------------------------------
+
+    def _train(
+        self, training: Training, claim: Claim, environment: dict[str, str], look: Look = lambda run: None
+    ) -> None:
+        """Train to the end, from wherever it is."""
+        if training.finished.is_file():
+            return
+        config, run = self.folder.config, training.run
+        (run / "stop").unlink(missing_ok=True)  # of a wish that came when nothing ran any more
+        arguments = ["--config", config.base, "--resume", *config.settings, *training.overrides, f"output={run}"]
+        command = self.programs.train(config.resources.processes, arguments)
+        grouped = {**environment, "WANDB_RUN_GROUP": self.folder.path.name, "WANDB_NAME": training.name}
+        self._start(command, training.finished, training.role, claim, grouped, training.log, lambda: look(run))
+
+    def _start(
+        self,
+        command: list[str],
+        done: Path,
+        what: str,
+        claim: Claim,
+        environment: dict[str, str],
+        log: Path,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        resources = self.folder.config.resources
+        threads = max(1, resources.cpus // (resources.processes if "train.py" in command else 1))
+        limited = {**environment, "OMP_NUM_THREADS": str(threads)}
+        carry_out(command, done, what=what, claim=claim, environment=limited, log=log, look=look)
+
+
+def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
+    """Of a report's figures those that make a point of the front."""
+    utility, probe = report["utility"], report["probe"]
+    return {
+        "status": "done",
+        "reason": None,
+        "control": control,
+        "judge": judge,
+        "mAP": utility["protected"]["mAP"],
+        "control_mAP": utility["control"]["mAP"],
+        "utility": utility["ratio"],
+        "axes": {name: {"leak": axis["leak"], "urr": axis["urr"]} for name, axis in report["axes"].items()},
+        "people": report["attack"]["people"],
+        "masking": None if probe is None else probe["warned"],
+        "seconds": {"training": report["training"]["protected"]["seconds"], "attack": report["attack"]["seconds"]},
+    }
+
+
+def _stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

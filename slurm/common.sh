@@ -1,0 +1,82 @@
+# What slurm/train.sh and slurm/sweep.sh share: how a job hears that it must stop, and how it comes back. Sourced from
+# the repository's root, with the job's name in $me.
+# shellcheck shell=bash disable=SC2034,SC2154 # $me and what it is told in $status are those of who sources it
+
+readonly SAVED=75
+
+say() { echo "$me: $*"; }
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# Checks, and $job, its number.
+enter_job() {
+    [[ -v SLURM_JOB_ID ]] || fail "start it by: sbatch slurm/$me CONFIG [key=value …]"
+    [[ -f train.py && -f slurm/task.sh ]] || fail "submit it from the repository's root: $PWD has no train.py"
+    (($# > 0)) || fail "no configuration: sbatch slurm/$me CONFIG [key=value …]"
+    job=$SLURM_JOB_ID
+    if [[ -v SLURM_ARRAY_TASK_ID ]]; then
+        # One task of an array bears the array's own number, which to scontrol and scancel means all its tasks.
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    trap hear USR2 TERM
+}
+
+# A signal may come before what must hear it exists or listens: tell_once is called again and again until it has ended.
+sender=''
+hear() {
+    interrupted=1
+    if [[ -z $sender ]]; then
+        {
+            while :; do
+                tell_once || :
+                sleep 3
+            done
+        } >/dev/null 2>&1 &
+        sender=$!
+        disown "$sender" # or the shell would report its end
+    fi
+}
+
+# Wait for process $1; its status in $status. A trap ends `wait` early, with a status that isn't the process's.
+await() {
+    while interrupted=0; do
+        status=0
+        wait "$1" || status=$?
+        ((interrupted)) || break
+    done
+    if [[ -n $sender ]]; then kill "$sender" 2>/dev/null || :; fi
+}
+
+source_site() {
+    unset MASTER_ADDR MASTER_PORT # the submitting shell's, if any
+    if [[ -f slurm/site.sh ]]; then
+        set +eu # modules and conda don't stand them
+        # shellcheck source=slurm/site.example.sh
+        source slurm/site.sh
+        set -eu
+    fi
+}
+
+# End the job by status $1, or requeue it where that says that all is saved.
+leave() {
+    (($1 == SAVED)) || exit "$1"
+    local restarts=${SLURM_RESTART_COUNT:-0} most=${REQUEUES_MAX:-50} state
+    if ((restarts >= most)); then
+        say "saved; not requeued, since it was $restarts times already (REQUEUES_MAX)"
+        exit "$SAVED"
+    fi
+    # A job that its user cancels also saves and ends by 75, and must not come back.
+    state=$(squeue --noheader --jobs="$job" --format='%T %r') || state=''
+    if [[ $state != RUNNING* && $state != *TimeLimit ]]; then
+        say "saved; not requeued, since Slurm is ending the job (${state:-unknown})"
+        exit "$SAVED"
+    fi
+    say "saved; requeued, $((restarts + 1)) of at most $most times"
+    scontrol requeue "$job" || {
+        say "saved; scontrol requeue failed: continue it by submitting it again"
+        exit "$SAVED"
+    }
+}
