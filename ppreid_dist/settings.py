@@ -93,7 +93,7 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
 
 def _merge(settings: Any, change: Any, source: str) -> Any:
     try:
-        return OmegaConf.merge(settings, change)
+        return OmegaConf.unsafe_merge(settings, change)  # the other one copies everything for every override
     except OmegaConfBaseException as error:
         # Inside a tuple OmegaConf knows neither the key nor the value.
         reason = str(error).splitlines()[0] if error.full_key else "a value in it has the wrong type"

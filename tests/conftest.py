@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,35 +52,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
     prepare_shards(load_settings(Config, None, settings).data, progress=False)
     return settings
-
-
-def start_ranks(
-    processes: int, *arguments: str, script: str = "train.py", **environment: str
-) -> list[subprocess.Popen[str]]:
-    """Start train.py once a rank, without a launcher, as a cluster's scheduler does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **several, **environment, "RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(processes)
-    ]  # fmt: skip
-
-
-def finish(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str]]:
-    """Exit status and output of every rank; they are killed where one doesn't end in time, which fails the test."""
-    deadline = time.monotonic() + timeout
-    try:
-        said = [rank.communicate(timeout=max(1, deadline - time.monotonic()))[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
 
 
 def launch(

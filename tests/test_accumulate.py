@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, start_ranks
+from ranks import finish, start_ranks
 from test_backbone import FAMILIES
 from test_engines import FLAG, STAGE, STEPS, assert_close, deepspeed
 from test_training import last, run
@@ -98,7 +98,7 @@ def test_the_whole_game_in_pieces(
     """On two processes, three pieces each, against one process and the whole batch."""
     game = [*world, f"model.backbone={small_vit}", "training.ema=0.9"]
     alone = run(game, tmp_path / "alone")
-    ended = finish(start_ranks(2, *game, f"output={tmp_path / 'two'}", **environment), 200)
+    ended = finish(start_ranks(2, *game, f"output={tmp_path / 'two'}", environment=environment), 200)
     assert [status for status, _ in ended] == [0, 0], ended
     assert_close(moved(alone), moved(last(tmp_path / "two")), CLOSE, norm=2)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, start_ranks
+from ranks import finish, start_ranks
 from test_training import assert_same, last, run
 
 from ppreid_dist.errors import ConfigError, RunError

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, start_ranks
+from conftest import ROOT
+from ranks import finish, start_ranks
 from safetensors.torch import load_file
 from test_training import assert_same, last, run
 from torch import Tensor
@@ -50,7 +51,7 @@ def through_launcher(config: Path, folder: Path, *settings: str) -> Path:
 
 def directly(processes: int, folder: Path, *settings: str, **environment: str) -> Path:
     """Train without a launcher, or with the word that one would leave in the environment."""
-    ended = finish(start_ranks(processes, *settings, f"output={folder}", **environment), 280)
+    ended = finish(start_ranks(processes, *settings, f"output={folder}", environment=environment), 280)
     assert [status for status, _ in ended] == [0] * processes, ended[0][1]
     return folder
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, finish, start_ranks
+from conftest import ROOT
+from ranks import finish, start_ranks
 from slurm_cluster import Cluster, cluster, missing
 from slurm_stand_ins import Door, make_door
 from sweep_stand_ins import HERE, STEPS

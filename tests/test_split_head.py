@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import finish, start_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import finish, start_ranks
 from test_training import assert_same, last, run
 
 from ppreid_dist.distributed import gather, rank_rows, share

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, finish, launch, start_ranks
+from conftest import ROOT, launch
+from ranks import Rank, finish, start_ranks
 from test_training import assert_same, last, run
 
 from ppreid_dist.errors import Stopped
@@ -22,7 +23,7 @@ LONG = ["training.images=16000"]  # more than any test waits for
 MAX_RESTARTS = ["--max_restarts", "1"]
 
 
-def wait_for(file: Path, ranks: list, seconds: float = 120) -> None:
+def wait_for(file: Path, ranks: list[Rank], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not file.exists():
         assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), [r.poll() for r in ranks]
@@ -100,12 +101,11 @@ def test_a_process_that_hangs_is_given_up(world: list[str], tmp_path: Path) -> N
     wait_for(folder / "checkpoints" / "latest", ranks)
     ranks[1].send_signal(signal.SIGSTOP)
     try:
-        text, _ = ranks[0].communicate(timeout=60)
-        status = ranks[0].returncode
+        status = ranks[0].wait(60)
     finally:
         ranks[1].send_signal(signal.SIGCONT)
         finish(ranks[1:], 60)
-    assert status == 1 and "another process died or hangs" in text
+    assert status == 1 and "another process died or hangs" in ranks[0].said()
 
 
 @pytest.mark.engines

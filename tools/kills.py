@@ -13,12 +13,9 @@ checkpoint must be the untouched run's, bit for bit; then a new run begins, unti
 """
 
 import argparse
-import os
 import random
-import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ranks import Rank, finish, start_ranks
 from tqdm import tqdm
 
 from ppreid_dist.data.dataset import prepare_shards
@@ -50,44 +48,10 @@ TINY = [
 ]  # fmt: skip
 
 
-class Ranks:
-    """The processes of one attempt."""
-
-    def __init__(self, processes: int, arguments: list[str], *, writes_at_most: int | None = None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-        def limit() -> None:
-            if writes_at_most is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (writes_at_most, writes_at_most))
-
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *arguments],
-                cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                preexec_fn=limit if rank == 0 else None,
-                env={**common, "WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
-
-    def alive(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
-
-    def wait(self) -> tuple[list[int], str]:
-        """Statuses and what was said, when all have ended. TimeoutExpired if one doesn't; it is killed."""
-        try:
-            said = [process.communicate(timeout=PATIENCE)[0] for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        return [process.returncode for process in self.processes], "\n".join(said)
-
-    def kill(self, ranks: list[int]) -> None:
-        for rank in ranks:
-            self.processes[rank].send_signal(signal.SIGKILL)
+def wait(ranks: list[Rank]) -> tuple[list[int], str]:
+    """Statuses and what was said, when all have ended. TimeoutExpired if one doesn't; all are killed."""
+    ended = finish(ranks, PATIENCE)
+    return [status for status, _ in ended], "\n".join(said for _, said in ended)
 
 
 def moment(kind: str, checkpoints: Path, chance: random.Random) -> Callable[[], bool]:
@@ -119,22 +83,23 @@ def _attempt(kind: str, processes: int, arguments: list[str], run: Path, chance:
     if kind == "full disk":
         # Enough for what is small, too little for the tensors.
         newest = sorted((run / "checkpoints").glob("step_*/tensors.safetensors"))
-        ranks = Ranks(processes, arguments, writes_at_most=newest[-1].stat().st_size // 2 if newest else 100_000)
-        statuses, said = ranks.wait()
+        most = newest[-1].stat().st_size // 2 if newest else 100_000
+        statuses, said = wait(start_ranks(processes, *arguments, first_writes_at_most=most))
         told = [line for line in said.splitlines() if line.startswith("error: ")]
         if statuses[0] != 2 or not any("could not be written" in line for line in told) or 0 in statuses:
             return f"full disk: statuses {statuses}, said {told}"
         return None
-    ranks = Ranks(processes, arguments)
+    ranks = start_ranks(processes, *arguments)
     due, deadline = moment(kind, run / "checkpoints", chance), time.monotonic() + PATIENCE
-    while ranks.alive() and not due():
+    while all(rank.poll() is None for rank in ranks) and not due():
         if time.monotonic() > deadline:
-            ranks.kill(list(range(processes)))
+            for rank in ranks:
+                rank.kill()
             return f"{kind}: no checkpoint within {PATIENCE:.0f} s"
         time.sleep(0.001)
-    victims = [chance.randrange(processes)] if chance.random() < 0.5 else list(range(processes))
-    ranks.kill([v for v in victims if ranks.processes[v].poll() is None])
-    statuses, said = ranks.wait()
+    for victim in [chance.randrange(processes)] if chance.random() < 0.5 else range(processes):
+        ranks[victim].kill()
+    statuses, said = wait(ranks)
     if all(status == 0 for status in statuses):
         return "finished"
     if any(status not in (0, 1, -signal.SIGKILL) for status in statuses):
@@ -165,7 +130,7 @@ def main() -> None:
     settings = [*TINY, f"data.root={out / 'pictures'}", f"data.shards={out / 'shards'}", *options.settings]
     prepare_shards(load_settings(Config, options.config, settings).data, progress=False)
     common = ["--config", options.config, "--resume", *settings]
-    statuses, said = Ranks(options.processes, [*common, f"output={out / 'untouched'}"]).wait()
+    statuses, said = wait(start_ranks(options.processes, *common, f"output={out / 'untouched'}"))
     if any(statuses):
         sys.exit(f"the untouched run failed: {statuses}\n{said}")
 
@@ -191,7 +156,7 @@ def main() -> None:
                     tqdm.write(problem)
                     continue
             else:
-                statuses, said = Ranks(options.processes, arguments).wait()
+                statuses, said = wait(start_ranks(options.processes, *arguments))
                 if any(statuses):
                     lost += [f"{kind}: could not go on: {said[-300:]}" for kind in pending]
                     break

@@ -61,7 +61,7 @@ def in_pieces(engine: Engine, options: argparse.Namespace) -> dict[str, float]:
     for _ in range(2):
         begun = time.perf_counter()
         with extractor.active() as forward, engine.autocast():
-            extractor.step(forward(x_B3HW).pooled_BD.square().mean(), 0.0)
+            extractor.step(forward(x_B3HW).embedding_BD.square().mean(), 0.0)
     return {"seconds": time.perf_counter() - begun}
 
 
