@@ -34,6 +34,7 @@ from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
+from ppreid_dist.models.store import StoreConfig
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import SCHEMA, check_report
 from ppreid_dist.settings import to_dict
@@ -42,7 +43,7 @@ from ppreid_dist.training.reversal import resize
 from ppreid_dist.training.tracking import read_metrics
 
 # Control and protected must be the same training but for these.
-METHOD = ("privacy.", "reversal.", "data.strangers_split", "training.warm")
+METHOD = ("privacy.", "reversal.", "data.strangers_split", "training.warm", "model.store.")
 
 
 def default_device() -> torch.device:
@@ -237,7 +238,7 @@ def _figures(
 def _protocol(config: Config, control: Path, judge: Path, result: SuiteResult, pids_Q: np.ndarray) -> str:
     trained = read_json(control / "model" / "extractor.json")
     data = "synthetic people" if config.data.kind == "synthetic" else config.data.kind
-    dim = load_extractor(control / "model", "cpu").extractor.feature_dim
+    dim = load_extractor(control / "model", "cpu").extractor.store.dim
     height, width = config.reversal.size
     return " · ".join(
         [
@@ -254,6 +255,8 @@ def _training(run: Path) -> dict[str, Any]:
     config, result = load_run(run), read_json(run / "result.json")
     names = " + ".join(f"{a.kind} × {a.weight:g}" for a in config.privacy.adversaries)
     method = f"λ {config.privacy.weight:g}: {names}" if config.privacy.weight else "unprotected"
+    if (kept := config.model.store) != StoreConfig():
+        method += f", stored as {kept.kind}" + (", int8" if kept.quantise == "int8" else "")
     wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")
     return {**{key: result[key] for key in wanted}, "method": method}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ppreid_dist import __version__
-from ppreid_dist.errors import LostError, PPReIDError, Stopped
+from ppreid_dist.errors import ConfigError, LostError, PPReIDError, Stopped
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 75
 _SETTINGS = "key=value"
@@ -72,6 +72,21 @@ def _shards(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _store(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid store", "Put a protection that needs no training on a finished run's stored features.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run with plain features")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the new run")
+    parser.add_argument(
+        "settings", nargs="+", metavar=_SETTINGS, help="model.store.kind=… and the others of model.store"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    from ppreid_dist.storing import store
+
+    store(options.run, options.out, options.settings)
+    _say(f"{options.out}: {options.run}, stored by {' '.join(options.settings)}")
+    return 0
+
+
 def _evaluate(arguments: Sequence[str]) -> int:
     parser = _parser("ppreid evaluate", "mAP, CMC and mINP of finished runs on their own query and gallery.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
@@ -128,13 +143,22 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _sweep(arguments: Sequence[str], prog: str = "ppreid sweep") -> int:
-    parser = _parser(
-        prog,
-        "Train and attack many protected extractors, with one control and one judge between them, and write what "
-        "privacy costs: front.json, front.csv and front.html. Finished trials are never done again.",
-        True,
+def _bench_privacy(arguments: Sequence[str]) -> int:
+    return _sweep(
+        arguments,
+        "ppreid bench-privacy",
+        "Train and attack every method of a list, with one control and one judge between them, and write table.json, "
+        "table.md and the utility-leak plane, front.html. A sweep whose space is `methods`.",
     )
+
+
+def _sweep(
+    arguments: Sequence[str],
+    prog: str = "ppreid sweep",
+    does: str = "Train and attack many protected extractors, with one control and one judge between them, and write "
+    "what privacy costs: front.json, front.csv and front.html. Finished trials are never done again.",
+) -> int:
+    parser = _parser(prog, does, True)
     for flag, what in (
         ("--resume", "go on with the sweep in the folder; every task of an array may say it"),
         ("--retry", "and try what failed again"),
@@ -155,6 +179,8 @@ def _sweep(arguments: Sequence[str], prog: str = "ppreid sweep") -> int:
     from ppreid_dist.sweep.driver import sweep_in_array, sweep_on_ray, write_again
 
     config = load_settings(SweepConfig, options.config, options.settings)
+    if prog == "ppreid bench-privacy" and not config.methods:
+        raise ConfigError("methods: name the methods to compare, or use `ppreid sweep` for a grid or a search")
     go_on = {"resume": options.resume, "retry": options.retry, "say": _say}
     if options.front:
         front = write_again(config)
@@ -193,10 +219,12 @@ def _doctor(arguments: Sequence[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "shards": (_shards, "pictures to shards, or check shards"),
     "train": (_train, "train one extractor (many processes: accelerate launch train.py)"),
+    "store": (_store, "a finished run whose gallery keeps something else than plain features"),
     "evaluate": (_evaluate, "mAP, CMC, mINP of runs"),
     "attack": (_attack, "fresh attackers on a control and a protected run"),
     "report": (_report, "the privacy report of an attack"),
     "sweep": (_sweep, "many trials over λ and more, and the front of mAP against leak"),
+    "bench-privacy": (_bench_privacy, "methods against each other under the same attackers: a table and a plane"),
     "doctor": (_doctor, "what this installation can do"),
 }
 

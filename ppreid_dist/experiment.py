@@ -122,6 +122,11 @@ def _play(
     config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, resume: bool, progress: bool
 ) -> dict[str, Any]:
     _check_world(config)
+    if config.model.store.kind != "plain":
+        raise ConfigError(
+            f"model.store.kind: {config.model.store.kind} is put on a finished extractor: train it plain, then `ppreid "
+            f"store`"
+        )
     classes, labels_N = np.unique(split.pids, return_inverse=True)
     split_head = config.identity.head == "split"
     with seeded(config.seed, _EXTRACTOR):

@@ -3,6 +3,7 @@
 python tests/sweep_stand_ins.py ray|array CONFIG [--resume] [key=value …]      a sweep, with stand-ins
 python tests/sweep_stand_ins.py launch … train.py …                            a training: a line a step in steps.txt
 python tests/sweep_stand_ins.py ppreid attack …                                an attack: figures made up from λ
+python tests/sweep_stand_ins.py ppreid store …                                 a run whose settings have some more
 """
 
 import json
@@ -65,6 +66,15 @@ def attack(arguments: list[str]) -> int:
     return 0
 
 
+def store(arguments: list[str]) -> int:
+    source, _, out, *settings = arguments
+    before = json.loads((Path(source) / "settings.json").read_text())
+    (Path(out) / "model").mkdir(parents=True)
+    (Path(out) / "settings.json").write_text(json.dumps({**before, **dict(s.split("=", 1) for s in settings)}))
+    (Path(out) / "model" / "extractor.json").write_text("{}")
+    return 0
+
+
 def sweep(backend: str, config: str, arguments: list[str]) -> int:
     from ppreid_dist.settings import load_settings
     from ppreid_dist.sweep import driver
@@ -95,5 +105,5 @@ if __name__ == "__main__":
     if role == "launch":
         sys.exit(train(rest[rest.index("train.py") + 1 :]))
     if role == "ppreid":
-        sys.exit(attack(rest[1:]))
+        sys.exit({"attack": attack, "store": store}[rest[0]](rest[1:]))
     sys.exit(sweep(role, rest[0], rest[1:]))

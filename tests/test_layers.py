@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ppreid_dist"
 STAGES = [
     {"settings", "errors", "storage", "distributed"},
     {"kernels"}, {"data"}, {"models"}, {"losses"}, {"training"}, {"evaluation"}, {"attacks"}, {"reporting"},
-    {"experiment"}, {"assessment", "doctor"}, {"sweep"}, {"cli"},
+    {"experiment"}, {"assessment", "doctor"}, {"storing"}, {"sweep"}, {"cli"},
 ]  # fmt: skip
 DOORS = {
     "transformers": {"models/backbone.py"},

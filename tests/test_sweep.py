@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_examples import good_report
 from sweep_stand_ins import HERE, STEPS, stand_ins
 
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError, Stopped
@@ -34,7 +35,7 @@ from ppreid_dist.sweep.driver import check_machine, sweep_in_array, write_again
 from ppreid_dist.sweep.folder import open_folder
 from ppreid_dist.sweep.front import hypervolume, make_points, pareto, recommend, trials_per_hour
 from ppreid_dist.sweep.guard import MARK, guarded, marked
-from ppreid_dist.sweep.space import Trial, as_overrides, grid_trials
+from ppreid_dist.sweep.space import Trial, as_overrides, listed_trials
 
 # --- the space --------------------------------------------------------------------------------------------------
 
@@ -48,12 +49,12 @@ def config(*settings: str, **given: Any) -> SweepConfig:
 
 def test_every_combination_with_every_seed_is_a_trial_of_its_own_name() -> None:
     grid = {"privacy.weight": [0.5, 2], "optimiser.lr": [1e-5, 2e-3], "privacy.adversaries": [[{"kind": "ridge"}]]}
-    trials = grid_trials(config(grid=grid, seeds=[3, 5]))
+    trials = listed_trials(config(grid=grid, seeds=[3, 5]))
     expected = set(itertools.product([0.5, 2], [1e-5, 2e-3], [3, 5]))
     assert {(t.settings["privacy.weight"], t.settings["optimiser.lr"], t.seed) for t in trials} == expected
     assert len({trial.name for trial in trials}) == len(trials) == 8
     assert len({trial.point for trial in trials}) == 4
-    assert grid_trials(config(grid=grid, seeds=[5])) == [trial for trial in trials if trial.seed == 5]
+    assert listed_trials(config(grid=grid, seeds=[5])) == [trial for trial in trials if trial.seed == 5]
 
 
 @settings(max_examples=5)
@@ -155,9 +156,14 @@ def row(weight: float, seed: int = 0, *, mAP: float = 0.5, leak: float | None = 
     }
     ratio = {"value": 2.0, "low": 1.5, "high": None}
     urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞]", "reason": None, "raw": None, "base": 1.0}
-    axes = {axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr} for axis in ("pixel", "identity")}
+    attackers = {"ridge": interval, "regression": interval}
+    axes = {
+        axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr, "attackers": attackers}
+        for axis in ("pixel", "identity")
+    }
     return {
-        "name": trial.name, "point": trial.point, "settings": dict(trial.settings), "weight": weight, "seed": seed,
+        "name": trial.name, "point": trial.point, "method": None, "settings": dict(trial.settings), "weight": weight,
+        "seed": seed,
         "status": "done", "reason": None, "control": f"control-{seed}", "judge": "judge-0", "mAP": mAP,
         "control_mAP": 0.5, "utility": {"value": mAP / 0.5, "low": mAP / 0.5 - 0.1, "high": mAP / 0.5 + 0.1},
         "axes": axes, "people": 20, "masking": False, "seconds": {"training": 1.0, "attack": 1.0},
@@ -359,6 +365,38 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
     before = {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
     array(asked, resume=True)
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path, tmp_path: Path) -> None:
+    methods = {
+        "best response": {"privacy.weight": 3, "privacy": {"every": 2}},
+        "noise": {"model.store.kind": "noise", "model.store.noise": 0.7},
+        "trained, int8": {"privacy.weight": 1, "model.store.quantise": "int8"},
+        "fails": {"training.ema": 0.25},
+    }
+    change(asked, grid={}, methods=methods, seeds=[0])
+    array(asked)
+    out = tmp_path / "out"
+    table = json.loads((out / "table.json").read_text())
+    rows = {row["method"]: row for row in table["rows"]}
+    assert list(rows) == ["unprotected", *methods] and table["complete"]
+    assert rows["fails"]["failed"] == ["training: step 3: the gradient is not finite"]
+    assert rows["best response"]["r_identity"]["value"] == pytest.approx(1 / 4)
+    assert rows["trained, int8"]["mAP"]["value"] == pytest.approx(0.59)
+    assert rows["unprotected"]["mAP"]["value"] == pytest.approx(0.6)
+    known = good_report()["axes"]["pixel"]["attackers"]
+    assert {n: r["value"] for n, r in rows["noise"]["attackers"]["pixel"].items()} == {
+        name: found["r"]["value"] for name, found in known.items()
+    }
+    places = {json.loads((place / "settings.json").read_text())["method"]: place for place in out.glob("trials/*")}
+    trained = {name: [run.parent.name for run in place.glob("*/steps.txt")] for name, place in places.items()}
+    assert trained == {"best response": ["run"], "noise": [], "trained, int8": ["plain"], "fails": ["run"]}
+    stored = json.loads((places["noise"] / "run" / "settings.json").read_text())
+    assert stored["privacy.weight"] == "0" and stored["model.store.noise"] == "0.7"
+    lines = (out / "table.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
+    assert [line.split(" | ")[0] for line in lines[2 : 2 + len(rows)]] == [f"| {name}" for name in rows]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.backbone import FeatureMap, build_backbone
+from ppreid_dist.models.store import Store, StoreConfig
 from ppreid_dist.settings import Settings, option
-
-INT8_MAX = 127
-INT8_SIGMAS = 4.0
 
 
 @dataclass(kw_only=True)
@@ -34,7 +31,7 @@ class ExtractorConfig(Settings):
         "avg", "mean, generalised mean (not for transformers), or the class token", choices=("avg", "gem", "cls")
     )
     feature_dim: int = option(0, "size of the feature by a bias-free linear layer; 0 = the backbone's own", at_least=0)
-    quantise: str = option("none", "how stored features are rounded", choices=("none", "int8"))
+    store: StoreConfig = option(StoreConfig(), "")
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "the pictures' mean, as the backbone was trained")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "their standard deviation", more_than=0)
 
@@ -42,7 +39,7 @@ class ExtractorConfig(Settings):
 class ExtractorOutput(NamedTuple):
     pooled_BD: Tensor  # before BNNeck: for the triplet loss
     embedding_BD: Tensor  # after BNNeck
-    stored_BD: Tensor  # T: what a gallery keeps and an attacker sees, fp32
+    stored_BD: Tensor  # T: what a gallery keeps and an attacker sees, fp32; D is ``store.dim``
     logits_BC: Tensor  # (B, 0) without classes
 
 
@@ -89,6 +86,7 @@ class Extractor(nn.Module):
             nn.init.kaiming_normal_(self.reduce.weight, mode="fan_out")
         if self.classifier is not None:
             nn.init.normal_(self.classifier.weight, std=0.001)
+        self.store = Store(config.store, self.feature_dim)
         self._pieces = 1
         # Not part of the state: they belong to the configuration.
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
@@ -118,12 +116,7 @@ class Extractor(nn.Module):
         with torch.autocast(x_B3HW.device.type, enabled=False):
             embedding_BD = self.neck(pooled_BD)
             logits_BC = embedding_BD[:, :0] if self.classifier is None else self.classifier(embedding_BD)
-            return ExtractorOutput(pooled_BD, embedding_BD, self.stored(embedding_BD), logits_BC)
-
-    def stored(self, embedding_BD: Tensor) -> Tensor:
-        """T: the embedding (B, D) as a gallery keeps it, of unit norm (to a rounding, if quantised), fp32."""
-        stored_BD = F.normalize(embedding_BD, dim=1)
-        return stored_BD if self.config.quantise == "none" else quantise_int8(stored_BD)
+            return ExtractorOutput(pooled_BD, embedding_BD, self.store(embedding_BD), logits_BC)
 
     def _pooled_map(self, x_B3HW: Tensor) -> Tensor:
         features = self.backbone((x_B3HW - self.mean) / self.std)
@@ -139,20 +132,3 @@ class Extractor(nn.Module):
             map_BChw = features.map_BChw.float()
             pooled_BC = map_BChw.mean((2, 3)) if self.gem is None else self.gem(map_BChw)
         return pooled_BC if self.reduce is None else self.reduce(pooled_BC)
-
-
-def int8_step(dim: int) -> float:
-    """The distance between two levels for unit vectors of ``dim`` components.
-
-    A component's root mean square is 1/√D, so 127 levels reach to four times that (or to 1, if that is less): the
-    obvious range, 1, would leave a 2048-dimensional feature three levels on either side.
-    """
-    return min(1.0, INT8_SIGMAS / dim**0.5) / INT8_MAX
-
-
-def quantise_int8(stored_BD: Tensor) -> Tensor:
-    """Round unit vectors (B, D) to 255 levels; the gradient passes straight through (Bengio et al., 2013)."""
-    step = int8_step(stored_BD.shape[1])
-    rounded_BD = (stored_BD.detach() / step).round().clamp(-INT8_MAX, INT8_MAX) * step
-    # This way round the values are the levels exactly: nothing of what was rounded away is left in the last bits.
-    return rounded_BD + (stored_BD - stored_BD.detach())

@@ -18,12 +18,12 @@ Ends = tuple[float, float]
 
 def draw_front(front: dict[str, Any]) -> dict[str, Drawing]:
     """By name, for every axis with a leak that is known: ``cost_<axis>`` (mAP against leak), and ``urr_<axis>`` (URR
-    against λ) where a ratio is known."""
+    against λ) where a ratio is known and points are values of λ rather than methods."""
     jobs: dict[str, Callable[[Theme], Figure]] = {}
     for axis in front["front"]:
         if any(point["axes"][axis]["leak"]["value"] is not None for point in front["points"]):
             jobs[f"cost_{axis}"] = partial(_cost, front, axis)
-        if any(point["axes"][axis]["urr"]["value"] is not None for point in front["points"]):
+        if any(point["axes"][axis]["urr"]["value"] is not None and not point["method"] for point in front["points"]):
             jobs[f"urr_{axis}"] = partial(_urr, front, axis)
     return {name: draw(job, f"{front['name']}: {front['rule']}") for name, job in jobs.items()}
 
@@ -36,8 +36,8 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
         x, y, alpha = point["axes"][axis]["leak"], point["mAP"], 1.0 if point["name"] in best else _FAINT
         _cross(axes, x, y, theme.protected, alpha)
         axes.annotate(
-            f"λ {point['weight']:g}", (_clip(x["value"]), y["value"]), xytext=(5, 5), textcoords="offset points",
-            fontsize=8, color=theme.muted, alpha=max(alpha, 0.6),
+            point["method"] or f"λ {point['weight']:g}", (_clip(x["value"]), y["value"]),
+            xytext=(5, 5), textcoords="offset points", fontsize=8, color=theme.muted, alpha=max(alpha, 0.6),
         )  # fmt: skip
     front_line = sorted((p["axes"][axis]["leak"]["value"], p["mAP"]["value"]) for p in points if p["name"] in best)
     if len(front_line) > 1:

@@ -41,6 +41,11 @@ class SweepConfig(Settings):
         "instead of a grid, run keys and the range of each, {low: …, high: …, log: true} or {choices: […]}: Optuna "
         "looks for points of much mAP and little leak",
     )
+    methods: dict[str, Any] = option(
+        {},
+        "instead of both, methods by name, each with the run keys that make it and their values; one that only sets "
+        "model.store keys is put on the control",
+    )
     trials: int = option(20, "points that a search tries", at_least=1)
     asha: bool = option(
         False,
@@ -66,20 +71,25 @@ class SweepConfig(Settings):
         if twice := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
             raise ConfigError(f"seeds: {twice[0]} is there twice")
         self.grid, self.search = dict(_flat(self.grid)), dict(_flat(self.search))
-        if bool(self.grid) == bool(self.search):
+        spaces = [name for name in ("grid", "search", "methods") if getattr(self, name)]
+        if len(spaces) != 1:
             raise ConfigError(
-                "grid, search: give one of them, not both" if self.grid else "grid: the search space is empty"
+                f"{', '.join(spaces)}: give one of them, not both" if spaces else "grid: the search space is empty"
             )
+        self.methods = {name: _method(name, settings) for name, settings in self.methods.items()}
         given = {setting.partition("=")[0] for setting in self.settings}
-        for kind, space in (("grid", self.grid), ("search", self.search)):
+        checks = {"grid": _check_values, "search": _check_range}
+        methods = {f"methods.{name}": settings for name, settings in self.methods.items()}
+        for kind, space in {"grid": self.grid, "search": self.search, **methods}.items():
             for key, values in space.items():
                 if key.startswith(NOT_SWEPT):
                     raise ConfigError(f"{kind}.{key}: can't be varied: it must be the same for all trials")
                 if key in given:
                     raise ConfigError(f"{kind}.{key}: contradicts settings, which fix {key}")
-                (_check_values if kind == "grid" else _check_range)(f"{kind}.{key}", key, values)
+                checks.get(kind, _check_weight)(f"{kind}.{key}", key, values)
         objective = (*METHOD, "identity.", "triplet.")
-        if self.asha and (varied := [key for key in (*self.grid, *self.search) if key.startswith(objective)]):
+        varying = [key for space in (self.grid, self.search, *self.methods.values()) for key in space]
+        if self.asha and (varied := [key for key in varying if key.startswith(objective)]):
             raise ConfigError(f"asha: {varied[0]} is varied, and with it what a training loss means: it must be fixed")
 
 
@@ -90,6 +100,12 @@ def _flat(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _method(name: str, settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict) or not settings:
+        raise ConfigError(f"methods.{name}: {settings!r} is not run keys with their values")
+    return dict(_flat(settings))
 
 
 def _check_values(where: str, key: str, values: Any) -> None:

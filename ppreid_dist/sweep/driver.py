@@ -19,6 +19,7 @@ from ppreid_dist.sweep.config import ResourcesConfig, SweepConfig
 from ppreid_dist.sweep.folder import Folder, open_folder
 from ppreid_dist.sweep.front import front_of
 from ppreid_dist.sweep.guard import GRACE
+from ppreid_dist.sweep.method_table import table_of, write_table
 from ppreid_dist.sweep.programs import Programs
 from ppreid_dist.sweep.ray_tune import check_installed, run_on_ray
 from ppreid_dist.sweep.trial import Worker
@@ -144,6 +145,8 @@ def write(folder: Folder) -> dict[str, Any]:
     """The front of what is done, written and returned."""
     front = front_of(folder)
     write_front(front, folder.path)
+    if folder.config.methods:
+        write_table(table_of(front), folder.path)
     return front
 
 

@@ -13,6 +13,7 @@ OUT/
     claims/                 who does what, see ``claims``
     ray/                    Ray Tune's own files
     front.json  front.csv  front.html  front/*.png
+    table.json  table.md    of a sweep of methods
 """
 
 import os
@@ -28,7 +29,7 @@ from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.storage import read_json, write_json
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
-from ppreid_dist.sweep.space import Trial, as_overrides, corners, grid_trials
+from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
 
 # What may differ when a sweep goes on: nothing of it is in a trial's figures.
 _FREE = ("output", "concurrent", "resources.", "min_utility", "axis")
@@ -55,9 +56,9 @@ class Folder:
         return read_json(file) if file.is_file() else None
 
     def known(self) -> list[Trial]:
-        """All trials of a grid; of a search, those that were begun, in the order of their beginning."""
-        if self.config.grid:
-            return grid_trials(self.config)
+        """All trials of a grid or of methods; of a search, those that were begun, in the order of their beginning."""
+        if not self.config.search:
+            return listed_trials(self.config)
         begun = sorted((self.path / "trials").glob("*/settings.json"), key=lambda file: file.stat().st_mtime_ns)
         return [Trial(**read_json(file)) for file in begun]
 
@@ -65,7 +66,7 @@ class Folder:
         """The trial's folder, with its settings in it."""
         file = self.of(trial) / "settings.json"
         if not file.is_file():
-            write_json(file, {"settings": dict(trial.settings), "seed": trial.seed})
+            write_json(file, {"settings": dict(trial.settings), "seed": trial.seed, "method": trial.method})
         return file.parent
 
     def run_config(self, overrides: list[str]) -> Config:

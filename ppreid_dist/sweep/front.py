@@ -56,6 +56,7 @@ def _point(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     return {
         "name": name,
+        "method": rows[0]["method"],
         "settings": rows[0]["settings"],
         "weight": rows[0]["weight"],
         "seeds": [row["seed"] for row in rows],
@@ -151,7 +152,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
     config, known = folder.config, folder.known()
     rows = [row for trial in known if (row := folder.row(trial)) is not None]
     points = make_points(rows)
-    expected = len(known) if config.grid else config.trials * len(config.seeds)
+    expected = len(known) if not config.search else config.trials * len(config.seeds)
     recommended = recommend(points, config.axis, config.min_utility)
     controls = {row["control"]: row["control_mAP"] for row in rows if row["status"] == "done"}
     return {

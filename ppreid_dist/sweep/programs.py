@@ -1,4 +1,4 @@
-"""The programs that a trial starts, under its claim: train.py by `accelerate launch`, and `ppreid attack`."""
+"""The programs that a trial starts, under its claim: train.py by `accelerate launch`, and those of `ppreid`."""
 
 import subprocess
 import sys
@@ -30,6 +30,9 @@ class Programs:
         # Else the launcher asks for, or believes, the user's own configuration of it.
         plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
         return [*self.launch, *shape, *plain, "train.py", *arguments]
+
+    def store(self, arguments: list[str]) -> list[str]:
+        return [*self.ppreid, "store", *arguments]
 
     def attack(self, arguments: list[str]) -> list[str]:
         return [*self.ppreid, "attack", *arguments]

@@ -116,7 +116,7 @@ def _tune(worker: Worker, say: Callable[[str], None], stopped: Callable[[], bool
     from ray import tune
 
     folder, config = worker.folder, worker.folder.config
-    if config.grid:
+    if not config.search:
         waiting = [i for i, trial in enumerate(folder.known()) if folder.row(trial) is None]
         space: dict[str, Any] | None = {"trial": tune.grid_search(waiting)}
         search, samples = None, 1
@@ -163,7 +163,7 @@ def _do(config: Mapping[str, Any], worker: Worker, cwd: str) -> None:
 
 
 def _trials(folder: Folder, config: Mapping[str, Any]) -> list[Trial]:
-    if folder.config.grid:
+    if not folder.config.search:
         return [folder.known()[config["trial"]]]
     return [Trial(dict(config), seed) for seed in folder.config.seeds]
 

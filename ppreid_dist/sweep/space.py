@@ -15,16 +15,20 @@ _NAME = 60  # characters of a point's name that are spent on its settings
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: a point of the space (run keys with their values) and a seed. ``name`` is its folder's."""
+    """One training: a point of the space (run keys with their values) and a seed. ``name`` is its folder's.
+
+    ``method`` is the point's name where it has one.
+    """
 
     settings: Mapping[str, Any]
     seed: int
+    method: str = ""
 
     @property
     def point(self) -> str:
         """The same for the same settings, in whatever sweep and order they come."""
         words = "_".join(f"{key.rpartition('.')[2]}_{_text(value)}" for key, value in self.settings.items())
-        readable = re.sub(r"[^A-Za-z0-9.+-]+", "_", words).strip("_")[:_NAME]
+        readable = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.method or words).strip("_")[:_NAME]
         whole = json.dumps(sorted((key, _text(value)) for key, value in self.settings.items()))
         return f"{readable}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
@@ -53,13 +57,17 @@ def points(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(grid, values, strict=True))
 
 
-def grid_trials(config: SweepConfig) -> list[Trial]:
-    """All trials of a grid: a whole round over the points with the first seed, then the next seed."""
+def listed_trials(config: SweepConfig) -> list[Trial]:
+    """All trials of a grid or of methods: a whole round over the points with the first seed, then the next seed."""
+    if config.methods:
+        return [Trial(settings, seed, name) for seed in config.seeds for name, settings in config.methods.items()]
     return [Trial(settings, seed) for seed in config.seeds for settings in points(config.grid)]
 
 
 def corners(config: SweepConfig) -> list[dict[str, Any]]:
-    """Settings that show every value of a grid, or every end and choice of a search, at least once."""
+    """Settings that show every value of a grid, or every end and choice of a search, or every method, at least once."""
+    if config.methods:
+        return list(config.methods.values())
     shown = {
         key: values if isinstance(values, list) else values.get("choices") or [values["low"], values["high"]]
         for key, values in (config.grid or config.search).items()

@@ -6,9 +6,10 @@ trains the control, the next one the judge, and the others wait.
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import FREE, flat
 from ppreid_dist.settings import to_dict
 from ppreid_dist.storage import read_json, write_json
+from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.claims import Claim
 from ppreid_dist.sweep.config import WEIGHT
 from ppreid_dist.sweep.folder import Folder, judge_seed
@@ -72,6 +74,7 @@ class Worker:
         row = {
             "name": trial.name,
             "point": trial.point,
+            "method": trial.method or None,
             "settings": dict(trial.settings),
             "weight": weight,
             "seed": trial.seed,
@@ -84,10 +87,22 @@ class Worker:
 
     def _measure(self, trial: Trial, claim: Claim, environment: dict[str, str], look: Look) -> dict[str, Any]:
         place = self.folder.of(trial)
-        protected = Training("training", trial.name, place / "run", trial.overrides, place / "log.txt")
-        self._train(protected, claim, environment, look)
         control, judge = self._control(trial), self._judge()
+        protected = Training("training", trial.name, place / "run", trial.overrides, place / "log.txt")
+        trained, stored = _parts(trial)
+        if trained or not stored:
+            protected = replace(protected, overrides=[*as_overrides(trained), f"seed={trial.seed}"])
+            if stored:
+                protected = replace(protected, run=place / "plain")
+            self._train(protected, claim, environment, look)
         self._see_to([control, judge])
+        if stored:
+            source = protected.run if trained else control.run
+            protected = replace(protected, run=place / "run")
+            if not protected.finished.is_file():
+                shutil.rmtree(protected.run, ignore_errors=True)  # half a copy
+                command = self.programs.store([str(source), "--out", str(protected.run), *as_overrides(stored)])
+                self._start(command, protected.finished, "store", claim, environment, protected.log)
         self._attack(place, protected, control, judge, claim, environment)
         return _row(read_json(place / "attack" / "attack.json")["report"], control.name, judge.name)
 
@@ -197,6 +212,12 @@ class Worker:
         carry_out(command, done, what=what, claim=claim, environment=limited, log=log, look=look)
 
 
+def _parts(trial: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the trial trains with, and what is put on the finished run."""
+    stored = {key: value for key, value in trial.settings.items() if key.startswith(STORED)}
+    return {key: value for key, value in trial.settings.items() if key not in stored}, stored
+
+
 def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
     """Of a report's figures those that make a point of the front."""
     utility, probe = report["utility"], report["probe"]
@@ -208,7 +229,14 @@ def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
         "mAP": utility["protected"]["mAP"],
         "control_mAP": utility["control"]["mAP"],
         "utility": utility["ratio"],
-        "axes": {name: {"leak": axis["leak"], "urr": axis["urr"]} for name, axis in report["axes"].items()},
+        "axes": {
+            name: {
+                "leak": axis["leak"],
+                "urr": axis["urr"],
+                "attackers": {attacker: found["r"] for attacker, found in axis["attackers"].items()},
+            }
+            for name, axis in report["axes"].items()
+        },
         "people": report["attack"]["people"],
         "masking": None if probe is None else probe["warned"],
         "seconds": {"training": report["training"]["protected"]["seconds"], "attack": report["attack"]["seconds"]},

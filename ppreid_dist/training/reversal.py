@@ -92,13 +92,13 @@ class ReversalAdversary(Adversary):
         self.noise_dim = config.generator.noise_dim if self.adversarial else 0
         with seeded(seed, _WEIGHTS):
             generator = Generator(
-                extractor.module.feature_dim,
+                extractor.module.store.dim,
                 size=config.size,
                 width=config.generator.width,
                 noise_dim=self.noise_dim,
             )
             critic = Critic(
-                extractor.module.feature_dim,
+                extractor.module.store.dim,
                 size=config.size,
                 width=config.critic.width,
                 spectral_norm=config.adversarial.regulariser == "spectral_norm",

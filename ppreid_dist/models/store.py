@@ -1,0 +1,110 @@
+"""T: what a gallery keeps of an embedding, the feature that a leaked database shows.
+
+Plain, it is the embedding at unit norm. The other kinds are what galleries are told to do against reversal without
+training anything; they are put on a finished extractor (``ppreid store``), and serve as rivals of training:
+
+    noise      a Gaussian vector beside it, the same for the same embedding
+    pca        its projection on the ``dim`` main directions of the training people's features
+    rotation   the same after a secret rotation, which keeps every distance
+    signs      the signs of ``dim`` secret random projections (Charikar, STOC 2002)
+
+All but ``noise`` at unit norm again. int8 comes last of all.
+
+Shapes: B batch, N fitted rows, D the embedding's dim, S the stored dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.settings import Settings, option
+
+INT8_MAX = 127
+INT8_SIGMAS = 4.0
+
+
+@dataclass(kw_only=True)
+class StoreConfig(Settings):
+    kind: str = option(
+        "plain",
+        "what is kept of an embedding; all but plain are for `ppreid store`, after training",
+        choices=("plain", "noise", "pca", "rotation", "signs"),
+    )
+    noise: float = option(0.5, "of noise: the norm of what is added, on average", more_than=0)
+    dim: int = option(0, "of pca and signs: the stored dimension; 0 is the embedding's", at_least=0)
+    key: int = option(0, "of noise, rotation and signs: the secret that they are drawn from", at_least=0)
+    quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))
+
+
+class Store(nn.Module):
+    """Embeddings (B, D) to stored features (B, S), fp32. ``pca`` must be fitted, or loaded, before it is used.
+
+    ConfigError naming ``store.dim`` where more directions are asked for than there are.
+    """
+
+    matrix_DS: Tensor
+
+    def __init__(self, config: StoreConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.dim = config.dim or dim if config.kind in ("pca", "signs") else dim
+        if config.kind == "pca" and self.dim > dim:
+            raise ConfigError(f"store.dim: {self.dim} is more than the embedding's {dim}")
+        matrix_DS = torch.empty(0)
+        if config.kind == "pca":
+            matrix_DS = torch.zeros(dim, self.dim)
+        elif config.kind in ("rotation", "signs"):
+            matrix_DS = torch.randn(dim, self.dim, generator=torch.Generator().manual_seed(config.key))
+            if config.kind == "rotation":
+                matrix_DS = torch.linalg.qr(matrix_DS.double())[0].float()
+        # A key makes its matrix again; only what was fitted is to be kept.
+        self.register_buffer("matrix_DS", matrix_DS, persistent=config.kind == "pca")
+
+    def fit(self, plain_ND: Tensor) -> None:
+        """Find the main directions of the second moment of plain features: a gallery compares them without centring."""
+        if self.config.kind == "pca":
+            moment_DD = plain_ND.double().mT @ plain_ND.double()
+            main_DD = torch.linalg.eigh(moment_DD)[1].flip(1)
+            self.matrix_DS.copy_(main_DD[:, : self.dim])
+
+    def forward(self, embedding_BD: Tensor) -> Tensor:
+        stored_BS = F.normalize(embedding_BD, dim=1)
+        if self.config.kind == "noise":
+            stored_BS = stored_BS + self._noise(stored_BS)
+        elif self.config.kind == "signs":
+            signs_BS = (stored_BS @ self.matrix_DS).detach().sign() / self.dim**0.5
+            stored_BS = _straight_through(signs_BS, F.normalize(stored_BS @ self.matrix_DS, dim=1))
+        elif self.config.kind != "plain":
+            stored_BS = F.normalize(stored_BS @ self.matrix_DS, dim=1)
+        return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+
+    def _noise(self, plain_BD: Tensor) -> Tensor:
+        """Drawn by the key and the feature itself, so that a picture is stored alike whatever is in its batch."""
+        levels_BD = (plain_BD.detach().double() * 2**16).round().long().cpu()
+        odd_D = torch.randint(2**40, plain_BD.shape[1:], generator=torch.Generator().manual_seed(self.config.key))
+        seeds = (levels_BD * (2 * odd_D + 1)).sum(1).tolist()
+        rows = [torch.randn(plain_BD.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(plain_BD) * self.config.noise / plain_BD.shape[1] ** 0.5
+
+
+def int8_step(dim: int) -> float:
+    """The distance between two levels for unit vectors of ``dim`` components.
+
+    A component's root mean square is 1/√D, so 127 levels reach to four times that (or to 1, if that is less): the
+    obvious range, 1, would leave a 2048-dimensional feature three levels on either side.
+    """
+    return min(1.0, INT8_SIGMAS / dim**0.5) / INT8_MAX
+
+
+def quantise_int8(stored_BS: Tensor) -> Tensor:
+    """Round unit vectors (B, S) to 255 levels; the gradient passes straight through (Bengio et al., 2013)."""
+    step = int8_step(stored_BS.shape[1])
+    return _straight_through((stored_BS.detach() / step).round().clamp(-INT8_MAX, INT8_MAX) * step, stored_BS)
+
+
+def _straight_through(rounded_BS: Tensor, smooth_BS: Tensor) -> Tensor:
+    # This way round the values are the rounded ones exactly: nothing of the others is left in the last bits.
+    return rounded_BS + (smooth_BS - smooth_BS.detach())

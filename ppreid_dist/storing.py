@@ -1,0 +1,55 @@
+"""A finished run whose gallery keeps something else: ``ppreid store RUN --out DIR model.store.kind=…``.
+
+Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid attack`; RUN is its control.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ppreid_dist.assessment import default_device
+from ppreid_dist.data.dataset import open_training
+from ppreid_dist.data.stream import load_pictures
+from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.evaluation.export import stored_features
+from ppreid_dist.experiment import Config, load_run
+from ppreid_dist.models.folder import load_extractor, save_extractor
+from ppreid_dist.models.store import Store
+from ppreid_dist.settings import load_settings, save_settings
+
+STORED = "model.store."
+
+
+def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = True) -> None:
+    """Make ``out`` the run ``run`` with other ``model.store.*`` settings, fitted on its own training pictures.
+
+    ConfigError for any other setting; RunError where ``run`` isn't finished or stores otherwise already, or ``out``
+    holds a run.
+    """
+    for setting in settings:
+        if not setting.startswith(STORED):
+            raise ConfigError(f"{setting.partition('=')[0]}: can't be changed after training; only {STORED}* can")
+    if (out / "config.yaml").exists():
+        raise RunError(f"{out}: holds a run already; choose another --out")
+    before = load_run(run)
+    if before.model.store.kind != "plain":
+        raise RunError(f"{run}: its features are stored as {before.model.store.kind} already; store the plain run")
+    config = load_settings(Config, run / "config.yaml", [*settings, f"output={out}"])
+    device = default_device()
+    saved = load_extractor(run / "model", device)
+    kept = Store(config.model.store, saved.extractor.feature_dim).to(device)
+    if config.model.store.kind == "pca":
+        pictures = load_pictures(
+            open_training(config.data), saved.size, backend=config.data.stream.backend, device=device, progress=progress
+        )
+        kept.fit(stored_features(saved.extractor, pictures.images_N3HW))
+    saved.extractor.store = kept
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("result.json", "metrics.jsonl"):
+        if (run / name).is_file():
+            shutil.copy2(run / name, out / name)
+    with torch.no_grad():
+        save_extractor(out / "model", saved.extractor, config.model, saved.size, saved.about)
+    save_settings(config, out / "config.yaml")

@@ -1,0 +1,90 @@
+"""T: the kinds of stored features, and a finished run that is stored otherwise."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.models.store import Store, StoreConfig, int8_step, quantise_int8
+
+
+def features(rows: int = 40, dim: int = 16, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, dim, generator=draw) * torch.linspace(0.2, 2, dim) + 0.3
+
+
+def test_plain_is_the_embedding_at_unit_norm() -> None:
+    x = features()
+    assert torch.equal(Store(StoreConfig(), 16)(x), F.normalize(x, dim=1))
+
+
+def test_noise_is_of_its_norm_and_the_same_for_the_same_picture() -> None:
+    store, x = Store(StoreConfig(kind="noise", noise=0.5), 512), features(200, 512)
+    noise = store(x) - F.normalize(x, dim=1)
+    assert noise.norm(dim=1).mean() == pytest.approx(0.5, rel=0.02)
+    apart = F.normalize(noise, dim=1) @ F.normalize(noise, dim=1).T
+    assert (apart - torch.eye(200)).abs().max() < 0.3  # other features get other noise
+    assert torch.equal(store(x[7:9]), store(x)[7:9])
+    other = Store(StoreConfig(kind="noise", noise=0.5, key=1), 512)
+    assert not torch.allclose(other(x), store(x), atol=1e-3)
+
+
+def test_rotation_keeps_every_cosine_and_hides_every_component() -> None:
+    store, x = Store(StoreConfig(kind="rotation", key=3), 16), features()
+    kept, plain = store(x), F.normalize(x, dim=1)
+    torch.testing.assert_close(kept @ kept.T, plain @ plain.T, rtol=0, atol=1e-5)
+    assert (kept - plain).norm(dim=1).min() > 0.5
+    again = Store(StoreConfig(kind="rotation", key=3), 16)
+    assert torch.equal(again(x), kept) and not again.state_dict()
+
+
+def test_pca_keeps_the_main_directions() -> None:
+    x = features()
+    store = Store(StoreConfig(kind="pca", dim=5), 16)
+    plain = F.normalize(x, dim=1)
+    store.fit(plain)
+    _, _, directions = torch.linalg.svd(plain.double(), full_matrices=False)
+    oracle = F.normalize(plain.double() @ directions[:5].T, dim=1)
+    kept = store(x).double()
+    assert kept.shape == (40, 5)
+    torch.testing.assert_close(kept @ kept.T, oracle @ oracle.T, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"store\.dim: 17 is more than the embedding's 16"):
+        Store(StoreConfig(kind="pca", dim=17), 16)
+
+
+def test_signs_agree_as_often_as_the_angle_says() -> None:
+    """P(two signs agree) = 1 - angle / pi."""
+    store, x = Store(StoreConfig(kind="signs", dim=20_000), 16), features(2)
+    kept = store(x)
+    assert set(kept.flatten().tolist()) == {1 / math.sqrt(20_000), -1 / math.sqrt(20_000)} or kept.abs().std() < 1e-6
+    angle = torch.acos(F.cosine_similarity(x[:1], x[1:])).item()
+    assert (kept[0] * kept[1] > 0).float().mean().item() == pytest.approx(1 - angle / math.pi, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["noise", "rotation", "signs"])
+def test_gradients_pass(kind: str) -> None:
+    """A white-box attacker differentiates through T."""
+    x = features().requires_grad_()
+    (Store(StoreConfig(kind=kind, quantise="int8"), 16)(x) * features(seed=1)).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(dim=st.sampled_from([1, 8, 32, 2048]), seed=st.integers(0, 2**31), gain=st.floats(0, 3))
+def test_int8_levels(dim: int, seed: int, gain: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    exact = F.normalize(torch.randn(3, dim, generator=draw) * torch.exp(gain * torch.randn(dim, generator=draw)), dim=1)
+    exact.requires_grad_()
+    rounded = quantise_int8(exact)
+    codes = (rounded / int8_step(dim)).detach()
+    assert torch.equal(rounded.detach(), codes.round() * int8_step(dim))  # nothing between the levels
+    assert codes.abs().max() <= 127.001
+    inside = exact.abs() <= 127 * int8_step(dim)
+    assert ((rounded - exact).abs()[inside] <= 0.501 * int8_step(dim)).all()
+    weights = torch.randn(3, dim, generator=draw)
+    (rounded * weights).sum().backward()
+    assert torch.equal(exact.grad, weights)  # straight through
