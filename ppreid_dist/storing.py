@@ -5,6 +5,7 @@ Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid at
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,11 +41,14 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     device = default_device()
     saved = load_extractor(run / "model", device)
     kept = Store(config.model.store, saved.extractor.feature_dim).to(device)
-    if config.model.store.kind == "pca":
-        pictures = load_pictures(
-            open_training(config.data), saved.size, backend=config.data.stream.backend, device=device, progress=progress
-        )
-        kept.fit(stored_features(saved.extractor, pictures.images_N3HW))
+    if config.model.store.kind in ("pca", "adversarial"):
+        load = partial(
+            load_pictures, open_training(config.data), backend=config.data.stream.backend, device=device,
+            progress=progress,
+        )  # fmt: skip
+        plain_ND = stored_features(saved.extractor, load(saved.size).images_N3HW)
+        targets = load(config.model.store.decoder.size) if config.model.store.kind == "adversarial" else None
+        kept.fit(plain_ND, targets.images_N3HW if targets else None)
     saved.extractor.store = kept
     out.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", "metrics.jsonl"):

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from ppreid_dist.cli import main
 from ppreid_dist.reporting.page import load_report
+from ppreid_dist.storage import read_tensors
 
 ATTACK = [
     "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression,adaptive]",
@@ -95,6 +96,26 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
     assert len(pictures) == 3
     ppreid("report", str(tmp_path), "--pictures", "never")
     assert not list((tmp_path / "figures").glob("panel_*.png"))
+
+
+def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: Path) -> None:
+    kept, words = tmp_path / "kept", ["model.store.kind=pca", "model.store.dim=4", "model.store.quantise=int8"]
+    ppreid("store", str(runs / "control"), "--out", str(kept), *words)
+    ppreid("evaluate", str(kept))
+    features = read_tensors(kept / "features" / "query.safetensors")["features"]
+    assert features.shape[1] == 4
+    attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), "attack.whitebox.people=0",
+           "attack.attackers=[ridge]", "attack.people=[0]", protected=str(kept))  # fmt: skip
+    found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
+    assert found["training"]["protected"]["method"] == "unprotected, stored as pca, int8"
+    for arguments, message in (
+        ([str(runs / "control"), "--out", str(kept), *words], "holds a run already"),
+        ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),
+        ([str(runs / "control"), "--out", str(tmp_path / "b"), "seed=4"], "seed: can't be changed after training"),
+        ([str(runs / "control"), "--out", str(tmp_path / "b"), words[0], "model.store.dim=99"], "model.store.dim: 99"),
+    ):
+        assert message in ppreid("store", *arguments, expect=2).stderr
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(

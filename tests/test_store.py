@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.models.store import Store, StoreConfig, int8_step, quantise_int8
+from ppreid_dist.models.store import DecoderConfig, Store, StoreConfig, int8_step, quantise_int8
 
 
 def features(rows: int = 40, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -23,13 +23,13 @@ def test_plain_is_the_embedding_at_unit_norm() -> None:
 
 
 def test_noise_is_of_its_norm_and_the_same_for_the_same_picture() -> None:
-    store, x = Store(StoreConfig(kind="noise", noise=0.5), 512), features(200, 512)
+    store, x = Store(StoreConfig(kind="noise", strength=0.5), 512), features(200, 512)
     noise = store(x) - F.normalize(x, dim=1)
     assert noise.norm(dim=1).mean() == pytest.approx(0.5, rel=0.02)
     apart = F.normalize(noise, dim=1) @ F.normalize(noise, dim=1).T
     assert (apart - torch.eye(200)).abs().max() < 0.3  # other features get other noise
     assert torch.equal(store(x[7:9]), store(x)[7:9])
-    other = Store(StoreConfig(kind="noise", noise=0.5, key=1), 512)
+    other = Store(StoreConfig(kind="noise", strength=0.5, key=1), 512)
     assert not torch.allclose(other(x), store(x), atol=1e-3)
 
 
@@ -52,7 +52,7 @@ def test_pca_keeps_the_main_directions() -> None:
     kept = store(x).double()
     assert kept.shape == (40, 5)
     torch.testing.assert_close(kept @ kept.T, oracle @ oracle.T, rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"store\.dim: 17 is more than the embedding's 16"):
+    with pytest.raises(ConfigError, match=r"model\.store\.dim: 17 is more than the embedding's 16"):
         Store(StoreConfig(kind="pca", dim=17), 16)
 
 
@@ -65,7 +65,30 @@ def test_signs_agree_as_often_as_the_angle_says() -> None:
     assert (kept[0] * kept[1] > 0).float().mean().item() == pytest.approx(1 - angle / math.pi, abs=0.02)
 
 
-@pytest.mark.parametrize("kind", ["noise", "rotation", "signs"])
+def test_adversarial_misleads_the_decoder_it_knows_and_little_the_matching() -> None:
+    """Its direction: the known decoder errs more than under noise as strong."""
+    draw = torch.Generator().manual_seed(0)
+    plain = F.normalize(torch.randn(300, 16, generator=draw), dim=1)
+    colours = torch.sigmoid(4 * plain[:, :3])[:, :, None, None]
+    pictures = (255 * colours.expand(-1, -1, 16, 8)).to(torch.uint8)
+    recipe = DecoderConfig(size=(16, 8), width=8, steps=150, batch=32, lr=1e-2)
+    store = Store(StoreConfig(kind="adversarial", strength=0.5, decoder=recipe), 16)
+    store.fit(plain, pictures)
+    assert store.decoder is not None
+
+    def error(features: torch.Tensor) -> float:
+        return float((store.decoder(features) - pictures / 255).abs().mean())
+
+    moved, noisy = store(plain), F.normalize(Store(StoreConfig(kind="noise", strength=0.5), 16)(plain), dim=1)
+    assert error(plain) < 0.06 and error(moved) > 1.5 * error(noisy)
+    assert (moved * plain).sum(1).min() > 0.85  # an angle of 30 degrees
+    torch.testing.assert_close(store(plain[5:8]), moved[5:8], rtol=0, atol=1e-4)
+    again = Store(StoreConfig(kind="adversarial", strength=0.5, decoder=recipe), 16)
+    again.load_state_dict(store.state_dict())
+    assert torch.equal(again(plain), moved)
+
+
+@pytest.mark.parametrize("kind", ["noise", "adversarial", "rotation", "signs"])
 def test_gradients_pass(kind: str) -> None:
     """A white-box attacker differentiates through T."""
     x = features().requires_grad_()

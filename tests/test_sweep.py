@@ -371,7 +371,7 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
 def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path, tmp_path: Path) -> None:
     methods = {
         "best response": {"privacy.weight": 3, "privacy": {"every": 2}},
-        "noise": {"model.store.kind": "noise", "model.store.noise": 0.7},
+        "noise": {"model.store.kind": "noise", "model.store.strength": 0.7},
         "trained, int8": {"privacy.weight": 1, "model.store.quantise": "int8"},
         "fails": {"training.ema": 0.25},
     }
@@ -393,7 +393,7 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     trained = {name: [run.parent.name for run in place.glob("*/steps.txt")] for name, place in places.items()}
     assert trained == {"best response": ["run"], "noise": [], "trained, int8": ["plain"], "fails": ["run"]}
     stored = json.loads((places["noise"] / "run" / "settings.json").read_text())
-    assert stored["privacy.weight"] == "0" and stored["model.store.noise"] == "0.7"
+    assert stored["privacy.weight"] == "0" and stored["model.store.strength"] == "0.7"
     lines = (out / "table.md").read_text().splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
     assert [line.split(" | ")[0] for line in lines[2 : 2 + len(rows)]] == [f"| {name}" for name in rows]

@@ -4,6 +4,7 @@ Plain, it is the embedding at unit norm. The other kinds are what galleries are 
 training anything; they are put on a finished extractor (``ppreid store``), and serve as rivals of training:
 
     noise      a Gaussian vector beside it, the same for the same embedding
+    adversarial   moved to where the gallery's own decoder errs most (after AdvFace, Wang et al., ECCV 2022)
     pca        its projection on the ``dim`` main directions of the training people's features
     rotation   the same after a secret rotation, which keeps every distance
     signs      the signs of ``dim`` secret random projections (Charikar, STOC 2002)
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppreid_dist.errors import ConfigError
+from ppreid_dist.models.generator import Generator
+from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, option
 
 INT8_MAX = 127
@@ -27,22 +30,35 @@ INT8_SIGMAS = 4.0
 
 
 @dataclass(kw_only=True)
+class DecoderConfig(Settings):
+    """Of adversarial: the gallery's own, trained on the run's training pictures."""
+
+    size: tuple[int, int] = option((64, 32), "height and width of what it draws")
+    width: int = option(32, "its width", at_least=8)
+    steps: int = option(1500, "its training steps", at_least=1)
+    batch: int = option(64, "pictures a step", at_least=2)
+    lr: float = option(2e-3, "its learning rate", more_than=0)
+
+
+@dataclass(kw_only=True)
 class StoreConfig(Settings):
     kind: str = option(
         "plain",
         "what is kept of an embedding; all but plain are for `ppreid store`, after training",
-        choices=("plain", "noise", "pca", "rotation", "signs"),
+        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs"),
     )
-    noise: float = option(0.5, "of noise: the norm of what is added, on average", more_than=0)
+    strength: float = option(0.5, "the norm of what is added: of noise on average, of adversarial at most", more_than=0)
+    ascent: int = option(20, "of adversarial: steps to where the decoder errs most", at_least=1)
+    decoder: DecoderConfig = option(DecoderConfig(), "")
     dim: int = option(0, "of pca and signs: the stored dimension; 0 is the embedding's", at_least=0)
     key: int = option(0, "of noise, rotation and signs: the secret that they are drawn from", at_least=0)
     quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))
 
 
 class Store(nn.Module):
-    """Embeddings (B, D) to stored features (B, S), fp32. ``pca`` must be fitted, or loaded, before it is used.
+    """Embeddings (B, D) to stored features (B, S), fp32. What :meth:`fit` learns must be there before it is used.
 
-    ConfigError naming ``store.dim`` where more directions are asked for than there are.
+    ConfigError naming ``model.store.dim`` where more directions are asked for than there are.
     """
 
     matrix_DS: Tensor
@@ -52,7 +68,7 @@ class Store(nn.Module):
         self.config = config
         self.dim = config.dim or dim if config.kind in ("pca", "signs") else dim
         if config.kind == "pca" and self.dim > dim:
-            raise ConfigError(f"store.dim: {self.dim} is more than the embedding's {dim}")
+            raise ConfigError(f"model.store.dim: {self.dim} is more than the embedding's {dim}")
         matrix_DS = torch.empty(0)
         if config.kind == "pca":
             matrix_DS = torch.zeros(dim, self.dim)
@@ -60,20 +76,49 @@ class Store(nn.Module):
             matrix_DS = torch.randn(dim, self.dim, generator=torch.Generator().manual_seed(config.key))
             if config.kind == "rotation":
                 matrix_DS = torch.linalg.qr(matrix_DS.double())[0].float()
+        self.decoder = None
+        if config.kind == "adversarial":
+            with seeded(config.key, 0xADF):
+                self.decoder = Generator(dim, config.decoder.size, config.decoder.width, 0).requires_grad_(False)
         # A key makes its matrix again; only what was fitted is to be kept.
         self.register_buffer("matrix_DS", matrix_DS, persistent=config.kind == "pca")
 
-    def fit(self, plain_ND: Tensor) -> None:
-        """Find the main directions of the second moment of plain features: a gallery compares them without centring."""
+    def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
+        """Learn from plain features, and from the uint8 pictures behind them, of the decoder's size.
+
+        ``pca`` finds the main directions of their second moment, since a gallery compares features without centring;
+        ``adversarial`` trains its decoder, which needs the pictures.
+        """
         if self.config.kind == "pca":
             moment_DD = plain_ND.double().mT @ plain_ND.double()
             main_DD = torch.linalg.eigh(moment_DD)[1].flip(1)
             self.matrix_DS.copy_(main_DD[:, : self.dim])
+        elif self.decoder is not None:
+            assert pictures_N3hw is not None
+            self._train_decoder(plain_ND, pictures_N3hw)
+
+    def _train_decoder(self, plain_ND: Tensor, pictures_N3hw: Tensor) -> None:
+        assert self.decoder is not None
+        recipe, decoder = self.config.decoder, self.decoder.requires_grad_(True)
+        optimiser = torch.optim.AdamW(decoder.parameters(), recipe.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
+        random = torch.Generator().manual_seed(self.config.key)
+        with torch.enable_grad():
+            for _ in range(recipe.steps):
+                rows = torch.randint(len(plain_ND), (recipe.batch,), generator=random)
+                drawn_B3hw = decoder(plain_ND[rows])
+                optimiser.zero_grad()
+                (drawn_B3hw - pictures_N3hw[rows].to(drawn_B3hw) / 255).abs().mean().backward()
+                optimiser.step()
+                schedule.step()
+        decoder.requires_grad_(False)
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
         stored_BS = F.normalize(embedding_BD, dim=1)
         if self.config.kind == "noise":
             stored_BS = stored_BS + self._noise(stored_BS)
+        elif self.decoder is not None:
+            stored_BS = F.normalize(stored_BS + self._away(stored_BS.detach(), self.decoder), dim=1)
         elif self.config.kind == "signs":
             signs_BS = (stored_BS @ self.matrix_DS).detach().sign() / self.dim**0.5
             stored_BS = _straight_through(signs_BS, F.normalize(stored_BS @ self.matrix_DS, dim=1))
@@ -81,13 +126,29 @@ class Store(nn.Module):
             stored_BS = F.normalize(stored_BS @ self.matrix_DS, dim=1)
         return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
 
+    def _away(self, plain_BD: Tensor, decoder: Generator) -> Tensor:
+        """What takes a feature, within the strength, to where the decoder draws something else than from it.
+
+        Ascent by steps of a fixed length along each row's gradient (Madry et al., ICLR 2018).
+        """
+        drawn_B3hw, strength, steps = decoder(plain_BD), self.config.strength, self.config.ascent
+        shift_BD = F.normalize(self._noise(plain_BD), dim=1) * strength / steps  # the gradient at the feature is 0
+        with torch.enable_grad():
+            for _ in range(steps):
+                shift_BD = shift_BD.detach().requires_grad_(True)
+                error = (decoder(plain_BD + shift_BD) - drawn_B3hw).square().flatten(1).mean(1).sum()
+                (gradient_BD,) = torch.autograd.grad(error, shift_BD)
+                shift_BD = shift_BD.detach() + 2.5 * strength / steps * F.normalize(gradient_BD, dim=1)
+                shift_BD = shift_BD * (strength / shift_BD.norm(dim=1, keepdim=True)).clamp_max(1)
+        return shift_BD.detach()
+
     def _noise(self, plain_BD: Tensor) -> Tensor:
         """Drawn by the key and the feature itself, so that a picture is stored alike whatever is in its batch."""
         levels_BD = (plain_BD.detach().double() * 2**16).round().long().cpu()
         odd_D = torch.randint(2**40, plain_BD.shape[1:], generator=torch.Generator().manual_seed(self.config.key))
         seeds = (levels_BD * (2 * odd_D + 1)).sum(1).tolist()
         rows = [torch.randn(plain_BD.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(plain_BD) * self.config.noise / plain_BD.shape[1] ** 0.5
+        return torch.stack(rows).to(plain_BD) * self.config.strength / plain_BD.shape[1] ** 0.5
 
 
 def int8_step(dim: int) -> float:
