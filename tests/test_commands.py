@@ -193,6 +193,8 @@ PROVEN = {
     "source slurm/site.sh": "tests/test_slurm.py",
     "sbatch slurm/train.sh": "tests/test_slurm.py",
     "ppreid sweep": "tests/test_sweep.py",
+    "ppreid bench-privacy": "tests/test_sweep.py",
+    "ppreid store": "test_a_finished_run_is_stored_otherwise_and_attacked",
     "sbatch --": "tests/test_slurm.py",
 }
 
@@ -207,7 +209,7 @@ def test_every_command_of_the_readme_is_proven() -> None:
     commands = readme_commands()
     assert len(commands) >= 8
     for command in commands:
-        if not command.startswith(("pip ", "git ", "cd ", "python3 -m venv", "tar ", "export ")):
+        if not command.startswith(("pip ", "git ", "cd ", "python3 -m venv", "source .venv/", "tar ", "export ")):
             assert any(command.startswith(words) for words in PROVEN), f"no test runs: {command}"
         for word in shlex.split(command):
             if word.startswith("configs/"):
@@ -224,7 +226,7 @@ def test_the_readme_s_words_are_understood(command: str) -> None:
     words = shlex.split(command)
     settings = [word for word in words if re.fullmatch(r"[a-z_.]+=.*", word)]
     config = words[words.index("--config") + 1] if "--config" in words else None
-    schema = SweepConfig if words[1] == "sweep" else Config
+    schema = SweepConfig if words[1] in ("sweep", "bench-privacy") else Config
     load_settings(schema, ROOT / config if config else None, settings)
     program = ["ppreid", words[1]] if words[0] == "ppreid" else ["train.py"]
     helped = ppreid(*(program[1:] or ["train"]), "--help").stdout
