@@ -216,6 +216,35 @@ def test_what_the_extractor_plays(world: list[str], tmp_path: Path, mode: str) -
     assert changes == (every_period if mode in ("snapshot", "rare") else [True] * 5)
 
 
+def test_a_pool_of_snapshots(world: list[str], tmp_path: Path) -> None:
+    """The newest beside the ones before it, oldest replaced first; who errs least is played; all of it resumes."""
+    from ppreid_dist.training.reversal import ReversalAdversary
+
+    settings = [*world, "reversal.lazy={period: 2, pool: 2}", "privacy.adversaries=[{kind: gan}]", "training.warm=0.2"]
+    seen: list[tuple[int, list[bool], int]] = []
+    choose = ReversalAdversary._strongest
+
+    def watching(self: ReversalAdversary, shown: object, noise: Tensor | None) -> torch.nn.Module:
+        chosen = choose(self, shown, noise)  # type: ignore[arg-type]
+        known = [self.opponent, *self.pool]
+        with torch.no_grad():
+            drawn = [each(shown.stored_BD, noise) for each in known[: self.snapshots]]  # type: ignore[attr-defined]
+            errors = [float(self._distance(d, shown.clean_B3hw).mean()) for d in drawn]  # type: ignore[attr-defined]
+        assert chosen is known[int(np.argmin(errors))]
+        flat = [torch.cat([p.flatten() for p in each.state_dict().values()]) for each in known]
+        seen.append((self.snapshots, [torch.equal(flat[0], other) for other in flat[1:]], len(errors)))
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReversalAdversary, "_strongest", watching)
+        alone = run(settings, tmp_path / "whole")
+    assert [count for count, *_ in seen] == sorted(count for count, *_ in seen) and seen[-1][0] > 3
+    assert {known for *_, known in seen} == {1, 2, 3}
+    assert not any(any(same[: count - 1]) for count, same, _ in seen)
+    first_part(settings, tmp_path / "stopped", 7)
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+
+
 def test_a_game_in_one_of_two_steps(world: list[str], tmp_path: Path) -> None:
     settings = [*world, "privacy.every=2", "privacy.ramp=0", "privacy.weight=3", "training.log_every=1"]
     alone = run(settings, tmp_path / "whole")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppreid_dist import distributed
+from ppreid_dist.errors import ConfigError
 from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
 from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
@@ -47,6 +48,17 @@ class LazyConfig(Settings):
     window: int = option(20, "reversal steps over which progress is judged", at_least=2)
     tolerance: float = option(0.01, "caught up when the error fell by less than this share over a window", at_least=0)
     ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, at_most=1)
+    pool: int = option(
+        0,
+        "of the mode snapshot: so many snapshots before the newest are kept, and the extractor plays whichever of them "
+        "all errs least",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool and self.mode != "snapshot":
+            raise ConfigError(f"pool: {self.pool} past snapshots can't be had in the mode {self.mode}")
 
 
 @dataclass(kw_only=True)
@@ -110,10 +122,12 @@ class ReversalAdversary(Adversary):
         )
         lazy = config.lazy.mode
         self.snapshot = self.generator.held.copy() if lazy == "snapshot" else None
+        self.pool = [self.generator.held.copy() for _ in range(config.lazy.pool)]
         self.lagged = extractor.held.copy() if lazy == "snapshot" else None
         self.ema = Ema(self.generator.held.copy(), config.lazy.ema_decay) if lazy == "ema" else None
         self.turns = 0  # reversal steps done
         self.rounds = 0  # extractor steps answered
+        self.snapshots = 0  # taken
 
     # --- step A ---------------------------------------------------------------------------------------------
 
@@ -146,7 +160,10 @@ class ReversalAdversary(Adversary):
 
     def _take_snapshot(self) -> None:
         if self.snapshot is not None:
+            if self.pool and self.snapshots:
+                self.pool[(self.snapshots - 1) % len(self.pool)].load_state_dict(self.snapshot.state_dict())
             self.snapshot.load_state_dict(self.generator.held.weights())
+            self.snapshots += 1
 
     def _until_plateau(self, extractor: nn.Module, most: int) -> dict[str, Tensor]:
         """Turns until a window's mean error falls by less than the tolerance, ``most`` at the most."""
@@ -213,15 +230,24 @@ class ReversalAdversary(Adversary):
 
     @property
     def opponent(self) -> nn.Module:
-        """What the extractor plays."""
+        """What the extractor plays, or with a pool the newest of what it may play."""
         return self.snapshot or (self.ema.module if self.ema is not None else self.generator.module)
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
         noise = self._noise((_ANSWER, step), len(shown.stored_BD), shown.stored_BD.device)
-        drawn = self.opponent(shown.stored_BD, noise)
+        drawn = self._strongest(shown, noise)(shown.stored_BD, noise)
         distance = self._distance(drawn, shown.clean_B3hw)
         floor = wrong_person_floor(drawn, shown.clean_B3hw, shown.labels_B, self._distance)
         return bounded(distance, floor) if self.bounded_loss else unbounded(distance, floor)
+
+    def _strongest(self, shown: Exposure, noise: Tensor | None) -> nn.Module:
+        """Of the opponent and the pool's snapshots, who errs least on the rows of all ranks."""
+        known = [self.opponent, *self.pool[: max(0, self.snapshots - 1)]]
+        if len(known) == 1:
+            return known[0]
+        with torch.no_grad():
+            errors = [self._distance(each(shown.stored_BD, noise), shown.clean_B3hw).mean() for each in known]
+            return known[int(distributed.mean_over_ranks(torch.stack(errors)).argmin())]
 
     def _distance(self, drawn: Tensor, target: Tensor) -> Tensor:
         return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
@@ -238,13 +264,14 @@ class ReversalAdversary(Adversary):
     @property
     def frozen(self) -> dict[str, nn.Module]:
         modules = {"snapshot": self.snapshot, "lagged": self.lagged, "ema": self.ema.module if self.ema else None}
+        modules |= {f"pool{place}": module for place, module in enumerate(self.pool)}
         return {name: module for name, module in modules.items() if module is not None}
 
     def counters(self) -> dict[str, Any]:
-        return {"turns": self.turns, "rounds": self.rounds}
+        return {"turns": self.turns, "rounds": self.rounds, "snapshots": self.snapshots}
 
     def restore(self, counters: dict[str, Any]) -> None:
-        self.turns, self.rounds = counters["turns"], counters["rounds"]
+        self.turns, self.rounds, self.snapshots = (counters[key] for key in ("turns", "rounds", "snapshots"))
 
 
 class _GeneratorView(View):
