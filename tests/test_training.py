@@ -245,6 +245,33 @@ def test_a_pool_of_snapshots(world: list[str], tmp_path: Path) -> None:
     assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
 
 
+def test_a_reversal_that_begins_anew(world: list[str], tmp_path: Path) -> None:
+    """At every second snapshot generator and critic are new, their moments too, and it resumes."""
+    from ppreid_dist.training.player import Player
+
+    settings = [*world, "reversal.lazy={period: 2, restart: 2}", "privacy.adversaries=[{kind: gan}]",
+                "training.warm=0.2"]  # fmt: skip
+    renewed: list[tuple[str, Tensor]] = []
+    renew = Player.renew
+
+    def watching(self: Player, module: torch.nn.Module) -> None:
+        assert any(t.any() for known in self.held.moments().values() for t in known.values())
+        renew(self, module)
+        assert not any(t.any() for known in self.held.moments().values() for t in known.values())
+        flat = [torch.cat([t.flatten() for t in of.values()]) for of in (self.held.weights(), module.state_dict())]
+        assert torch.equal(*flat)
+        renewed.append((self.name, flat[0].clone()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Player, "renew", watching)
+        alone = run(settings, tmp_path / "whole")
+    names = [name for name, _ in renewed]
+    assert names == ["generator", "critic"] * (len(names) // 2) and len(names) >= 4
+    assert not torch.equal(renewed[0][1], renewed[2][1])  # others each time
+    first_part(settings, tmp_path / "stopped", 7)
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+
+
 def test_a_game_in_one_of_two_steps(world: list[str], tmp_path: Path) -> None:
     settings = [*world, "privacy.every=2", "privacy.ramp=0", "privacy.weight=3", "training.log_every=1"]
     alone = run(settings, tmp_path / "whole")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ppreid_dist.training.engine import Engine
@@ -49,6 +50,14 @@ class Player:
             yield self.held.forward
         finally:
             self._set(False)
+
+    def renew(self, module: nn.Module) -> None:
+        """Take the weights of ``module``, one of the same shape, and forget all that was learnt before."""
+        self.held.load_weights(module.state_dict())
+        known = self.held.moments()
+        zeros = {number: {key: torch.zeros_like(t) for key, t in each.items()} for number, each in known.items()}
+        if zeros:
+            self.held.load_moments(zeros)
 
     def step(self, loss: Tensor, progress: float, *, beside: "Sequence[Player]" = ()) -> Tensor:
         """One optimiser step on ``loss``, of the split players ``beside``, too; returns the gradient's norm before

@@ -48,6 +48,11 @@ class LazyConfig(Settings):
     window: int = option(20, "reversal steps over which progress is judged", at_least=2)
     tolerance: float = option(0.01, "caught up when the error fell by less than this share over a window", at_least=0)
     ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, at_most=1)
+    restart: int = option(
+        0,
+        "of the mode snapshot: after so many the reversal begins anew, with warm_steps to catch up; 0 is never",
+        at_least=0,
+    )
     pool: int = option(
         0,
         "of the mode snapshot: so many snapshots before the newest are kept, and the extractor plays whichever of them "
@@ -57,8 +62,9 @@ class LazyConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool and self.mode != "snapshot":
-            raise ConfigError(f"pool: {self.pool} past snapshots can't be had in the mode {self.mode}")
+        for key in ("pool", "restart"):
+            if getattr(self, key) and self.mode != "snapshot":
+                raise ConfigError(f"{key}: is for the mode snapshot, which {self.mode} isn't")
 
 
 @dataclass(kw_only=True)
@@ -102,19 +108,7 @@ class ReversalAdversary(Adversary):
         self.engine, self.bounded_loss, self._perceive = engine, bounded_loss, perceive
         self.adversarial = kind == "gan"
         self.noise_dim = config.generator.noise_dim if self.adversarial else 0
-        with seeded(seed, _WEIGHTS):
-            generator = Generator(
-                extractor.module.store.dim,
-                size=config.size,
-                width=config.generator.width,
-                noise_dim=self.noise_dim,
-            )
-            critic = Critic(
-                extractor.module.store.dim,
-                size=config.size,
-                width=config.critic.width,
-                spectral_norm=config.adversarial.regulariser == "spectral_norm",
-            )
+        generator, critic = self._untrained(extractor.module.store.dim)
         self.generator = Player("generator", generator, config.generator_optimiser, engine)
         twice = config.adversarial.regulariser == "r1"
         self.critic = (
@@ -128,6 +122,19 @@ class ReversalAdversary(Adversary):
         self.turns = 0  # reversal steps done
         self.rounds = 0  # extractor steps answered
         self.snapshots = 0  # taken
+
+    def _untrained(self, dim: int, *renewal: int) -> tuple[Generator, Critic]:
+        """Generator and critic that have learnt nothing, others for every number of the renewal."""
+        config = self.config
+        with seeded(self.seed, _WEIGHTS, *renewal):
+            generator = Generator(dim, size=config.size, width=config.generator.width, noise_dim=self.noise_dim)
+            critic = Critic(
+                dim,
+                size=config.size,
+                width=config.critic.width,
+                spectral_norm=config.adversarial.regulariser == "spectral_norm",
+            )
+        return generator, critic
 
     # --- step A ---------------------------------------------------------------------------------------------
 
@@ -143,7 +150,14 @@ class ReversalAdversary(Adversary):
         metrics: dict[str, Tensor] = {}
         if lazy.mode == "snapshot" and boundary:
             self._take_lagged(extractor)
-            metrics = self._until_plateau(self.lagged or extractor.module, lazy.catch_up)
+            renewed = lazy.restart > 0 and self.snapshots % lazy.restart == 0
+            if renewed:
+                for player, untrained in zip(
+                    self.players, self._untrained(extractor.module.store.dim, self.snapshots), strict=False
+                ):
+                    player.renew(untrained)
+            most = self.config.warm_steps if renewed else lazy.catch_up
+            metrics = self._until_plateau(self.lagged or extractor.module, most)
             self._take_snapshot()
             return metrics
         if lazy.mode == "rare" and not boundary:
