@@ -2,7 +2,7 @@
 
     python tools/kills.py --kills 50 --processes 2 --out runs/kills
 
-Every attempt starts all processes as a cluster's scheduler would, kills one or all of them at a random moment (SIGKILL)
+Every attempt starts all processes, kills one or all of them at a random moment (SIGKILL)
 of the kinds below, and starts them anew with ``--resume``. When the run is finished, every tensor of its last
 checkpoint must be the untouched run's, bit for bit; then a new run begins, until all kills are done.
 
