@@ -112,11 +112,9 @@ def attack(
     victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device))
     with tqdm(disable=not progress, desc="attack", unit=" training") as bar:
 
-        def say(line: str) -> None:
-            bar.set_postfix_str(line, refresh=True)
-            if "SSIM" in line:  # one attacker is trained and tested
-                bar.update()
-                tqdm.write(f"  {line}")
+        def found(line: str) -> None:
+            bar.update()
+            tqdm.write(f"  {line}")
 
         result = run_suite(
             aux=aux,
@@ -128,7 +126,8 @@ def attack(
             protected=victims["protected"],
             judge=look,
             config=config.attack,
-            progress=say,
+            progress=bar.set_postfix_str,
+            found=found,
             kept=Kept(trained or out / "trained"),
         )
     figures = _figures(config, control, protected, judge, result, rankings, query.pids_N)

@@ -120,9 +120,11 @@ class Bench:
         judge: Judge,
         config: AttackConfig,
         progress: Progress,
+        found: Progress | None = None,
         kept: Kept | None = None,
     ):
-        self.kept = kept
+        """``progress`` hears how trainings go, ``found`` what each one that is over has found."""
+        self.kept, self.found = kept, found or progress
         self.aux, self.query, self.judge, self.config, self.progress = aux, query, judge, config, progress
         self.gallery = gallery_judged_GD, gallery_pids, gallery_camids
         for name in config.attackers:
@@ -186,8 +188,8 @@ class Bench:
             how = f"{outcome.seconds:.1f} s"
             if self.kept:
                 self.kept.put(key, outcome)
-        found = f"SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}"
-        self.progress(f"{label}: {found}, {how}")
+        reached = f"SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}"
+        self.found(f"{label}: {reached}, {how}")
         return outcome
 
     def say(self, label: str, line: str) -> None:

@@ -82,6 +82,7 @@ def run_suite(
     judge: Judge,
     config: AttackConfig,
     progress: Progress,
+    found: Progress | None = None,
     kept: Kept | None = None,
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
@@ -100,6 +101,7 @@ def run_suite(
         judge=judge,
         config=config,
         progress=progress,
+        found=found,
         kept=kept,
     )
     reference = attack_control(bench, control, protected.reversal)
