@@ -217,6 +217,7 @@ def _figures(
         "axes": result.axes,
         "attributes": result.attributes,
         "whitebox": result.whitebox,
+        "linkage": result.linkage,
         "judge": {
             "name": f"{load_run(judge).model.backbone}, seed {load_run(judge).seed}",
             "mAP": result.judge["mAP"],

@@ -62,6 +62,9 @@ def good_report() -> dict[str, Any]:
             "people": 27, "seconds": 41.37, "matched": {"control": 0.9871, "protected": 0.9713},
             "axes": {"identity": attacker((0.0412, 0.3917, 0.4271), (0.908, 0.781, 1.021))},
         },
+        "linkage": [
+            {"other": "another key", "learnt": True, "d_sys": 0.6184, "null": 0.0237, "rank1": 0.4372, "chance": 0.0114}
+        ],
         "judge": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."},
         "probe": {
             "apparent": 0.1812, "fresh": 0.1763, "gap": 0.0278, "warned": False, "unit": "L1 on the person",

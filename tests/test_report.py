@@ -241,7 +241,7 @@ def test_pictures_only_with_a_panel_and_old_ones_are_removed(tmp_path: Path, goo
     (tmp_path / "figures" / "panel_real.png").write_bytes((good / "figures" / "panel_real.png").read_bytes())
     report = good_report()
     report["axes"] = {}
-    report["probe"] = report["attributes"] = report["whitebox"] = None
+    report["probe"] = report["attributes"] = report["whitebox"] = report["linkage"] = None
     write_report(report, tmp_path, panel=None)
     html = html_of(tmp_path)
     assert "report.pictures=always" in html
@@ -249,6 +249,7 @@ def test_pictures_only_with_a_panel_and_old_ones_are_removed(tmp_path: Path, goo
     assert "No probe ran" in html
     assert "no attributes that enough people share" in html
     assert "White-box inversion was not run" in html
+    assert "Linkage was not measured" in html
     assert "Masking" not in html
     assert list((tmp_path / "figures").glob("*")) == []
 

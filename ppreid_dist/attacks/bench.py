@@ -28,6 +28,7 @@ from ppreid_dist.attacks.base import (
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
+from ppreid_dist.attacks.linkage import LinkageConfig
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -64,6 +65,7 @@ class AttackConfig(Settings):
     adaptive: AdaptiveConfig = option(AdaptiveConfig(), "")
     attribute: AttributeConfig = option(AttributeConfig(), "")
     whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
+    linkage: LinkageConfig = option(LinkageConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ from ppreid_dist.attacks.bench import AXES, AttackConfig, Bench, Judge, Trained,
 from ppreid_dist.attacks.informed import whitebox_leak
 from ppreid_dist.attacks.judging import judge_quality
 from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.linkage import linkage_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores
@@ -40,7 +41,8 @@ class Control:
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
     """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so are ``attributes``, what
-    the attribute probe found (``attacks.attribute``), and ``whitebox``, who knows the extractor (``attacks.informed``).
+    the attribute probe found (``attacks.attribute``), ``whitebox``, who knows the extractor (``attacks.informed``), and
+    ``linkage``, who has another database of the same people (``attacks.linkage``).
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
@@ -51,6 +53,7 @@ class SuiteResult:
     axes: dict[str, dict[str, Any]]
     attributes: dict[str, Any] | None
     whitebox: dict[str, Any] | None
+    linkage: list[dict[str, Any]] | None
     judge: dict[str, float]
     notes: list[str]
     people: list[int]
@@ -143,6 +146,13 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
             progress=bench.progress,
         ),
         whitebox=whitebox_leak(bench, both),
+        linkage=linkage_of(
+            bench.aux,
+            bench.query,
+            {role: (of.aux_ND, of.query_QD) for role, of in both.items()},
+            config.linkage,
+            seed=config.seed,
+        ),
         judge=quality,
         notes=notes,
         people=bench.people,

@@ -78,6 +78,9 @@ SHAPE = {
             "axes": Named(ATTACKER),
         }
     ),
+    "linkage": Maybe(
+        [{"other": TEXT, "learnt": FLAG, "d_sys": NUMBER, "null": NUMBER, "rank1": NUMBER, "chance": NUMBER}]
+    ),
     "judge": {"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT},
     "probe": Maybe(
         {

@@ -1,0 +1,96 @@
+"""Linkage: can two leaked databases that keep the same people otherwise be joined, person by person?
+
+One is the protected gallery. The other is the same gallery under another key (a secret rotation of its features, which
+costs no accuracy and is advertised as making templates renewable), or the control's, an extractor trained apart. Who
+has both compares entries as they are, or learns from people whom he enrolled in both himself how one reads in the
+other's terms. Entries of the same picture and of the same camera are not compared.
+
+Shapes: N auxiliary pictures, Q query pictures, D feature dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ppreid_dist.attacks.base import split_people
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.evaluation.unlinkability import linkage
+from ppreid_dist.kernels import kernel_ridge
+from ppreid_dist.settings import Settings, option
+
+_KEY = 0x1EE7  # of the other key
+
+
+@dataclass(kw_only=True)
+class LinkageConfig(Settings):
+    widths: list[float] = option(
+        [kernel_ridge.LINEAR, 1.0, 2.0], "kernel widths of the learnt map to try; 0 is a linear map", at_least=0
+    )
+    ridges: list[float] = option([1e-5, 1e-4, 1e-3, 1e-2, 1e-1], "its ridges to try, per picture", more_than=0)
+    pictures: int = option(2000, "at most this many auxiliary pictures are learnt from", at_least=16)
+    draws: int = option(200, "permutations of the people behind the value that chance reaches", at_least=20)
+
+
+Stored = tuple[Tensor, Tensor]  # what a database keeps of the auxiliary and of the query pictures
+
+
+def rekeyed(stored: Stored) -> Stored:
+    """Both after one secret rotation."""
+    dim = stored[0].shape[1]
+    turned_DD = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(_KEY))
+    turn_DD = torch.linalg.qr(turned_DD)[0].to(stored[0])
+    return stored[0] @ turn_DD, stored[1] @ turn_DD
+
+
+def learnt_map(known: Tensor, wanted: Tensor, pids_N: np.ndarray, config: LinkageConfig, *, seed: int) -> Any:
+    """From one database's terms into the other's, by the width and ridge that held-out people choose."""
+    some = np.random.default_rng([seed, 0x11F]).permutation(len(pids_N))[: config.pictures]
+    rows = [torch.from_numpy(some[part]) for part in split_people(pids_N[some], seed)]
+    (known_F, known_H), (wanted_F, wanted_H) = ([of[part] for part in rows] for of in (known, wanted))
+    errors_WR = kernel_ridge.search(known_F, wanted_F, known_H, wanted_H, config.widths, config.ridges)
+    width, ridge = divmod(int(errors_WR.argmin()), len(config.ridges))
+    every = torch.from_numpy(some)
+    return kernel_ridge.fit(known[every], wanted[every], width=config.widths[width], ridge=config.ridges[ridge])
+
+
+def linkage_of(
+    aux: Pictures,
+    query: Pictures,
+    stored: Mapping[str, Stored],
+    config: LinkageConfig,
+    *,
+    seed: int,
+) -> list[dict[str, Any]] | None:
+    """A row for each way to join two databases, JSON-ready; ``stored`` has "control" and "protected".
+
+    None where no query person is seen by two cameras.
+    """
+    usable_QQ = query.camids_N[:, None] != query.camids_N[None, :]
+    others = {
+        "the same gallery": stored["protected"],
+        "another key": rekeyed(stored["protected"]),
+        "another extractor (the control)": stored["control"],
+    }
+    rows = []
+    for name, other in others.items():
+        for learnt in (False, True):
+            here, there = stored["protected"][1], other[1]
+            if learnt:
+                if name == "the same gallery":
+                    continue
+                here = learnt_map(stored["protected"][0], other[0], aux.pids_N, config, seed=seed).predict(here)
+            elif here.shape[1] != there.shape[1]:
+                continue  # they can't be compared as they are
+            similarity_QQ = F.normalize(here.double(), dim=1) @ F.normalize(there.double(), dim=1).mT
+            found = linkage(
+                similarity_QQ.cpu().numpy(), query.pids_N, query.pids_N, usable_QQ, draws=config.draws, seed=seed
+            )
+            if found is None:
+                return None
+            rows.append({"other": name, "learnt": learnt, **asdict(found)})
+    return rows
