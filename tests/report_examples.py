@@ -21,6 +21,10 @@ def good_report() -> dict[str, Any]:
                 **last, "attacker": "ridge", "against": "ridge",
                 "own": {**interval(0.531 + shift, 0.402, 0.664), "attacker": "gan"},
             },
+            "worst": {
+                "attacker": "ridge", "people": 13, "protected": 0.5127 + shift, "control": 0.5871, "floor": 0.4116,
+                "r": 0.576,
+            },
             "urr": {
                 **interval(2.247, 1.93, 2.58), "display": "2.25 [1.93, 2.58]", "status": "ok", "reason": None,
                 "raw": 1.714, "base": 1.186,

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,11 @@ def written(key: str, value: float) -> str:
     last = key.rsplit(".", 1)[-1]
     if isinstance(value, int):
         return f"{value:,}"
-    if key.startswith((".utility", ".judge")) or last in ("data_wait", "gap"):
+    if key.startswith((".utility", ".judge")) or last in ("data_wait", "gap", "rank1", "chance"):
         return f"{100 * value:.1f}\u00a0%"
     if last in ("seconds", "images_per_second"):
         return f"{value:,.1f}"
-    if last in ("floor", "control", "protected", "apparent", "fresh"):
+    if last in ("floor", "control", "protected", "apparent", "fresh", "d_sys", "null"):
         return f"{value:.3f}"
     return f"{value:.2f}"
 
@@ -401,3 +402,28 @@ def test_the_strongest_attacker_comes_first_and_the_broken_last() -> None:
         "strong": attacker((0, 0, 0), (0.9, 0, 1)),
     }
     assert [name for name, _ in ranked(attackers)] == ["strong", "weak", "below", "broken"]
+
+
+@pytest.mark.parametrize("make", [good_report, ugly_report])
+def test_the_card_says_what_the_report_says(tmp_path: Path, make: Callable[[], dict[str, Any]]) -> None:
+    report = make()
+    write_report(report, tmp_path, panel=None)
+    card, words = json.loads((tmp_path / "card.json").read_text()), (tmp_path / "card.md").read_text()
+    verdict = write_verdict(report)
+    assert card["headline"] == verdict.headline and verdict.headline in words
+    for name, axis in report["axes"].items():
+        assert card["leak"][name]["value"] == axis["leak"]["value"]
+        assert card["leak"][name]["urr"] == axis["urr"]["display"] and axis["urr"]["display"] in words
+    assert len(card["warnings"]) == len(verdict.warnings)
+    assert all(line.text in words for line in (*verdict.warnings, *verdict.lines))
+    assert report["protocol"] in words and "None" not in words and "nan" not in words
+    table = [line for line in words.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {3}
+
+
+def test_a_card_without_the_parts_that_were_not_measured(tmp_path: Path) -> None:
+    report = good_report()
+    report["attributes"] = report["whitebox"] = report["linkage"] = None
+    write_report(report, tmp_path, panel=None)
+    words = (tmp_path / "card.md").read_text()
+    assert "Linkage" not in words and "Attributes" not in words

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ppreid_dist.errors import DataError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.leak import AttackScores
+from ppreid_dist.evaluation.leak import AttackScores, worst_people
 from ppreid_dist.evaluation.urr import NO_ATTACKER, attack_curve, urr
 
 
@@ -255,3 +255,18 @@ def test_bad_input_is_named():
         urr(PIDS, FULL, FULL, {"ridge": constant(PIDS, math.inf, 0.8, 0.2)})
     with pytest.raises(DataError, match="at least 2"):
         urr(PIDS * 0, FULL, FULL, {"a": good})
+
+
+def test_the_worst_people_by_hand() -> None:
+    """Of 30 people two are the worst; each series chooses its own, and a picture without a score doesn't count."""
+    pids = np.repeat(np.arange(30), 2)
+    protected, control, floor = np.full(60, 0.2), np.full(60, 0.5), np.full(60, 0.1)
+    protected[[8, 9]], protected[[20, 21]] = [0.8, np.nan], [0.6, 0.4]
+    control[[0, 1]], floor[[58, 59]] = [1.0, 0.9], [0.3, 0.1]
+    found = worst_people("ridge", AttackScores(protected_Q=protected, control_Q=control, floor_Q=floor), pids)
+    assert (found.people, found.attacker) == (2, "ridge")
+    expected = ((0.8 + 0.5) / 2, (0.95 + 0.5) / 2, (0.2 + 0.1) / 2)
+    assert (found.protected, found.control, found.floor) == pytest.approx(expected)
+    assert found.r == pytest.approx((0.65 - 0.15) / (0.725 - 0.15))
+    blind = worst_people("gan", AttackScores(protected_Q=protected, control_Q=np.full(60, np.nan), floor_Q=floor), pids)
+    assert blind.control is None and blind.r is None

@@ -25,7 +25,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.leak import AttackScores
+from ppreid_dist.evaluation.leak import AttackScores, worst_people
 from ppreid_dist.evaluation.urr import attack_curve, urr
 from ppreid_dist.models.generator import Generator
 
@@ -223,6 +223,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
             "against": whole.against,
             "own": {**asdict(whole.own), "attacker": whole.own_attacker},
         },
+        "worst": asdict(worst_people(whole.against, series(whole.against, largest), pids_Q)) if whole.against else None,
         "urr": {
             **asdict(whole.urr),
             "display": whole.display,

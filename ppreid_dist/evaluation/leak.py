@@ -27,6 +27,7 @@ inside it. There a leak over a control that isn't above the floor is unbounded, 
 Shapes: Q query pictures, B the statistic itself, then each resample.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -149,6 +150,45 @@ def measure_leak(
         own=bootstrap.interval(np.fmax.reduce(list(own.values()))),
         own_attacker=_first(own),
         resolution=(most_high - most_low) / 2 / most_B[0],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """Mean scores of the ``people`` whom one attacker finds best, chosen by each series itself, so that the choice's
+    luck is in all three; ``r`` is their (protected − floor) / (control − floor)."""
+
+    attacker: str
+    people: int
+    protected: float | None
+    control: float | None
+    floor: float | None
+    r: float | None
+
+
+def worst_people(name: str, scores: AttackScores, pids_Q: np.ndarray, share: float = 0.05) -> Worst:
+    """Of the ``share`` of people who leak most, at least one: an average can hide them."""
+    places_Q = np.unique(pids_Q, return_inverse=True)[1]
+    count = max(1, math.ceil(share * (places_Q.max() + 1)))
+
+    def most(score_Q: np.ndarray) -> float:
+        known_Q = ~np.isnan(score_Q)
+        if not known_Q.any():
+            return float("nan")
+        sums_K = np.bincount(places_Q[known_Q], score_Q[known_Q])
+        counts_K = np.bincount(places_Q[known_Q])
+        return float(np.sort(sums_K[counts_K > 0] / counts_K[counts_K > 0])[-count:].mean())
+
+    protected, control, floor = (most(score_Q) for score_Q in (scores.protected_Q, scores.control_Q, scores.floor_Q))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = float(np.float64(protected - floor) / (control - floor)) if control > floor else float("nan")
+    return Worst(
+        attacker=name,
+        people=count,
+        protected=finite(protected),
+        control=finite(control),
+        floor=finite(floor),
+        r=finite(r),
     )
 
 

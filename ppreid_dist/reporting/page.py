@@ -2,6 +2,7 @@
 
 report.json        every number, shape ``ppreid-report/2`` (docs/report.md)
 report.html        the same numbers as one page: no script, no request, readable in print and in the dark
+card.json, .md     the privacy card: its sum, to go beside a model
 figures/*.png      the page's figures, for a paper; panel_*.png only where pictures were asked for
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ppreid_dist.errors import DataError
+from ppreid_dist.reporting.card import as_markdown, make_card
 from ppreid_dist.reporting.figures import DARK, LIGHT, Drawing, draw_report, draw_strip, ranked
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.reporting.verdict import axis_title, number, percent, write_verdict
@@ -48,7 +50,7 @@ class Panel:
 
 
 def write_report(report: dict[str, Any], folder: Path, *, panel: Panel | None) -> None:
-    """Write ``report.json``, ``report.html`` and ``figures/`` into ``folder``, each file whole or not at all.
+    """Write ``report.json``, ``report.html``, ``figures/`` and the card into ``folder``, each file whole or not at all.
 
     Without a panel the page says that pictures are left out, and an earlier report's pictures are removed.
     Raises DataError naming the key where ``report`` has not the shape, or the file that could not be written.
@@ -67,6 +69,9 @@ def write_report(report: dict[str, Any], folder: Path, *, panel: Panel | None) -
     for row in PANEL_ROWS.keys() - strips.keys():
         (folder / "figures" / f"panel_{row}.png").unlink(missing_ok=True)
     write_text(folder / "report.html", page)
+    card = make_card(report)
+    write_json(folder / "card.json", card)
+    write_text(folder / "card.md", as_markdown(card, report))
 
 
 def load_report(file: str | Path) -> dict[str, Any]:

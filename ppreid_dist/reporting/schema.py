@@ -48,6 +48,16 @@ ATTACKER = {
 AXIS = {
     "metric": TEXT,
     "leak": {**LEAK, "against": Maybe(TEXT), "own": LEAK},
+    "worst": Maybe(
+        {
+            "attacker": TEXT,
+            "people": WHOLE,
+            "protected": Maybe(NUMBER),
+            "control": Maybe(NUMBER),
+            "floor": Maybe(NUMBER),
+            "r": Maybe(NUMBER),
+        }
+    ),
     "urr": {
         **INTERVAL,
         "display": TEXT,

@@ -1,0 +1,84 @@
+"""The privacy card: what goes beside a model when it is handed on, in the manner of a model card.
+
+``card.json`` holds the figures, ``card.md`` the same in words, by the rules of the report's first screen. Both are made
+from a checked report and say nothing that isn't in it.
+"""
+
+from typing import Any
+
+from ppreid_dist.reporting.verdict import axis_title, number, percent, write_verdict
+
+SCHEMA = "ppreid-card/1"
+
+
+def make_card(report: dict[str, Any]) -> dict[str, Any]:
+    """``card.json``; its keys are described in ``docs/report.md``."""
+    verdict = write_verdict(report)
+    return {
+        "schema": SCHEMA,
+        "name": report["name"],
+        "created": report["created"],
+        "method": report["training"]["protected"]["method"],
+        "protocol": report["protocol"],
+        "headline": verdict.headline,
+        "people": report["attack"]["people"],
+        "utility": {
+            "control": report["utility"]["control"]["mAP"],
+            "protected": report["utility"]["protected"]["mAP"],
+            "kept": report["utility"]["ratio"],
+        },
+        "leak": {
+            name: {
+                **{key: axis["leak"][key] for key in ("value", "low", "high", "attacker")},
+                "worst_people": None if axis["worst"] is None else axis["worst"]["r"],
+                "urr": axis["urr"]["display"],
+            }
+            for name, axis in report["axes"].items()
+        },
+        "attributes": None if report["attributes"] is None else report["attributes"]["mean"]["r"],
+        "whitebox": None
+        if report["whitebox"] is None
+        else {name: row["r"] for name, row in report["whitebox"]["axes"].items()},
+        "linkage": report["linkage"],
+        "warnings": [f"{line.label}: {line.text}" for line in verdict.warnings],
+    }
+
+
+def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
+    """``card.md``."""
+    verdict, kept = write_verdict(report), card["utility"]["kept"]
+    rows = [
+        ("Method", card["method"]),
+        (
+            "mAP, unprotected → protected",
+            f"{percent(card['utility']['control'])} → {percent(card['utility']['protected'])}, "
+            f"{percent(kept['value'])} kept {_ends(kept, 100)}",
+        ),
+    ]
+    for name, leak in card["leak"].items():
+        title = axis_title(name)
+        rows.append((f"{title}: leak r", f"{number(leak['value'])} {_ends(leak)}, by {leak['attacker'] or 'nobody'}"))
+        rows.append((f"{title}: r of the worst 5 % of people", number(leak["worst_people"])))
+        rows.append((f"{title}: URR", leak["urr"]))
+    if card["attributes"]:
+        rows.append(("Attributes: r of a probe", f"{number(card['attributes']['value'])} {_ends(card['attributes'])}"))
+    for name, r in (card["whitebox"] or {}).items():
+        rows.append((f"{axis_title(name)}: r with the extractor in hand", f"{number(r['value'])} {_ends(r)}"))
+    for row in card["linkage"] or []:
+        how = f"Linkage with {row['other']}" + (", a map learnt" if row["learnt"] else "")
+        rows.append(
+            (how, f"D_sys {number(row['d_sys'])} (chance {number(row['null'])}), rank-1 {percent(row['rank1'])}")
+        )
+    lines = [f"# Privacy card: {card['name']}", "", f"**{card['headline']}.**", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {' '.join(text.split())} |" for name, text in rows]
+    lines += ["", *(f"- **{line.label}.** {line.text}" for line in (*verdict.warnings, *verdict.lines))]
+    lines += ["", f"{card['protocol']}. Made {card['created']}.", ""]
+    return "\n".join(lines)
+
+
+def _ends(interval: dict[str, Any], times: float = 1) -> str:
+    if interval["low"] is None:
+        return ""
+    low, high = (None if interval[end] is None else times * interval[end] for end in ("low", "high"))
+    digits = 1 if times != 1 else 2
+    return f"[{number(low, digits)}, {'∞' if high is None else number(high, digits)}]"
