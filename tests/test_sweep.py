@@ -380,7 +380,7 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     out = tmp_path / "out"
     table = json.loads((out / "table.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
-    assert list(rows) == ["unprotected", *methods] and table["complete"]
+    assert list(rows) == ["unprotected", *sorted(methods)] and table["complete"]
     assert rows["fails"]["failed"] == ["training: step 3: the gradient is not finite"]
     assert rows["best response"]["r_identity"]["value"] == pytest.approx(1 / 4)
     assert rows["trained, int8"]["mAP"]["value"] == pytest.approx(0.59)
@@ -391,7 +391,7 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     }
     places = {json.loads((place / "settings.json").read_text())["method"]: place for place in out.glob("trials/*")}
     trained = {name: [run.parent.name for run in place.glob("*/steps.txt")] for name, place in places.items()}
-    assert trained == {"best response": ["run"], "noise": [], "trained, int8": ["plain"], "fails": ["run"]}
+    assert trained == {"best response": ["run"], "noise": [], "trained, int8": ["plain"], "fails": []}
     stored = json.loads((places["noise"] / "run" / "settings.json").read_text())
     assert stored["privacy.weight"] == "0" and stored["model.store.strength"] == "0.7"
     lines = (out / "table.md").read_text().splitlines()
