@@ -120,6 +120,7 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.slow
 def test_a_launcher_s_restart_goes_on_bit_for_bit(world: list[str], tmp_path: Path) -> None:
     """A process is killed in the eighth step, after the checkpoint of the sixth; --resume isn't said."""
     for name, fault in (("whole", "none"), ("run", "die")):
