@@ -174,6 +174,9 @@ def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
     if settings[control]["privacy.weight"]:
         raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")
+    for run, role in ((control, "control"), (judge, "judge")):
+        if (kind := settings[run]["model.store.kind"]) != "plain":
+            raise RunError(f"{run}: not a {role}: its features are stored as {kind}")
     for run in (control, protected):
         if "aux" in settings[run]["data.train_splits"]:
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")

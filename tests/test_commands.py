@@ -116,6 +116,10 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     ):
         assert message in ppreid("store", *arguments, expect=2).stderr
     assert not (tmp_path / "b").exists()
+    # A weaker ceiling or a judge who sees less would make any protection look better.
+    for role, others in (("control", {"protected": "control"}), ("judge", {})):
+        said = attack(runs, tmp_path / "c", expect=2, **{role: str(kept)}, **others).stderr
+        assert f"not a {role}: its features are stored as pca" in said
 
 
 @pytest.mark.parametrize(

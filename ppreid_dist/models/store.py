@@ -143,7 +143,7 @@ class Store(nn.Module):
         return shift_BD.detach()
 
     def _noise(self, plain_BD: Tensor) -> Tensor:
-        """Drawn by the key and the feature itself, so that a picture is stored alike whatever is in its batch."""
+        """Drawn by the key and the embedding itself, so that it does not hang on what else is in the batch."""
         levels_BD = (plain_BD.detach().double() * 2**16).round().long().cpu()
         odd_D = torch.randint(2**40, plain_BD.shape[1:], generator=torch.Generator().manual_seed(self.config.key))
         seeds = (levels_BD * (2 * odd_D + 1)).sum(1).tolist()
