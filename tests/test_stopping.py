@@ -110,21 +110,21 @@ def test_a_process_that_hangs_is_given_up(world: list[str], tmp_path: Path) -> N
 
 @pytest.mark.engines
 def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
-    """Killed in a step and while writing; `tools/kills.py --kills 50` is the long form, of all kinds."""
+    """One kill of each kind but the last; `tools/kills.py --kills 50` is the long form."""
     done = subprocess.run(
-        [sys.executable, "tools/kills.py", "--kills", "2", "--out", str(tmp_path), "--seed", "1"],
+        [sys.executable, "tools/kills.py", "--kills", "3", "--out", str(tmp_path), "--seed", "1"],
         cwd=ROOT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"\| (\w+) \| 1 \| 1 \| 0 \|", done.stdout) == ["step", "writing"]
+    assert re.findall(r"\| (\w+) \| 1 \| 1 \| 0 \|", done.stdout) == ["step", "writing", "pruning"]
 
 
 @pytest.mark.engines
-@pytest.mark.slow
 def test_a_launcher_s_restart_goes_on_bit_for_bit(world: list[str], tmp_path: Path) -> None:
     """A process is killed in the eighth step, after the checkpoint of the sixth; --resume isn't said."""
-    for name, fault in (("whole", "none"), ("run", "die")):
-        launch(2, fault, "7", *world, f"output={tmp_path / name}", script="tests/faulty_train.py", options=MAX_RESTARTS)
+    whole = start_ranks(2, *world, f"output={tmp_path / 'whole'}")
+    launch(2, "die", "7", *world, f"output={tmp_path / 'run'}", script="tests/faulty_train.py", options=MAX_RESTARTS)
+    assert [status for status, _ in finish(whole)] == [0, 0]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["resumed_at"] == 6
     assert_same(last(tmp_path / "whole"), last(tmp_path / "run"))
 
