@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from ppreid_dist.assessment import default_device
 from ppreid_dist.data.dataset import open_training
 from ppreid_dist.data.stream import load_pictures
@@ -19,6 +17,7 @@ from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.models.folder import load_extractor, save_extractor
 from ppreid_dist.models.store import Store
 from ppreid_dist.settings import load_settings, save_settings
+from ppreid_dist.storage import atomic
 
 STORED = "model.store."
 
@@ -26,14 +25,14 @@ STORED = "model.store."
 def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = True) -> None:
     """Make ``out`` the run ``run`` with other ``model.store.*`` settings, fitted on its own training pictures.
 
-    ConfigError for any other setting; RunError where ``run`` isn't finished or stores otherwise already, or ``out``
-    holds a run.
+    ``out`` appears whole or not at all. ConfigError for any other setting; RunError where ``run`` isn't finished or
+    stores otherwise already, or ``out`` is there.
     """
     for setting in settings:
         if not setting.startswith(STORED):
             raise ConfigError(f"{setting.partition('=')[0]}: can't be changed after training; only {STORED}* can")
-    if (out / "config.yaml").exists():
-        raise RunError(f"{out}: holds a run already; choose another --out")
+    if out.exists():
+        raise RunError(f"{out}: is there already; choose another --out")
     before = load_run(run)
     if before.model.store.kind != "plain":
         raise RunError(f"{run}: its features are stored as {before.model.store.kind} already; store the plain run")
@@ -50,10 +49,10 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
         targets = load(config.model.store.decoder.size) if config.model.store.kind == "adversarial" else None
         kept.fit(plain_ND, targets.images_N3HW if targets else None)
     saved.extractor.store = kept
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "metrics.jsonl"):
-        if (run / name).is_file():
-            shutil.copy2(run / name, out / name)
-    with torch.no_grad():
-        save_extractor(out / "model", saved.extractor, config.model, saved.size, saved.about)
-    save_settings(config, out / "config.yaml")
+    with atomic(out) as whole:
+        whole.mkdir()
+        for name in ("result.json", "metrics.jsonl"):
+            if (run / name).is_file():
+                shutil.copy2(run / name, whole / name)
+        save_extractor(whole / "model", saved.extractor, config.model, saved.size, saved.about)
+        save_settings(config, whole / "config.yaml")

@@ -109,7 +109,7 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
     assert found["training"]["protected"]["method"] == "unprotected, stored as pca, int8"
     for arguments, message in (
-        ([str(runs / "control"), "--out", str(kept), *words], "holds a run already"),
+        ([str(runs / "control"), "--out", str(kept), *words], "is there already"),
         ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), "seed=4"], "seed: can't be changed after training"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), words[0], "model.store.dim=99"], "model.store.dim: 99"),

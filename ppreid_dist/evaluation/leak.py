@@ -180,8 +180,7 @@ def worst_people(name: str, scores: AttackScores, pids_Q: np.ndarray, share: flo
         return float(np.sort(sums_K[counts_K > 0] / counts_K[counts_K > 0])[-count:].mean())
 
     protected, control, floor = (most(score_Q) for score_Q in (scores.protected_Q, scores.control_Q, scores.floor_Q))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r = float(np.float64(protected - floor) / (control - floor)) if control > floor else float("nan")
+    r = (protected - floor) / (control - floor) if control > floor else float("nan")
     return Worst(
         attacker=name,
         people=count,

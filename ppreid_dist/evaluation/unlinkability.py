@@ -5,7 +5,7 @@ the same person are across the databases (mated) with entries of different peopl
 where everything does. Estimated from a finite sample it is above 0 even then, so the same estimate with people permuted
 stands beside it.
 
-Shapes: A entries of one database, B of the other, S bins.
+Shapes: A entries of one database, B of the other, P pairs, S bins.
 """
 
 from dataclasses import dataclass
@@ -26,21 +26,17 @@ class Linkage:
     chance: float
 
 
-def d_sys(mated: np.ndarray, others: np.ndarray, bins: int = BINS) -> float:
-    """Of similarities, any number of each; bins hold equally many of both together. NaN without one of them."""
+def into_bins(similarity_P: np.ndarray) -> np.ndarray:
+    """The bin of each, so that all bins hold equally many."""
+    return np.searchsorted(np.quantile(similarity_P, np.arange(1, BINS) / BINS), similarity_P)
+
+
+def d_sys(mated: np.ndarray, others: np.ndarray) -> float:
+    """From the bins that pairs lie in: the sum over bins of the share of mated pairs times 2 P(mated | bin) − 1, where
+    that is above 0. NaN without pairs of either kind."""
     if not len(mated) or not len(others):
         return float("nan")
-    edges = _edges(np.concatenate([mated, others]), bins)
-    return _from_shares(*(np.bincount(np.searchsorted(edges, of), minlength=bins) / len(of) for of in (mated, others)))
-
-
-def _edges(similarities: np.ndarray, bins: int) -> np.ndarray:
-    """Between the bins."""
-    return np.quantile(similarities, np.arange(1, bins) / bins)
-
-
-def _from_shares(mated_S: np.ndarray, others_S: np.ndarray) -> float:
-    """Sum over the bins of the share of mated pairs times 2 P(mated | bin) − 1, where that is above 0."""
+    mated_S, others_S = (np.bincount(of, minlength=BINS) / len(of) for of in (mated, others))
     total_S = mated_S + others_S
     known_S = np.divide(mated_S - others_S, total_S, out=np.zeros_like(total_S), where=total_S > 0)
     return float((mated_S * known_S.clip(0)).sum())
@@ -57,13 +53,11 @@ def linkage(
         return None
     open_AB = np.where(usable_AB, similarity_AB, -np.inf)
     found_A = mated_AB[np.arange(len(pids_A)), open_AB.argmax(1)]
-    edges = _edges(similarity_AB[usable_AB], BINS)
-    bin_AB = np.searchsorted(edges, similarity_AB)
+    bin_P = into_bins(similarity_AB[usable_AB])
 
     def of_labels(pids_B: np.ndarray) -> float:
-        same_AB = pids_A[:, None] == pids_B[None, :]
-        shares = [np.bincount(bin_AB[usable_AB & pairs], minlength=BINS) for pairs in (same_AB, ~same_AB)]
-        return _from_shares(*(count / max(count.sum(), 1) for count in shares))
+        same_P = (pids_A[:, None] == pids_B[None, :])[usable_AB]
+        return d_sys(bin_P[same_P], bin_P[~same_P])
 
     rng = np.random.default_rng([seed, 0x11E])
     null = [of_labels(rng.permutation(pids_B)) for _ in range(draws)]

@@ -63,7 +63,7 @@ def _unprotected(front: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any
         "method": "unprotected",
         "seeds": sorted({seed for point in front["points"] for seed in point["seeds"]}),
         "failed": [],
-        "mAP": {**mean([{"value": mAP, "low": None, "high": None} for mAP in mAPs])},
+        "mAP": mean([{"value": mAP, "low": None, "high": None} for mAP in mAPs]),
         "u": _WHOLE,
         **{f"r_{axis}": _WHOLE for axis in axes},
         "attackers": {axis: {} for axis in axes},

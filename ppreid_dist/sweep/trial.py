@@ -6,7 +6,6 @@ trains the control, the next one the judge, and the others wait.
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -100,7 +99,6 @@ class Worker:
             source = protected.run if trained else control.run
             protected = replace(protected, run=place / "run")
             if not protected.finished.is_file():
-                shutil.rmtree(protected.run, ignore_errors=True)  # half a copy
                 command = self.programs.store([str(source), "--out", str(protected.run), *as_overrides(stored)])
                 self._start(command, protected.finished, "store", claim, environment, protected.log)
         self._attack(place, protected, control, judge, claim, environment)
