@@ -60,14 +60,13 @@ class Attacker(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One attacker, trained once and tested on every query picture.
+    """One attacker, trained once and tested on every query picture: by axis, its scores of each, higher leaking more.
 
     ``best`` is the mean SSIM of the best of several guesses at each picture, NaN where there is one guess only. Only
     the picture itself can tell which is the best, so it is a bound on what choosing could bring, not an attack.
     """
 
-    pixel_Q: np.ndarray
-    identity_Q: np.ndarray
+    scores: dict[str, np.ndarray]
     l1: float
     psnr: float
     best: float

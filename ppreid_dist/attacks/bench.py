@@ -40,7 +40,6 @@ from ppreid_dist.evaluation.ranking import Ranking, rank_queries
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.settings import Settings, option, to_dict
 
-AXES = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
 SHOWN = 12  # identities whose reconstructions are kept
 
 
@@ -129,6 +128,7 @@ class Bench:
         self.kept, self.found = kept, found or progress
         self.aux, self.query, self.judge, self.config, self.progress = aux, query, judge, config, progress
         self.gallery = gallery_judged_GD, gallery_pids, gallery_camids
+        self.axes = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
         for name in config.attackers:
             self.attacker(name)  # whoever lacks a library says so before anybody is trained
         people = np.unique(aux.pids_N)
@@ -173,8 +173,7 @@ class Bench:
         """The scores of reconstructions (uint8) of the query rows ``asked_Q``; all of them are ``shown``."""
         pixel = self.pixels(drawn_Q3hw, asked_Q)
         return Outcome(
-            pixel_Q=pixel["ssim"],
-            identity_Q=self.rank(drawn_Q3hw, asked_Q).ap_Q,
+            scores={"pixel": pixel["ssim"], "identity": self.rank(drawn_Q3hw, asked_Q).ap_Q},
             l1=float(np.nanmean(pixel["l1"])),
             psnr=float(np.nanmean(pixel["psnr"])),
             best=float("nan"),
@@ -190,7 +189,7 @@ class Bench:
             how = f"{outcome.seconds:.1f} s"
             if self.kept:
                 self.kept.put(key, outcome)
-        reached = f"SSIM {np.nanmean(outcome.pixel_Q):.3f}, mAP {np.nanmean(outcome.identity_Q):.3f}"
+        reached = ", ".join(f"{axis} {np.nanmean(outcome.scores[axis]):.3f}" for axis in self.axes)
         self.found(f"{label}: {reached}, {how}")
         return outcome
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ppreid_dist.attacks.base import Outcome, to_uint8
-from ppreid_dist.attacks.bench import AXES, Bench, Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
 from ppreid_dist.evaluation.bootstrap import Bootstrap
@@ -41,8 +41,8 @@ def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any]
     found["floor"] = bench.judged(somebody_else.to(bench.query.images_N3HW.device), asked, seconds=0.0)
     bootstrap = Bootstrap(people, bench.config.resamples, bench.config.seed, 0.95)
     axes = {}
-    for axis in AXES:
-        means = bootstrap.means({role: getattr(outcome, f"{axis}_Q") for role, outcome in found.items()})
+    for axis in bench.axes:
+        means = bootstrap.means({role: outcome.scores[axis] for role, outcome in found.items()})
         parts = {f"{role}_B": mean_B for role, mean_B in zip(found, means, strict=True)}
         axes[axis] = asdict(compare(bootstrap, **parts))
     return {

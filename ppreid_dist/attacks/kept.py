@@ -19,7 +19,7 @@ from ppreid_dist.attacks.base import Outcome
 from ppreid_dist.errors import DataError
 from ppreid_dist.storage import read_tensors, write_tensors
 
-_ARRAYS, _NUMBERS = ("pixel_Q", "identity_Q"), ("l1", "psnr", "best", "seconds")
+_NUMBERS, _SCORES = ("l1", "psnr", "best", "seconds"), "scores/"
 
 
 def digest(*parts: Any) -> str:
@@ -56,14 +56,14 @@ class Kept:
             return None
         try:
             found = read_tensors(file)
-            parts: dict[str, Any] = {name: found[name].numpy() for name in _ARRAYS}
-            parts |= zip(_NUMBERS, found["numbers"].tolist(), strict=True)
-            return Outcome(**parts, shown=found["shown"])
+            numbers = dict(zip(_NUMBERS, found["numbers"].tolist(), strict=True))
+            of_axes = {key.removeprefix(_SCORES): of.numpy() for key, of in found.items() if key.startswith(_SCORES)}
+            return Outcome(scores=of_axes, shown=found["shown"], **numbers)
         except (DataError, KeyError, ValueError):
             return None
 
     def put(self, key: str, outcome: Outcome) -> None:
         """Keep ``outcome``; DataError naming the file if it can't be written."""
-        arrays = {name: torch.from_numpy(getattr(outcome, name)) for name in _ARRAYS}
+        arrays = {_SCORES + axis: torch.from_numpy(of_Q) for axis, of_Q in outcome.scores.items()}
         numbers = torch.tensor([getattr(outcome, name) for name in _NUMBERS], dtype=torch.float64)
         write_tensors(self.folder / f"{key}.safetensors", {**arrays, "numbers": numbers, "shown": outcome.shown})

@@ -18,7 +18,7 @@ from torch import Tensor
 from ppreid_dist.attacks.adaptive import renewed
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import AXES, AttackConfig, Bench, Judge, Trained, Victim
+from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained, Victim
 from ppreid_dist.attacks.informed import whitebox_leak
 from ppreid_dist.attacks.judging import judge_quality
 from ppreid_dist.attacks.kept import Kept
@@ -130,12 +130,14 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
     found = {
         # Of those on both victims, so that their pictures can be shown side by side.
         victim: {
-            n: float(np.nanmean(runs[n, largest].identity_Q)) for n, people in reference.ceiling if people == largest
+            n: float(np.nanmean(runs[n, largest].scores["identity"]))
+            for n, people in reference.ceiling
+            if people == largest
         }
         for victim, runs in victims.items()
     }
     return SuiteResult(
-        axes={axis: _axis(axis, bench, control, protected, roles) for axis in AXES},
+        axes={axis: _axis(axis, bench, control, protected, roles) for axis in bench.axes},
         attributes=attribute_leak(
             bench.aux,
             bench.query,
@@ -169,9 +171,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
         },
         strongest={victim: max(by_name, key=by_name.__getitem__) for victim, by_name in found.items()},
         per_query={
-            (axis, name, role): getattr(outcome, f"{axis}_Q")
-            for axis in AXES
-            for (role, name), outcome in final.items()
+            (axis, name, role): outcome.scores[axis] for axis in bench.axes for (role, name), outcome in final.items()
         },
         means={key: {"l1": outcome.l1, "psnr": outcome.psnr} for key, outcome in final.items()},
     )
@@ -182,7 +182,7 @@ def _best_guesses(bench: Bench, roles: dict[str, Trained]) -> list[str]:
     lines = []
     for name in bench.config.attackers:
         final = {role: runs[name, bench.people[-1]] for role, runs in roles.items() if (name, bench.people[-1]) in runs}
-        each = [f"{np.nanmean(o.pixel_Q):.3f} and {o.best:.3f} ({role})" for role, o in final.items()]
+        each = [f"{np.nanmean(o.scores['pixel']):.3f} and {o.best:.3f} ({role})" for role, o in final.items()]
         if final and np.isfinite([outcome.best for outcome in final.values()]).all():
             lines.append(
                 f"{name}: SSIM of the mean of its guesses, which counts, and of the guess that the picture itself "
@@ -197,7 +197,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
 
     def series(name: str, n: int) -> AttackScores:
         found = {role: runs.get((name, n)) for role, runs in roles.items()}
-        return AttackScores(**{f"{role}_Q": getattr(of, f"{axis}_Q") if of else unscored for role, of in found.items()})
+        return AttackScores(**{f"{role}_Q": of.scores[axis] if of else unscored for role, of in found.items()})
 
     bootstrap = {"resamples": config.resamples, "seed": config.seed}
     largest = bench.people[-1]
@@ -216,7 +216,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
         for name in config.curve_attackers
     }
     return {
-        "metric": AXES[axis],
+        "metric": bench.axes[axis],
         "leak": {
             **asdict(whole.r),
             "attacker": whole.attacker,

@@ -44,7 +44,7 @@ def write_front(front: dict[str, Any], folder: Path) -> None:
 def _table(front: dict[str, Any]) -> str:
     """Empty is what was not or could not be measured."""
     keys = sorted({key for row in front["trials"] for key in row["settings"]})
-    names = ["name", "point", "seed", "status", "reason", *keys, "mAP", "control_mAP"]
+    names = ["name", "point", "method", "seed", "status", "reason", *keys, "mAP", "control_mAP"]
     names += [f"utility_{end}" for end in _FIGURES]
     for axis in front["front"]:
         names += [f"{axis}_leak_{end}" for end in _FIGURES] + [f"{axis}_attacker", f"{axis}_urr"]

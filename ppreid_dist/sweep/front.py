@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ppreid_dist.attacks.suite import AXES
 from ppreid_dist.sweep.folder import Folder
 
 SCHEMA = "ppreid-front/1"
@@ -68,7 +67,7 @@ def _point(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
                 "leak": mean([row["axes"][axis]["leak"] for row in rows]),
                 "urr": _urr([row["axes"][axis]["urr"] for row in rows]),
             }
-            for axis in AXES
+            for axis in rows[0]["axes"]
         },
     }
 
@@ -154,6 +153,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
     points = make_points(rows)
     expected = len(known) if not config.search else config.trials * len(config.seeds)
     recommended = recommend(points, config.axis, config.min_utility)
+    axes = list(points[0]["axes"]) if points else [config.axis]
     controls = {row["control"]: row["control_mAP"] for row in rows if row["status"] == "done"}
     return {
         "schema": SCHEMA,
@@ -164,8 +164,8 @@ def front_of(folder: Folder) -> dict[str, Any]:
         "trials": rows,
         "points": points,
         "controls": controls,
-        "front": {axis: pareto(pairs_of(points, axis)) for axis in AXES},
-        "hypervolume": {axis: hypervolume(list(pairs_of(points, axis).values())) for axis in AXES},
+        "front": {axis: pareto(pairs_of(points, axis)) for axis in axes},
+        "hypervolume": {axis: hypervolume(list(pairs_of(points, axis).values())) for axis in axes},
         "reference": REFERENCE,
         "axis": config.axis,
         "recommended": recommended,
