@@ -2,15 +2,16 @@
 
 - **Above the floor.** Somebody finds more in unprotected features than the prior gives (``evaluation.leak``).
 - **More data is not worse.** On unprotected features no attacker with the most people may stand below itself with
-  fewer. It fails where the interval of the loss, paired by identity, lies above 0, and the loss is more than
-  ``LOSS`` of the axis' reach: the interval doesn't cover the chance of two trainings.
+  fewer. It fails where the interval of the loss, paired by identity, lies above 0 and the loss is more than ``LOSS``
+  of the axis' reach: that interval doesn't cover the chance of two trainings.
 - **The floor is at chance**, where an axis ranks and chance is known. A floor learns from pictures of strangers, so it
-  can name nobody. It fails where the interval of (floor − chance) lies above 0, and it is more than ``LIFT`` of the
-  reach (ceiling − chance). Cameras and light can lift a judge's ranking without anybody being shown; a lift of
-  ``LIFT`` moves r by that at most, since (P − c)/(C − c) − (P − F)/(C − F) ≤ (F − c)/(C − c) for a chance c ≤ F ≤ P ≤ C.
+  can name nobody. It fails where the interval of (floor − chance) lies above 0 and that is more than ``LIFT`` of the
+  reach (ceiling − chance). Cameras and light lift a judge's ranking a little without anybody being shown: by at most
+  0.03 of the reach in the runs it was measured on, synthetic and real. A lift of ``LIFT`` lowers r by that at most:
+  (P − c)/(C − c) − (P − F)/(C − F) ≤ (F − c)/(C − c) for a chance c ≤ floor F ≤ protected P ≤ ceiling C.
 
-The reach of an axis is what the strongest attacker with the most people has on unprotected features, beyond its floor
-or beyond chance. Below the margins a fault is too small to matter, within noise it can't be told from none.
+The reach is what the strongest attacker with the most people has on unprotected features, beyond its floor or beyond
+chance. Below the margins a fault is too small to matter, within noise it can't be told from none.
 
 Shapes: Q query pictures.
 """
@@ -22,7 +23,7 @@ import numpy as np
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores
 
-LOSS = 0.1  # of the reach
+LOSS = 0.05  # of the reach
 LIFT = 0.1  # of the reach
 
 ByPeople = Mapping[int, Mapping[str, AttackScores]]  # attackers by number of people and name

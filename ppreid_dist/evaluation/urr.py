@@ -8,9 +8,10 @@ paper's own isn't public.
 ratio; an end of an interval that is unbounded is None.
 
 **Gates.** ``n/a`` where the attack is broken (no attacker beats its floor on the control beyond noise, or what
-:mod:`ppreid_dist.evaluation.gates` says), or where too little utility is left for a ratio to mean anything. Where r is within noise of 0 (its interval reaches it) the ratio has no value, only a
-bound: ``≥ u_low / max(r_high, s)``, s the half-width of the interval of the largest C − F as a share of it: no bound
-is finer than what the test can resolve, however lucky the draw. r > 1 is shown as it is.
+:mod:`ppreid_dist.evaluation.gates` says), or where too little utility is left for a ratio to mean anything. Where r is
+within noise of 0 (its interval reaches it) the ratio has no value, only a bound: ``≥ u_low / max(r_high, s)``, s the
+half-width of the interval of the largest C − F as a share of it: no bound is finer than what the test can resolve,
+however lucky the draw. r > 1 is shown as it is.
 
 Shapes: Q query pictures, B the statistic itself, then each resample.
 """
@@ -93,7 +94,8 @@ def urr(
 ) -> AxisResult:
     """The ratio on one axis from the protected and the baseline model's utility and the attackers' scores.
 
-    The utilities are those of each query (average precision). What is ``broken`` in the attack gives no ratio. A NaN is left out of the mean of its own series.
+    The utilities are those of each query (average precision). A NaN is left out of the mean of its own series. What
+    is ``broken`` in the attack, a line each, leaves no ratio.
     Raises DataError if a series has another length than the pids, holds an infinity, or there are fewer than two
     identities.
     """
