@@ -170,6 +170,21 @@ def test_bad_settings_are_one_line(changes: dict[str, list[str]], message: str) 
         AttackConfig(auxiliary=AuxiliaryConfig(**changes))
 
 
+def test_a_floor_that_learns_people_breaks_the_attack_and_leaves_no_urr(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(pids_N: np.ndarray, seed: int) -> np.ndarray:
+        return np.where(pids_N % 3, np.arange(len(pids_N)), permute_people(pids_N, seed))
+
+    sound = suite().axes["identity"]
+    monkeypatch.setattr("ppreid_dist.attacks.bench.permute_people", careless)
+    result = suite()
+    broken = result.axes["identity"]
+    assert sound["urr"]["status"] == "ok"
+    assert (broken["urr"]["status"], broken["urr"]["value"]) == ("n/a", None)
+    assert broken["urr"]["reason"].startswith("attack broken: the floor of ridge is 0.")
+    assert broken["leak"]["value"] is not None
+    assert result.notes == [f"identity: {broken['urr']['reason']}"]
+
+
 # --- several seeds ----------------------------------------------------------------------------------------------
 
 
@@ -205,6 +220,7 @@ def test_the_training_that_does_best_on_its_own_people_counts_not_the_best_of_th
     one, two, three = (attack(seeds) for seeds in (1, 2, 3))
     assert Lucky.fitted == [2, 2]  # the others were kept; ceiling and floor, for both victims store the same
     assert one.axes == two.axes
+    assert one.notes == [] and two.notes[0].startswith("attack.seeds: ") and "trained 2 times" in two.notes[0]
     l1 = {i: result.means["protected", "regression"]["l1"] for i, result in enumerate((one, two, three), 1)}
     assert l1[1] == l1[2] < l1[3]
     assert one.means["protected", "ridge"] == three.means["protected", "ridge"]

@@ -109,6 +109,11 @@ def summarise(
     quality, notes = judge_quality(bench)
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
+    if config.seeds > 1:
+        notes.append(
+            f"attack.seeds: every attacker that is drawn at random was trained {config.seeds} times; the training that "
+            "does best on its own held-out people counts"
+        )
     notes += _best_guesses(bench, roles)
     if left_out := [name for name in config.attackers if (name, largest) not in roles["protected"]]:
         notes.append(
