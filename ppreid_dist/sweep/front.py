@@ -134,9 +134,7 @@ def recommend(points: Sequence[Mapping[str, Any]], axis: str, min_utility: float
 def remarks(points: Sequence[Mapping[str, Any]], recommended: str | None, axis: str, min_utility: float) -> list[str]:
     """What a reader must know of the recommendation before believing it."""
     if recommended is None:
-        return [
-            f"No point keeps {min_utility:.0%} of the control's mAP with a leak that could be measured by an attack that works."
-        ]
+        return [f"No point keeps {min_utility:.0%} of the control's mAP with a leak that a sound attack measured."]
     point = next(point for point in points if point["name"] == recommended)
     leak, said = point["axes"][axis]["leak"], []
     if leak["value"] >= 1:
