@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from ppreid_dist import __version__
 from ppreid_dist.attacks.adaptive import trained_generator
+from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.suite import SuiteResult, Victim, run_suite
 from ppreid_dist.data.dataset import open_split
+from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
@@ -37,7 +39,7 @@ from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import StoreConfig
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import SCHEMA, check_report
-from ppreid_dist.settings import to_dict
+from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.storage import read_json, read_tensors, write_json, write_tensors
 from ppreid_dist.training.reversal import resize
 from ppreid_dist.training.tracking import read_metrics
@@ -90,7 +92,7 @@ def attack(
     Raises RunError where the runs can't be compared: control and protected must be the same training but for the
     protection, the judge another run than both, the auxiliary people unknown to control and protected.
     """
-    device = default_device()
+    device, other = default_device(), _other_domain(config)
     _check_comparable(control, protected, judge)
     judging = load_extractor(judge / "model", device)
     size = config.reversal.size
@@ -101,15 +103,21 @@ def attack(
         return stored_features(judging.extractor, resize(images_N3hw.float(), judging.size).clamp(0, 1))
 
     sizes: dict[tuple[int, int], dict[str, Pictures]] = {}
-    victims, rankings = {}, {}
+    victims, rankings, extractors, galleries_GD = {}, {}, {}, {}
     for role, run in (("control", control), ("protected", protected)):
         saved = load_extractor(run / "model", device)
         if saved.size not in sizes:
             sizes[saved.size] = {
                 split: _pictures(config, split, saved.size, device, progress) for split in ("aux", "query", "gallery")
             }
-        victims[role], rankings[role] = _victim(role, saved, sizes[saved.size])
+        extractors[role] = saved
+        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, sizes[saved.size])
     victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device))
+    auxiliaries = []
+    if other is not None:
+        auxiliaries.append(_strangers(*other, size, extractors, device, progress))
+    if "same_people" in config.attack.auxiliary.variants:
+        auxiliaries.append(same_people(_pictures(config, "gallery", size, device, progress), query, galleries_GD))
     with tqdm(disable=not progress, desc="attack", unit=" training") as bar:
 
         def found(line: str) -> None:
@@ -129,6 +137,7 @@ def attack(
             progress=bar.set_postfix_str,
             found=found,
             kept=Kept(trained or out / "trained"),
+            auxiliaries=auxiliaries,
         )
     figures = _figures(config, control, protected, judge, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))
@@ -151,7 +160,38 @@ def _reversal(run: Path, size: tuple[int, int], device: torch.device) -> Generat
     return generator.to(device) if generator else None
 
 
-def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> tuple[Victim, Ranking]:
+def _other_domain(config: Config) -> tuple[Config, str] | None:
+    """The configuration of the other data set that attackers learn on, if they do, and the split: its aux people, or
+    those of its train split."""
+    asked = config.attack.auxiliary
+    if "other_domain" not in asked.variants:
+        return None
+    other = load_settings(Config, asked.data)
+    if Path(other.data.shards).resolve() == Path(config.data.shards).resolve():
+        raise ConfigError(f"attack.auxiliary.data: {asked.data} names the same shards as the runs' own data")
+    open_split(other.data, "train")  # where there are no shards it says how to write them
+    return other, "aux" if "aux" in read_meta(Path(other.data.shards))["splits"] else "train"
+
+
+def _strangers(
+    other: Config,
+    split: str,
+    size: tuple[int, int],
+    extractors: dict[str, SavedExtractor],
+    device: torch.device,
+    progress: bool,
+) -> Auxiliary:
+    """The other data set's people, as the attackers and as both extractors see them."""
+    features = {
+        role: stored_features(saved.extractor, _pictures(other, split, saved.size, device, progress).images_N3HW)
+        for role, saved in extractors.items()
+    }
+    pictures = _pictures(other, split, size, device, progress)
+    return Auxiliary(variant="other_domain", pictures=pictures, features_ND=features)
+
+
+def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> tuple[Victim, Ranking, Tensor]:
+    """The victim, how well it ranks, and its features of the gallery."""
     features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
     ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
 
@@ -159,9 +199,11 @@ def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> 
         stored_BD: Tensor = saved.extractor(resize(images_B3hw, saved.size)).stored_BD
         return stored_BD
 
-    return Victim(
-        name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q, see=see
-    ), ranking
+    return (
+        Victim(name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q, see=see),
+        ranking,
+        features["gallery"],
+    )
 
 
 def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
@@ -221,6 +263,7 @@ def _figures(
         "attributes": result.attributes,
         "whitebox": result.whitebox,
         "linkage": result.linkage,
+        "auxiliary": result.auxiliary,
         "judge": {
             "name": f"{load_run(judge).model.backbone}, seed {load_run(judge).seed}",
             "mAP": result.judge["mAP"],

@@ -69,6 +69,18 @@ def good_report() -> dict[str, Any]:
         "linkage": [
             {"other": "another key", "learnt": True, "d_sys": 0.6184, "null": 0.0237, "rank1": 0.4372, "chance": 0.0114}
         ],
+        "auxiliary": [
+            {
+                "variant": variant, "people": people,
+                "axes": {
+                    "identity": {
+                        "attacker": "ridge", "protected": 0.3719 + shift, "control": 0.4137 + shift, "floor": 0.0893,
+                        "r": interval(0.8713 + shift, 0.7619, 0.9517), "reason": None,
+                    }
+                },
+            }
+            for variant, people, shift in (("other_domain", 1453, 0.0), ("same_people", 257, 0.041))
+        ],
         "judge": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."},
         "probe": {
             "apparent": 0.1812, "fresh": 0.1763, "gap": 0.0278, "warned": False, "unit": "L1 on the person",

@@ -27,7 +27,7 @@ from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.kept import Kept
-from ppreid_dist.attacks.plateau import PlateauConfig
+from ppreid_dist.attacks.plateau import PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
@@ -150,7 +150,7 @@ def test_a_decoder_ends_with_the_best_weights_it_met(
     decoder = Decoder(
         features,
         known.images_N3HW,
-        known.pids_N,
+        Split(*split_people(known.pids_N, 0), 0),
         view="raw",
         width=16,
         lr=1.0,  # so high that the looks go up and down

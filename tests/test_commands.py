@@ -122,6 +122,28 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
         assert f"not a {role}: its features are stored as pca" in said
 
 
+def test_attackers_with_other_pictures(world: list[str], runs: Path, tmp_path: Path) -> None:
+    people = {"train": 12, "unlabelled": 0, "aux": 0, "test": 2, "cameras": 2, "shots": 2, "height": 32, "width": 16}
+    data = {"root": str(tmp_path / "pictures"), "shards": str(tmp_path / "shards"), "stream": {"backend": "pillow"}}
+    other = tmp_path / "other.yaml"
+    other.write_text(json.dumps({"data": {**data, "synthetic": {**people, "domain": 1}}}))
+    few = ["attack.attackers=[ridge]", "attack.curve_attackers=[]", "attack.people=[0]", "attack.whitebox.people=0"]
+    quick = [*few, ATTACK[1], ATTACK[5], "attack.linkage.draws=20"]
+    variants = [*quick, "attack.auxiliary.variants=[same_people,other_domain]"]
+    for settings, message in (
+        ([], "attack.auxiliary.data: other_domain needs"),
+        ([f"attack.auxiliary.data={other}"], "no shards there; write them by `ppreid shards"),
+        ([f"attack.auxiliary.data={runs / 'control' / 'config.yaml'}"], "names the same shards as the runs' own data"),
+    ):
+        assert message in attack(runs, tmp_path / "out", *variants, *settings, expect=2).stderr
+    ppreid("shards", "--config", str(other))
+    attack(runs, tmp_path / "out", *variants, f"attack.auxiliary.data={other}")
+    ppreid("report", str(tmp_path / "out"))
+    found = load_report(tmp_path / "out" / "report.json")["auxiliary"]
+    assert {(row["variant"], row["people"]) for row in found} == {("other_domain", 12), ("same_people", 10)}
+    assert "12 people of another domain" in (tmp_path / "out" / "card.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("other", "settings", "message"),
     [

@@ -193,6 +193,10 @@ def test_the_words_for_a_leak(r: tuple[Any, Any, Any], tone: str, words: str) ->
     ("change", "headline"),
     [
         ({"status": "n/a", "reason": "why", "display": "n/a", "value": None}, "not applicable (pixels)"),
+        (
+            {"status": "n/a", "reason": "attack broken: why", "display": "n/a", "value": None},
+            "nothing is established (pixels)",
+        ),
         ({"status": "bound", "reason": "r is within noise", "display": "≥ 2.10", "value": None}, "Leaks less than"),
     ],
 )
@@ -242,7 +246,8 @@ def test_pictures_only_with_a_panel_and_old_ones_are_removed(tmp_path: Path, goo
     (tmp_path / "figures" / "panel_real.png").write_bytes((good / "figures" / "panel_real.png").read_bytes())
     report = good_report()
     report["axes"] = {}
-    report["probe"] = report["attributes"] = report["whitebox"] = report["linkage"] = None
+    for absent in ("probe", "attributes", "whitebox", "linkage", "auxiliary"):
+        report[absent] = None
     write_report(report, tmp_path, panel=None)
     html = html_of(tmp_path)
     assert "report.pictures=always" in html
@@ -251,6 +256,7 @@ def test_pictures_only_with_a_panel_and_old_ones_are_removed(tmp_path: Path, goo
     assert "no attributes that enough people share" in html
     assert "White-box inversion was not run" in html
     assert "Linkage was not measured" in html
+    assert "No other pictures were tried" in html
     assert "Masking" not in html
     assert list((tmp_path / "figures").glob("*")) == []
 

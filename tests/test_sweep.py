@@ -198,6 +198,8 @@ def test_the_least_leak_that_keeps_enough_utility_is_recommended() -> None:
     assert recommend(points, "identity", 0.95) == points[1]["name"]
     assert recommend(points, "identity", 0.5) == points[2]["name"]
     assert recommend(points, "identity", 1.01) is None
+    points[1]["axes"]["identity"]["urr"] |= {"status": "n/a", "reason": "attack broken: why"}
+    assert recommend(points, "identity", 0.95) == points[0]["name"]
 
 
 def test_pauses_do_not_count_as_time() -> None:

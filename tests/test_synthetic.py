@@ -269,3 +269,22 @@ def test_cameras_differ_and_their_backgrounds_vary(streets):
     means = np.array([corner_N3[camera_N == c].mean(axis=0) for c in np.unique(camera_N)])
     assert np.ptp(means, axis=0).max() > 25
     assert all(corner_N3[camera_N == c].std(axis=0).max() > 3 for c in np.unique(camera_N))
+
+
+def test_another_domain_has_other_people_and_other_colours(tmp_path):
+    people = dict(train=2, unlabelled=0, aux=0, test=2, cameras=2, shots=2, height=32, width=16)
+    worn, bytes_of = [], []
+    for domain in (0, 1, 2):
+        folder = tmp_path / str(domain)
+        render(folder, SyntheticConfig(**people, domain=domain), progress=False)
+        worn.append([list(row.values())[5:] for row in rows_of(folder)])
+        bytes_of.append(contents(folder)["images/00001_c1_0.jpg"])
+    assert len(set(bytes_of)) == 3
+    assert worn[0] != worn[1] != worn[2] != worn[0]
+    assert synthetic._domain_colours(0) is None
+    red, grey = np.array([1.0, 0, 0]), np.full(3, 0.5)
+    turned = [red @ synthetic._domain_colours(domain) for domain in range(1, 6)]
+    for domain, colour in enumerate(turned, 1):
+        np.testing.assert_allclose(grey @ synthetic._domain_colours(domain), 0.75 * grey, atol=1e-6)
+        others = [red, *turned[: domain - 1]]
+        assert min(np.abs(colour - 0.75 * other).max() for other in others) > 0.2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ppreid_dist.errors import DataError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
-from ppreid_dist.evaluation.urr import NO_ATTACKER, attack_curve, urr
+from ppreid_dist.evaluation.urr import BROKEN, NO_ATTACKER, attack_curve, urr
 
 
 def constant(pids, protected, control, floor):
@@ -94,14 +94,14 @@ def test_gate_on_broken_attackers():
     result = urr(PIDS, FULL, FULL, {"blind": blind, "silent": silent})
     assert (result.status, result.reason, result.r.value, result.attacker) == (
         "n/a",
-        NO_ATTACKER,
+        BROKEN + NO_ATTACKER,
         None,
         None,
     )
     assert {a.status for a in result.attackers.values()} == {"broken"}
     assert "floor" in result.attackers["blind"].reason
     assert "no score" in result.attackers["silent"].reason
-    assert urr(PIDS, FULL, FULL, {}).reason == NO_ATTACKER
+    assert urr(PIDS, FULL, FULL, {}).reason == BROKEN + NO_ATTACKER
 
 
 def test_no_leak_gives_a_bound_not_a_value():

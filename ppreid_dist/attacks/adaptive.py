@@ -8,15 +8,15 @@ Shapes: N its own pictures, M features to reverse, D feature dim.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from ppreid_dist.attacks.base import Attacker, Progress, register
-from ppreid_dist.attacks.plateau import StepsConfig, Trainee, race
+from ppreid_dist.attacks.base import register
+from ppreid_dist.attacks.plateau import Learner, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.regression import Decoder
 from ppreid_dist.losses.reconstruction import ReconstructionConfig
 from ppreid_dist.models.generator import Generator
@@ -66,7 +66,7 @@ class Continued(Decoder):
         self,
         features_ND: Tensor,
         pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
+        split: Split,
         *,
         generator: Generator,
         lr: float,
@@ -78,7 +78,7 @@ class Continued(Decoder):
             self,
             features_ND,
             pictures_N3hw,
-            pids_N,
+            split,
             view="stored",
             lr=lr,
             build=lambda dim: copy.deepcopy(generator).requires_grad_(True),
@@ -89,7 +89,7 @@ class Continued(Decoder):
 
 
 @register
-class Adaptive(Attacker):
+class Adaptive(Learner):
     """Fine-tunes the training's generator to a plateau, by the learning rate that held-out people choose."""
 
     name = "adaptive"
@@ -99,19 +99,14 @@ class Adaptive(Attacker):
         """Be given the generator, before :meth:`fit`."""
         self.generator = generator
 
-    def fit(
-        self,
-        features_ND: Tensor,
-        pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> None:
-        own = (features_ND, pictures_N3hw, pids_N)
+    def learn(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
+    ) -> Continued:
+        own = (features_ND, pictures_N3hw, split)
         enter = partial(Continued, *own, generator=self.generator, config=self.config, seed=seed)
         entrants = [partial(enter, lr=lr) for lr in self.config.lrs]
-        self.decoder = race(entrants, self.config, progress or (lambda line: None))
+        self.decoder = race(entrants, self.config, say)
+        return self.decoder
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return self.decoder.reconstruct(features_MD)

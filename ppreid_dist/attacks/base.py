@@ -26,9 +26,14 @@ ERROR = ReconstructionConfig(l1=1.0, ssim=0.5)
 
 
 class Attacker(ABC):
-    """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings."""
+    """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings.
+
+    ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
+    attacker are chosen between by it. NaN elsewhere.
+    """
 
     name: ClassVar[str]
+    held_out = float("nan")
 
     def __init__(self, config: Any):
         self.config = config
@@ -64,6 +69,7 @@ class Outcome:
 
     ``best`` is the mean SSIM of the best of several guesses at each picture, NaN where there is one guess only. Only
     the picture itself can tell which is the best, so it is a bound on what choosing could bring, not an attack.
+    ``held_out`` is the attacker's own error on the people it held out.
     """
 
     scores: dict[str, np.ndarray]
@@ -72,6 +78,7 @@ class Outcome:
     best: float
     seconds: float
     shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``
+    held_out: float = float("nan")
 
 
 ATTACKERS: dict[str, type[Attacker]] = {}

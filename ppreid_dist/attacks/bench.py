@@ -3,6 +3,7 @@
 Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature dim, h w pixels.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig
 from ppreid_dist.attacks.attribute import AttributeConfig
+from ppreid_dist.attacks.auxiliary import AuxiliaryConfig
 from ppreid_dist.attacks.base import (
     ATTACKERS,
     HELD_OUT_PEOPLE,
@@ -29,6 +31,7 @@ from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import LinkageConfig
+from ppreid_dist.attacks.plateau import Learner
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -56,6 +59,12 @@ class AttackConfig(Settings):
     )
     resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
     seed: int = option(0, "everything is drawn from it", at_least=0)
+    seeds: int = option(
+        1,
+        "trainings of every attacker that is drawn at random; its held-out people choose the one that counts",
+        at_least=1,
+    )
+    auxiliary: AuxiliaryConfig = option(AuxiliaryConfig(), "")
     retrieval: RetrievalConfig = option(RetrievalConfig(), "")
     ridge: RidgeConfig = option(RidgeConfig(), "")
     regression: RegressionConfig = option(RegressionConfig(), "")
@@ -74,6 +83,8 @@ class AttackConfig(Settings):
             raise ConfigError("attackers: adaptive has no counterpart on the control; name another beside it")
         if strangers := set(self.curve_attackers) - set(self.attackers):
             raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
+        if unknown := set(self.auxiliary.attackers) - set(ATTACKERS):
+            raise ConfigError(f"auxiliary.attackers: {min(unknown)!r} is not one of {', '.join(ATTACKERS)}")
         if not self.people:
             raise ConfigError("people: at least one number must be given")
 
@@ -131,19 +142,31 @@ class Bench:
         self.axes = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
         for name in config.attackers:
             self.attacker(name)  # whoever lacks a library says so before anybody is trained
-        people = np.unique(aux.pids_N)
-        if len(people) < 2 * HELD_OUT_PEOPLE:
-            raise ConfigError(
-                f"attack.people: {len(people)} auxiliary people are too few, an attacker needs {2 * HELD_OUT_PEOPLE}"
-            )
-        if 0 < min(n or len(people) for n in config.people) < 2 * HELD_OUT_PEOPLE:
-            raise ConfigError(f"attack.people: {min(filter(None, config.people))} is less than {2 * HELD_OUT_PEOPLE}")
+        self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
+        tests = (query.images_N3HW, query.pids_N, query.camids_N, gallery_judged_GD)
+        masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
+        self.tests = digest(source_digest(), *tests, *masks, gallery_pids, gallery_camids)
+        self._learn_on(aux, aux.pids_N, "attack.people")
+
+    def learning_on(self, aux: Pictures, config: AttackConfig, *, where: str, by_picture: bool) -> "Bench":
+        """The same tests for attackers who learn on other pictures, and, ``by_picture``, hold out pictures instead of
+        people. ConfigError that begins with ``where`` if there are too few people."""
+        other = copy.copy(self)
+        other.aux, other.config = aux, config
+        other._learn_on(aux, np.arange(len(aux.pids_N)) if by_picture else aux.pids_N, where)
+        return other
+
+    def _learn_on(self, aux: Pictures, groups_N: np.ndarray, where: str) -> None:
+        """``groups_N``: pictures of one group are held out together, and permuted together for the floor."""
+        config, people, least = self.config, np.unique(aux.pids_N), 2 * HELD_OUT_PEOPLE
+        if len(people) < least:
+            raise ConfigError(f"{where}: {len(people)} auxiliary people are too few, an attacker needs {least}")
+        if 0 < min(n or len(people) for n in config.people) < least:
+            raise ConfigError(f"attack.people: {min(filter(None, config.people))} is less than {least}")
         self.order = np.random.default_rng([config.seed, 0xA0]).permutation(people)
         self.people = sorted({min(n or len(people), len(people)) for n in config.people})
-        self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
-        world = (aux.images_N3HW, aux.pids_N, query.images_N3HW, query.pids_N, query.camids_N, gallery_judged_GD)
-        masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
-        self.world = digest(source_digest(), *world, *masks, gallery_pids, gallery_camids)
+        self.groups_N = groups_N
+        self.world = digest(self.tests, aux.images_N3HW, aux.pids_N, groups_N)
 
     def attacker(self, name: str) -> Attacker:
         """A fresh one."""
@@ -206,22 +229,28 @@ class Bench:
         trained: Trained = {}
         for n in self.people:
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
-            pairs = permute_people(self.aux.pids_N[rows], self.config.seed) if permuted else np.arange(len(rows))
+            pairs = permute_people(self.groups_N[rows], self.config.seed) if permuted else np.arange(len(rows))
             for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
                 if name == Adaptive.name and reversal is None:
                     continue
-                label = f"{name}, {n} people, {role}"
                 parts = (aux_ND[rows], rows, rows[pairs], query_QD)
-                settings = [name, to_dict(getattr(self.config, name)), self.config.seed]
-                train = partial(self._train, label, name, *parts, reversal)
                 start = reversal.state_dict().values() if reversal and name == Adaptive.name else []
-                trained[name, n] = self.once(label, digest(self.world, settings, *parts, *start), train)
+                outcomes = []
+                for draw in range(self.config.seeds if issubclass(ATTACKERS[name], Learner) else 1):
+                    label = f"{name}, {n} people, {role}" + (f", seed {draw + 1}" if draw else "")
+                    settings = [name, to_dict(getattr(self.config, name)), self.config.seed, draw]
+                    train = partial(self._train, label, name, draw, *parts, reversal)
+                    outcomes.append(self.once(label, digest(self.world, settings, *parts, *start), train))
+                # Never by the test: an adversary has his own people to choose by, and no others.
+                best = min(outcomes, key=lambda outcome: outcome.held_out) if len(outcomes) > 1 else outcomes[0]
+                trained[name, n] = replace(best, seconds=sum(outcome.seconds for outcome in outcomes))
         return trained
 
     def _train(
         self,
         label: str,
         name: str,
+        draw: int,
         features_ND: Tensor,
         rows: np.ndarray,
         pictured: np.ndarray,
@@ -232,10 +261,12 @@ class Bench:
         attacker = self.attacker(name)
         if isinstance(attacker, Adaptive) and reversal is not None:
             attacker.start_from(reversal)
+        if isinstance(attacker, Learner):
+            attacker.redraw(draw)
         attacker.fit(
             features_ND,
             self.aux.images_N3HW[pictured],
-            self.aux.pids_N[rows],
+            self.groups_N[rows],
             seed=self.config.seed,
             progress=partial(self.say, label),
         )
@@ -249,4 +280,4 @@ class Bench:
         drawn_Q3hw = torch.cat(drawn)
         outcome = self.judged(drawn_Q3hw, np.arange(len(drawn_Q3hw)), seconds=time.monotonic() - started)
         bound = float(np.nanmean(np.concatenate(best))) if best else float("nan")
-        return replace(outcome, best=bound, shown=outcome.shown[self.shown])
+        return replace(outcome, best=bound, shown=outcome.shown[self.shown], held_out=attacker.held_out)

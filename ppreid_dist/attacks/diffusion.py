@@ -6,17 +6,17 @@ them is best only the picture itself could tell. The mean is the attack; the bes
 Shapes: N its own pictures, M features to reverse, B batch, S samples, D feature dim, K view dim, h w pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import Attacker, Progress, picture_size, register, to_float
-from ppreid_dist.attacks.plateau import PlateauConfig, RecipeConfig, Trainee, race
+from ppreid_dist.attacks.base import picture_size, register, to_float
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, RecipeConfig, Split, Trainee, race
 from ppreid_dist.models.denoiser import TIMES, Denoiser, need_diffusers
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import option
@@ -43,7 +43,7 @@ class DenoiserTrainee(Trainee):
         self,
         features_ND: Tensor,
         pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
+        split: Split,
         *,
         view: str,
         width: int,
@@ -51,13 +51,13 @@ class DenoiserTrainee(Trainee):
         config: DiffusionConfig,
         seed: int,
     ):
-        self.about, self.seed = f"{view} features, width {width}, lr {lr:g}", seed
+        self.about, self.looks_seed = f"{view} features, width {width}, lr {lr:g}", split.seed
 
         def build(dim: int) -> Denoiser:
             with seeded(seed, width, 0xD1F):
                 return Denoiser(dim, picture_size(pictures_N3hw), width)
 
-        super().__init__(features_ND, pictures_N3hw, pids_N, view=view, lr=lr, build=build, config=config, seed=seed)
+        super().__init__(features_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class DenoiserTrainee(Trainee):
 
     @torch.no_grad()
     def error(self) -> float:
-        random, errors = torch.Generator().manual_seed(self.seed), []
+        random, errors = torch.Generator().manual_seed(self.looks_seed), []
         for look in range(self.config.looks):
             for x_BK, picture_B3hw in zip(self.view(self.held).split(256), self.held_pictures.split(256), strict=True):
                 noise_B3hw = torch.randn(picture_B3hw.shape, generator=random).to(x_BK)
@@ -86,7 +86,7 @@ class DenoiserTrainee(Trainee):
 
 
 @register
-class Diffusion(Attacker):
+class Diffusion(Learner):
     """A denoiser of the view, width and learning rate that held-out people choose, at its plateau."""
 
     name = "diffusion"
@@ -96,23 +96,18 @@ class Diffusion(Attacker):
         need_diffusers()
         super().__init__(config)
 
-    def fit(
-        self,
-        features_ND: Tensor,
-        pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> None:
-        config, own = self.config, (features_ND, pictures_N3hw, pids_N)
+    def learn(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
+    ) -> DenoiserTrainee:
+        config, own = self.config, (features_ND, pictures_N3hw, split)
         enter = partial(DenoiserTrainee, *own, config=config, seed=seed)
         choices = product(config.views, config.widths, config.lrs)
         entrants = [partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices]
-        self.trained = race(entrants, config, progress or (lambda line: None))
+        self.trained = race(entrants, config, say)
         random = torch.Generator().manual_seed(seed)
         # The same noises for all features: what is drawn of one must not depend on the others of its batch.
         self.noises_S3hw = torch.randn((config.samples, *pictures_N3hw.shape[1:]), generator=random).to(features_ND)
+        return self.trained
 
     def guesses(self, features_MD: Tensor) -> Tensor:
         drawn = []

@@ -3,14 +3,14 @@
 Shapes: N its own pictures, M features to reverse, B batch, D feature dim, K view dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import Attacker, Progress, picture_size, register
-from ppreid_dist.attacks.plateau import PlateauConfig
+from ppreid_dist.attacks.base import picture_size, register
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig, race_decoders
 from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
 from ppreid_dist.models.critic import Critic, CriticConfig
@@ -60,29 +60,24 @@ class Judgement:
 
 
 @register
-class Gan(Attacker):
+class Gan(Learner):
     """Regression to a plateau, then L1, SSIM and the critic to the next; the best look at held-out people stays."""
 
     name = "gan"
     config: GanConfig
 
-    def fit(
-        self,
-        features_ND: Tensor,
-        pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> None:
-        say, config = progress or (lambda line: None), self.config
+    def learn(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
+    ) -> Decoder:
+        config = self.config
         self.decoder = race_decoders(
-            features_ND, pictures_N3hw, pids_N, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
+            features_ND, pictures_N3hw, split, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
         )
         self.decoder.set_lr(config.lr)
         self.decoder.best = float("inf")  # the best look at what the critic has shaped, not at the regression
         self.decoder.opponent = Judgement(self.decoder, config, seed)
         self.decoder.train_to_plateau(config.plateau, config.plateau.max_steps, say)
+        return self.decoder
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         """With the noise at 0, the mean of its prior."""

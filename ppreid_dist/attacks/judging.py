@@ -3,6 +3,7 @@
 import numpy as np
 
 from ppreid_dist.attacks.bench import Bench
+from ppreid_dist.data.stream import Pictures
 
 WEAK_JUDGE = 3.0  # times chance
 
@@ -15,6 +16,17 @@ def chance_ap(positives: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, candidates.max() + 1))])[candidates]
     others = (positives - 1) / np.maximum(candidates - 1, 1)
     return (harmonic + others * (candidates - harmonic)) / candidates
+
+
+def chance_of(query: Pictures, pids: np.ndarray, camids: np.ndarray) -> np.ndarray:
+    """The average precision of a random ranking of the gallery's ``pids`` and ``camids`` at each query picture, NaN
+    where its person isn't there."""
+    chance_Q = np.full(len(query.pids_N), np.nan)
+    for q, (pid, camid) in enumerate(zip(query.pids_N, query.camids_N, strict=True)):
+        person, camera = pids == pid, camids == camid
+        if positives := np.sum(person & ~camera):
+            chance_Q[q] = chance_ap(np.array([positives]), np.array([np.sum(~(person & camera))]))[0]
+    return chance_Q
 
 
 def judge_quality(bench: Bench) -> tuple[dict[str, float], list[str]]:

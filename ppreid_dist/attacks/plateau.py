@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppreid_dist.attacks.base import VIEWS, View, fit_view, split_people, to_float
+from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, View, fit_view, split_people, to_float
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 
@@ -52,6 +52,15 @@ class RecipeConfig(StepsConfig):
     widths: list[int] = option([32, 64], "network widths to try", at_least=1)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Rows to fit on and rows to choose on, and the ``seed`` that drew them: all trainings of one attacker share it."""
+
+    fit_F: np.ndarray
+    held_H: np.ndarray
+    seed: int
+
+
 class Trainee(ABC):
     """A network in training on one view of the features, by one learning rate; its averaged weights count."""
 
@@ -59,7 +68,7 @@ class Trainee(ABC):
         self,
         features_ND: Tensor,
         pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
+        split: Split,
         *,
         view: str,
         lr: float,
@@ -68,7 +77,7 @@ class Trainee(ABC):
         seed: int,
     ):
         """``build`` makes the network, on the CPU, for features of so many dimensions."""
-        fit, held = (torch.from_numpy(rows) for rows in split_people(pids_N, seed))
+        fit, held = (torch.from_numpy(rows) for rows in (split.fit_F, split.held_H))
         self.config = config
         self.view: View = fit_view(view, features_ND[fit])
         self.x_FK, self.pictures_F3hw = self.view(features_ND[fit]), pictures_N3hw[fit]
@@ -157,3 +166,34 @@ def race(entrants: Sequence[Callable[[], T]], config: StepsConfig, say: Callable
         leading = [min([trainee, *leading], key=lambda t: t.best)]  # the others' memory is given back
     leading[0].train_to_plateau(config.plateau, config.plateau.max_steps, say)
     return leading[0]
+
+
+class Learner(Attacker):
+    """An attacker in whose training chance has a part: its weights and batches are drawn."""
+
+    draw = 0
+
+    def redraw(self, draw: int) -> None:
+        """Be trained by other draws, before :meth:`fit`; 0 are the first. The people held out stay the same, so that
+        the ``held_out`` of several trainings can be compared."""
+        self.draw = draw
+
+    def fit(
+        self,
+        features_ND: Tensor,
+        pictures_N3hw: Tensor,
+        pids_N: np.ndarray,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        split = Split(*split_people(pids_N, seed), seed)
+        drawn = int(np.random.default_rng([seed, 0xD4A, self.draw]).integers(2**31)) if self.draw else seed
+        say = progress or (lambda line: None)
+        self.held_out = self.learn(features_ND, pictures_N3hw, split, seed=drawn, say=say).best
+
+    @abstractmethod
+    def learn(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
+    ) -> Trainee:
+        """One whole training; returns what it ended with."""

@@ -9,12 +9,11 @@ from functools import partial
 from itertools import product
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import Attacker, Progress, held_out_error, picture_size, register
-from ppreid_dist.attacks.plateau import RecipeConfig, Trainee, race
+from ppreid_dist.attacks.base import held_out_error, picture_size, register
+from ppreid_dist.attacks.plateau import Learner, RecipeConfig, Split, Trainee, race
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, reconstruction_loss
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
@@ -45,7 +44,7 @@ class Decoder(Trainee):
         self,
         features_ND: Tensor,
         pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
+        split: Split,
         *,
         view: str,
         width: int,
@@ -60,7 +59,7 @@ class Decoder(Trainee):
             with seeded(seed, width):
                 return Generator(dim, picture_size(pictures_N3hw), width, noise_dim)
 
-        super().__init__(features_ND, pictures_N3hw, pids_N, view=view, lr=lr, build=build, config=config, seed=seed)
+        super().__init__(features_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
 
     @property
     def name(self) -> str:
@@ -86,7 +85,7 @@ class Decoder(Trainee):
 def race_decoders(
     features_ND: Tensor,
     pictures_N3hw: Tensor,
-    pids_N: np.ndarray,
+    split: Split,
     *,
     noise_dim: int,
     config: RegressionConfig,
@@ -94,31 +93,25 @@ def race_decoders(
     say: Callable[[str], None],
 ) -> Decoder:
     """The best decoder of every view, width and learning rate, at its plateau."""
-    enter = partial(Decoder, features_ND, pictures_N3hw, pids_N, noise_dim=noise_dim, config=config, seed=seed)
+    enter = partial(Decoder, features_ND, pictures_N3hw, split, noise_dim=noise_dim, config=config, seed=seed)
     choices = product(config.views, config.widths, config.lrs)
     return race([partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices], config, say)
 
 
 @register
-class Regression(Attacker):
+class Regression(Learner):
     """The decoder alone."""
 
     name = "regression"
     config: RegressionConfig
 
-    def fit(
-        self,
-        features_ND: Tensor,
-        pictures_N3hw: Tensor,
-        pids_N: np.ndarray,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> None:
-        say = progress or (lambda line: None)
+    def learn(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
+    ) -> Decoder:
         self.decoder = race_decoders(
-            features_ND, pictures_N3hw, pids_N, noise_dim=0, config=self.config, seed=seed, say=say
+            features_ND, pictures_N3hw, split, noise_dim=0, config=self.config, seed=seed, say=say
         )
+        return self.decoder
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return self.decoder.reconstruct(features_MD)

@@ -8,41 +8,36 @@ independent ReID model finds the person from the reconstruction.
 Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature dim, h w pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ppreid_dist.attacks.adaptive import renewed
 from ppreid_dist.attacks.attribute import attribute_leak
+from ppreid_dist.attacks.auxiliary import Auxiliary
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained, Victim
+from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Victim
 from ppreid_dist.attacks.informed import whitebox_leak
-from ppreid_dist.attacks.judging import judge_quality
+from ppreid_dist.attacks.judging import chance_of, judge_quality
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
+from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
+from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.leak import AttackScores, worst_people
-from ppreid_dist.evaluation.urr import attack_curve, urr
-from ppreid_dist.models.generator import Generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """What doesn't depend on the protected extractor, and serves every one of the same data and settings."""
-
-    ceiling: Trained
-    floor: Trained
+from ppreid_dist.evaluation.gates import broken_gates
+from ppreid_dist.evaluation.leak import worst_people
+from ppreid_dist.evaluation.urr import BROKEN, attack_curve, urr
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
     """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so are ``attributes``, what
-    the attribute probe found (``attacks.attribute``), ``whitebox``, who knows the extractor (``attacks.informed``), and
-    ``linkage``, who has another database of the same people (``attacks.linkage``).
+    the attribute probe found (``attacks.attribute``), ``whitebox``, who knows the extractor (``attacks.informed``),
+    ``linkage``, who has another database of the same people (``attacks.linkage``), and ``auxiliary``, who learns on
+    other pictures (``attacks.variants``).
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
@@ -54,6 +49,7 @@ class SuiteResult:
     attributes: dict[str, Any] | None
     whitebox: dict[str, Any] | None
     linkage: list[dict[str, Any]] | None
+    auxiliary: list[dict[str, Any]] | None
     judge: dict[str, float]
     notes: list[str]
     people: list[int]
@@ -63,14 +59,6 @@ class SuiteResult:
     strongest: dict[str, str]
     per_query: dict[tuple[str, str, str], np.ndarray]
     means: dict[tuple[str, str], dict[str, float]]
-
-
-def attack_control(bench: Bench, control: Victim, reversal: Generator | None = None) -> Control:
-    """The ceilings and floors, which every protected extractor of the same data can be compared with, where the
-    adaptive attacker is one of a generator like ``reversal``."""
-    train = partial(bench.train_all, aux_ND=control.aux_ND, query_QD=control.query_QD)
-    fresh = renewed(reversal, bench.config.seed) if reversal else None
-    return Control(ceiling=train("unprotected"), floor=train("prior only", reversal=fresh, permuted=True))
 
 
 def run_suite(
@@ -87,13 +75,14 @@ def run_suite(
     progress: Progress,
     found: Progress | None = None,
     kept: Kept | None = None,
+    auxiliaries: Sequence[Auxiliary] = (),
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
     ``gallery_judged_GD`` are the judge's features of the real gallery pictures. Features and pictures lie on one
-    device. Trainings found in ``kept`` are not made again.
+    device. Trainings found in ``kept`` are not made again. ``auxiliaries`` is what else attackers learn on.
 
-    Raises ConfigError naming ``attack.people`` where there are too few auxiliary people.
+    Raises ConfigError naming ``attack.people``, or the variant, where there are too few auxiliary people.
     """
     bench = Bench(
         aux=aux,
@@ -107,37 +96,47 @@ def run_suite(
         found=found,
         kept=kept,
     )
-    reference = attack_control(bench, control, protected.reversal)
-    trained = bench.train_all("protected", protected.aux_ND, protected.query_QD, reversal=protected.reversal)
-    return summarise(bench, control, protected, reference, trained)
+    variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
+    roles = attack_victims(bench, control, protected)
+    return summarise(bench, control, protected, roles, variants)
 
 
-def summarise(bench: Bench, control: Victim, protected: Victim, reference: Control, trained: Trained) -> SuiteResult:
+def summarise(
+    bench: Bench, control: Victim, protected: Victim, roles: Roles, variants: Sequence[tuple[Auxiliary, Bench]] = ()
+) -> SuiteResult:
     """Ratios, curves and notes of what was trained."""
     config, largest = bench.config, bench.people[-1]
-    roles = {"control": reference.ceiling, "protected": trained, "floor": reference.floor}
     quality, notes = judge_quality(bench)
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
+    if config.seeds > 1:
+        notes.append(
+            f"attack.seeds: every attacker that is drawn at random was trained {config.seeds} times; the training that "
+            "does best on its own held-out people counts"
+        )
     notes += _best_guesses(bench, roles)
-    if left_out := [name for name in config.attackers if (name, largest) not in trained]:
+    if left_out := [name for name in config.attackers if (name, largest) not in roles["protected"]]:
         notes.append(
             f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
         )
-    victims = {control.name: reference.ceiling, protected.name: trained}
+    axes = {axis: _axis(axis, bench, control, protected, roles) for axis in bench.axes}
+    for axis, found_there in axes.items():
+        if (reason := found_there["urr"]["reason"] or "").startswith(BROKEN):
+            notes.append(f"{axis}: {reason}")
+    victims = {control.name: roles["control"], protected.name: roles["protected"]}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
     both = {"control": control, "protected": protected}
     found = {
         # Of those on both victims, so that their pictures can be shown side by side.
         victim: {
             n: float(np.nanmean(runs[n, largest].scores["identity"]))
-            for n, people in reference.ceiling
+            for n, people in roles["control"]
             if people == largest
         }
         for victim, runs in victims.items()
     }
     return SuiteResult(
-        axes={axis: _axis(axis, bench, control, protected, roles) for axis in bench.axes},
+        axes=axes,
         attributes=attribute_leak(
             bench.aux,
             bench.query,
@@ -155,6 +154,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
             config.linkage,
             seed=config.seed,
         ),
+        auxiliary=auxiliary_leak(variants, both),
         judge=quality,
         notes=notes,
         people=bench.people,
@@ -177,7 +177,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
     )
 
 
-def _best_guesses(bench: Bench, roles: dict[str, Trained]) -> list[str]:
+def _best_guesses(bench: Bench, roles: Roles) -> list[str]:
     """A line for every attacker that guesses: how far the best of its guesses is from what counts, their mean."""
     lines = []
     for name in bench.config.attackers:
@@ -191,25 +191,21 @@ def _best_guesses(bench: Bench, roles: dict[str, Trained]) -> list[str]:
     return lines
 
 
-def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: dict[str, Trained]) -> dict[str, Any]:
+def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: Roles) -> dict[str, Any]:
     config, pids_Q = bench.config, bench.query.pids_N
-    unscored = np.full(len(pids_Q), np.nan)
-
-    def series(name: str, n: int) -> AttackScores:
-        found = {role: runs.get((name, n)) for role, runs in roles.items()}
-        return AttackScores(**{f"{role}_Q": of.scores[axis] if of else unscored for role, of in found.items()})
-
     bootstrap = {"resamples": config.resamples, "seed": config.seed}
     largest = bench.people[-1]
-    whole = urr(
-        pids_Q,
-        protected.utility_ap_Q,
-        control.utility_ap_Q,
-        {name: series(name, largest) for name in config.attackers if (name, largest) in roles["protected"]},
-        **bootstrap,
-    )
+    attackers = {
+        name: scores_of(roles, axis, name, largest)
+        for name in config.attackers
+        if (name, largest) in roles["protected"]
+    }
     # The same attackers at every number of people, or the curve would jump where others join.
-    by_n = {n: {name: series(name, n) for name in config.curve_attackers} for n in bench.people}
+    by_n = {n: {name: scores_of(roles, axis, name, n) for name in config.curve_attackers} for n in bench.people}
+    *_, gallery_pids, gallery_camids = bench.gallery
+    chance_Q = chance_of(bench.query, gallery_pids, gallery_camids) if axis.startswith("identity") else None
+    broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
+    whole = urr(pids_Q, protected.utility_ap_Q, control.utility_ap_Q, attackers, broken=broken, **bootstrap)
     curve = attack_curve(pids_Q, by_n, **bootstrap)
     alone = {
         name: attack_curve(pids_Q, {n: {name: by_n[n][name]} for n in by_n}, **bootstrap).points
@@ -223,7 +219,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: di
             "against": whole.against,
             "own": {**asdict(whole.own), "attacker": whole.own_attacker},
         },
-        "worst": asdict(worst_people(whole.against, series(whole.against, largest), pids_Q)) if whole.against else None,
+        "worst": asdict(worst_people(whole.against, attackers[whole.against], pids_Q)) if whole.against else None,
         "urr": {
             **asdict(whole.urr),
             "display": whole.display,

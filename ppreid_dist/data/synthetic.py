@@ -12,6 +12,7 @@ pixels, their clothes do tell who it is, and a reconstruction can be judged on t
 """
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -43,6 +44,24 @@ class SyntheticConfig(Settings):
     height: int = option(64, "pixels", at_least=32, at_most=512)
     width: int = option(32, "pixels", at_least=16, at_most=512)
     seed: int = option(0, "everything is drawn from it", at_least=0)
+    domain: int = option(0, "a world of its own people, cameras, colours and light; 0 is the usual one", at_least=0)
+
+
+def _random(config: SyntheticConfig, *tags: int) -> np.random.Generator:
+    """The stream of what the tags name, in this domain."""
+    return np.random.default_rng([config.seed, *tags, *([config.domain] if config.domain else [])])
+
+
+def _domain_colours(domain: int) -> np.ndarray | None:
+    """(C, C): what a domain does to colours, None for 0. They turn about the grey axis, so that greys stay, by the
+    golden angle, so that no two of many domains are alike; and all is dimmer."""
+    if not domain:
+        return None
+    angle, axis_C = math.pi * (3 - math.sqrt(5)) * domain, np.full(3, 3**-0.5)
+    cross_CC = np.cross(np.eye(3), axis_C)
+    along_CC = np.outer(axis_C, axis_C)
+    turn_CC = along_CC + math.cos(angle) * (np.eye(3) - along_CC) + math.sin(angle) * cross_CC
+    return (0.75 * turn_CC).astype(np.float32)
 
 
 def render(folder: Path, config: SyntheticConfig, *, progress: bool = True) -> None:
@@ -58,7 +77,7 @@ def render(folder: Path, config: SyntheticConfig, *, progress: bool = True) -> N
         raise DataError(f"{folder}: exists and was not rendered with these settings; name another folder")
     shots = list(_shots(config))
     cameras = {camid: Camera(config, camid) for camid in range(1, config.cameras + 1)}
-    people = {pid: draw_person(np.random.default_rng([config.seed, _PERSON, pid])) for pid in {s.pid for s in shots}}
+    people = {pid: draw_person(_random(config, _PERSON, pid)) for pid in {s.pid for s in shots}}
     with atomic(folder) as temporary:
         for kind in ("images", "masks"):
             (temporary / kind).mkdir(parents=True)
@@ -98,7 +117,7 @@ def _shots(config: SyntheticConfig) -> Iterator[_Shot]:
         for _ in range(getattr(config, split)):
             pid += 1
             if split == "unlabelled":
-                rng = np.random.default_rng([config.seed, _STRANGER, pid])
+                rng = _random(config, _STRANGER, pid)
                 yield _Shot(split, pid, int(rng.integers(1, config.cameras + 1)), 0)
                 continue
             for camid, number in product(range(1, config.cameras + 1), range(config.shots)):
@@ -109,7 +128,7 @@ class Camera:
     """A camera's place and optics: its scene, colour, light, sharpness, and the way people mostly walk there."""
 
     def __init__(self, config: SyntheticConfig, camid: int):
-        rng = np.random.default_rng([config.seed, _CAMERA, camid])
+        rng = _random(config, _CAMERA, camid)
         self.supersampling = 4 if config.height <= 64 else 2
         self.size = config.width * self.supersampling, config.height * self.supersampling
         self.gain_C = rng.uniform(0.6, 1.25) * rng.uniform(0.75, 1.25, 3)
@@ -119,6 +138,7 @@ class Camera:
         self.noise = float(rng.uniform(1, 7))
         self.view = str(rng.choice(VIEWS))
         self.scene = _scene(rng, *self.size)
+        self.colours_CC = _domain_colours(config.domain)
 
 
 def _scene(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -169,7 +189,7 @@ def _photograph(
     person: Person, camera: Camera, shot: _Shot, config: SyntheticConfig
 ) -> tuple[Image.Image, Image.Image]:
     """One picture of a person and the mask of what is visible of them, (width, height) of the config."""
-    rng = np.random.default_rng([config.seed, _PICTURE, shot.pid, shot.camid, shot.number])
+    rng = _random(config, _PICTURE, shot.pid, shot.camid, shot.number)
     width, height = camera.size
     left, top = (
         int(rng.integers(0, total - part + 1)) for total, part in zip(camera.scene.size, camera.size, strict=True)
@@ -230,6 +250,8 @@ def _occlude(rng: np.random.Generator, picture: Image.Image, mask: Image.Image) 
 def _expose(rng: np.random.Generator, picture: Image.Image, camera: Camera) -> Image.Image:
     """The camera's light, colour cast, haze and noise, and this picture's own exposure and side of the light."""
     x_HWC = np.asarray(picture, dtype=np.float32) / 255
+    if camera.colours_CC is not None:
+        x_HWC = (x_HWC @ camera.colours_CC).clip(0, 1)
     near, far = rng.uniform(0.82, 1.18, 2)
     light_W1 = np.linspace(near, far, x_HWC.shape[1], dtype=np.float32)[:, None]
     gain_C = (255 * camera.gain_C * rng.uniform(0.8, 1.2) * rng.uniform(0.92, 1.08, 3)).astype(np.float32)

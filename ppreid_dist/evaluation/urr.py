@@ -7,10 +7,11 @@ paper's own isn't public.
 **Intervals** come from a paired bootstrap over identities. There a leak that isn't positive counts as an unbounded
 ratio; an end of an interval that is unbounded is None.
 
-**Gates.** ``n/a`` where no attacker beats its floor on the control beyond noise, or where too little utility is left
-for a ratio to mean anything. Where r is within noise of 0 (its interval reaches it) the ratio has no value, only a
-bound: ``≥ u_low / max(r_high, s)``, s the half-width of the interval of the largest C − F as a share of it: no bound
-is finer than what the test can resolve, however lucky the draw. r > 1 is shown as it is.
+**Gates.** ``n/a`` where the attack is broken (no attacker beats its floor on the control beyond noise, or what
+:mod:`ppreid_dist.evaluation.gates` says), or where too little utility is left for a ratio to mean anything. Where r is
+within noise of 0 (its interval reaches it) the ratio has no value, only a bound: ``≥ u_low / max(r_high, s)``, s the
+half-width of the interval of the largest C − F as a share of it: no bound is finer than what the test can resolve,
+however lucky the draw. r > 1 is shown as it is.
 
 Shapes: Q query pictures, B the statistic itself, then each resample.
 """
@@ -26,6 +27,7 @@ from ppreid_dist.evaluation.bootstrap import Bootstrap, Interval, finite
 from ppreid_dist.evaluation.leak import AttackerResult, AttackScores, measure_leak
 
 NO_ATTACKER = "no attacker beats its floor without protection"
+BROKEN = "attack broken: "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def urr(
     utility_base_Q: np.ndarray,
     attackers: Mapping[str, AttackScores],
     *,
+    broken: Sequence[str] = (),
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -91,7 +94,8 @@ def urr(
 ) -> AxisResult:
     """The ratio on one axis from the protected and the baseline model's utility and the attackers' scores.
 
-    The utilities are those of each query (average precision). A NaN is left out of the mean of its own series.
+    The utilities are those of each query (average precision). A NaN is left out of the mean of its own series. What
+    is ``broken`` in the attack, a line each, leaves no ratio.
     Raises DataError if a series has another length than the pids, holds an infinity, or there are fewer than two
     identities.
     """
@@ -108,10 +112,12 @@ def urr(
         urr_raw, urr_base = _ratio(utility[0], found), _ratio(u.value, _ratio(found, before))
     if u.value is None:
         reason = "a utility has no score, or the baseline's is not above 0"
+    elif leak is None:
+        reason = BROKEN + NO_ATTACKER
+    elif broken:
+        reason = BROKEN + "; ".join(broken)
     elif u.value < min_utility:
         reason = f"utility is {u.value:.3f} of the baseline's, below {min_utility:g}"
-    elif leak is None:
-        reason = NO_ATTACKER
     elif min(leak.low, leak.r_B[0]) <= 0:
         status, reason = "bound", "the leak is within noise of 0"
         ratio = Interval(low=_ratio(u.low, max(leak.high, leak.resolution)))

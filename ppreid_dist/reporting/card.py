@@ -6,7 +6,7 @@ from a checked report and say nothing that isn't in it.
 
 from typing import Any
 
-from ppreid_dist.reporting.verdict import axis_title, number, percent, write_verdict
+from ppreid_dist.reporting.verdict import axis_title, learnt_from, number, percent, write_verdict
 
 SCHEMA = "ppreid-card/1"
 
@@ -40,6 +40,7 @@ def make_card(report: dict[str, Any]) -> dict[str, Any]:
         if report["whitebox"] is None
         else {name: row["r"] for name, row in report["whitebox"]["axes"].items()},
         "linkage": report["linkage"],
+        "auxiliary": report["auxiliary"],
         "warnings": [f"{line.label}: {line.text}" for line in verdict.warnings],
     }
 
@@ -69,6 +70,10 @@ def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
         rows.append(
             (how, f"D_sys {number(row['d_sys'])} (chance {number(row['null'])}), rank-1 {percent(row['rank1'])}")
         )
+    for found in card["auxiliary"] or []:
+        who = f"r for attackers with {found['people']:,} {learnt_from(found['variant'])}"
+        for name, axis in found["axes"].items():
+            rows.append((f"{axis_title(name)}: {who}", f"{number(axis['r']['value'])} {_ends(axis['r'])}"))
     lines = [f"# Privacy card: {card['name']}", "", f"**{card['headline']}.**", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {' '.join(text.split())} |" for name, text in rows]
     lines += ["", *(f"- **{line.label}.** {line.text}" for line in (*verdict.warnings, *verdict.lines))]

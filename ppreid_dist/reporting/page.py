@@ -20,7 +20,7 @@ from ppreid_dist.errors import DataError
 from ppreid_dist.reporting.card import as_markdown, make_card
 from ppreid_dist.reporting.figures import DARK, LIGHT, Drawing, draw_report, draw_strip, ranked
 from ppreid_dist.reporting.schema import check_report
-from ppreid_dist.reporting.verdict import axis_title, number, percent, write_verdict
+from ppreid_dist.reporting.verdict import axis_title, learnt_from, number, percent, write_verdict
 from ppreid_dist.storage import atomic, read_json, write_json, write_text
 
 PANEL_ROWS = {"real": "real", "control": "from unprotected features", "protected": "from protected features"}
@@ -97,6 +97,7 @@ def templates() -> jinja2.Environment:
         count="{:,}".format,
         interval=_interval,
         title_of=axis_title,
+        learnt_from=learnt_from,
         ranked=ranked,
         gauge=_gauge,
     )

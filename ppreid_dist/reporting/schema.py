@@ -91,6 +91,24 @@ SHAPE = {
     "linkage": Maybe(
         [{"other": TEXT, "learnt": FLAG, "d_sys": NUMBER, "null": NUMBER, "rank1": NUMBER, "chance": NUMBER}]
     ),
+    "auxiliary": Maybe(
+        [
+            {
+                "variant": TEXT,
+                "people": WHOLE,
+                "axes": Named(
+                    {
+                        "attacker": TEXT,
+                        "protected": Maybe(NUMBER),
+                        "control": Maybe(NUMBER),
+                        "floor": Maybe(NUMBER),
+                        "r": INTERVAL,
+                        "reason": Maybe(TEXT),
+                    }
+                ),
+            }
+        ]
+    ),
     "judge": {"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT},
     "probe": Maybe(
         {

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ppreid_dist.evaluation.urr import BROKEN
+
 AXIS_TITLES = {"pixel": "Pixels", "identity": "Identity", "perceptual": "Perception", "attributes": "Attributes"}
+LEARNT_FROM = {"other_domain": "people of another domain", "same_people": "of the tested people"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{number(100 * value, 1)}\u00a0%"
 
 
+def learnt_from(variant: str) -> str:
+    """Whom attackers with other pictures learn from."""
+    return LEARNT_FROM.get(variant, variant.replace("_", " "))
+
+
 def axis_title(name: str) -> str:
     return AXIS_TITLES.get(name, name.replace("_", " ").capitalize())
 
@@ -61,6 +69,8 @@ def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], 
         return "bad", f"Leaks more than the unprotected model ({', '.join(worse)})"
     if unmeasured := [name for name, leak in leaks.items() if leak["value"] is None]:
         return "mixed", f"The leak could not be measured ({', '.join(unmeasured)})"
+    if broken := [axis_title(name).lower() for name, axis in report["axes"].items() if _attack_broken(axis)]:
+        return "mixed", f"The attack is broken, so nothing is established ({', '.join(broken)})"
     if open_ := [name for name, leak in leaks.items() if _reaches_one(leak)]:
         return "mixed", f"No reduction of the leak is established ({', '.join(open_)})"
     if not leaks:
@@ -72,6 +82,10 @@ def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], 
     if report["probe"] and report["probe"]["warned"]:
         return "mixed", "Leaks less than the unprotected model, but training shows masking"
     return "good", "Leaks less than the unprotected model"
+
+
+def _attack_broken(axis: dict[str, Any]) -> bool:
+    return (axis["urr"]["reason"] or "").startswith(BROKEN)
 
 
 def _reaches_one(leak: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ppreid_dist.evaluation.urr import BROKEN
 from ppreid_dist.sweep.folder import Folder
 
 SCHEMA = "ppreid-front/1"
@@ -123,8 +124,9 @@ def pairs_of(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Pair]:
 
 
 def recommend(points: Sequence[Mapping[str, Any]], axis: str, min_utility: float) -> str | None:
-    """Of the front, the point with the least leak of those that keep enough utility; None if none does."""
-    pairs = pairs_of(points, axis)
+    """Of the front of the points whose attack isn't broken, the one with the least leak of those that keep enough
+    utility; None if none does."""
+    pairs = pairs_of([p for p in points if BROKEN not in (p["axes"][axis]["urr"]["reason"] or "")], axis)
     useful = {point["name"] for point in points if (point["utility"]["value"] or 0.0) >= min_utility}
     return next((name for name in pareto(pairs) if name in useful), None)
 
@@ -132,7 +134,7 @@ def recommend(points: Sequence[Mapping[str, Any]], axis: str, min_utility: float
 def remarks(points: Sequence[Mapping[str, Any]], recommended: str | None, axis: str, min_utility: float) -> list[str]:
     """What a reader must know of the recommendation before believing it."""
     if recommended is None:
-        return [f"No point keeps {min_utility:.0%} of the control's mAP with a leak that could be measured."]
+        return [f"No point keeps {min_utility:.0%} of the control's mAP with a leak that a sound attack measured."]
     point = next(point for point in points if point["name"] == recommended)
     leak, said = point["axes"][axis]["leak"], []
     if leak["value"] >= 1:

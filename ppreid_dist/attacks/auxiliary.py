@@ -1,0 +1,76 @@
+"""What else an attacker may learn on than other people of the same domain: the settings, and the pictures.
+
+``other_domain``: people of another data set, with other cameras. A lower bound of a kind: who has no pictures of this
+domain. ``same_people``: the gallery's pictures of the very people whose query pictures are reconstructed, never a
+query picture itself. An upper bound: whoever has pictures of the enrolled people needs matching alone, and features
+that still match people give it to him; its r says how far the features still match, and is near 1 where they do.
+
+**How ``same_people`` chooses its capacity.** Attackers hold out people, as it is strangers whom they will be tested
+on. Here they are tested on new pictures of people they know: held out by people, they would choose to draw what is
+common to all, and the upper bound would be none. So here, and only here, pictures are held out, whoever they show,
+which is what the test asks; and the floor's pairs are permuted by picture, as pairs permuted by person would be learnt.
+
+Shapes: N auxiliary pictures, G gallery pictures, D feature dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.settings import Settings, option
+
+VARIANTS = ("other_domain", "same_people")
+
+
+@dataclass(kw_only=True)
+class AuxiliaryConfig(Settings):
+    variants: list[str] = option(
+        [],
+        "what else attackers learn on: people of another data set, or the gallery's pictures of the tested people",
+        choices=VARIANTS,
+    )
+    data: str = option(
+        "", "other_domain's data set: a configuration whose `data` is read; its aux people, or its train"
+    )
+    attackers: list[str] = option(["ridge"], "who learns on it: any attacker but adaptive")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "other_domain" in self.variants and not self.data:
+            raise ConfigError("data: other_domain needs a configuration file that names another data set")
+        if not self.attackers:
+            raise ConfigError("attackers: at least one must be named")
+        if "adaptive" in self.attackers:
+            raise ConfigError("attackers: adaptive has no counterpart on the control and can't be compared here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auxiliary:
+    """What attackers of a ``variant`` learn on: pictures of the attackers' size, and what each victim, by its role
+    "control" or "protected", stores of them."""
+
+    variant: str
+    pictures: Pictures
+    features_ND: Mapping[str, Tensor]
+
+
+def same_people(gallery: Pictures, query: Pictures, features_GD: Mapping[str, Tensor]) -> Auxiliary:
+    """Of the gallery, both in the attackers' size, the pictures of the query's people that are no query picture."""
+    asked = {picture.tobytes() for picture in query.images_N3HW.cpu().numpy()}
+    copied_G = np.array([picture.tobytes() in asked for picture in gallery.images_N3HW.cpu().numpy()])
+    rows = np.flatnonzero(np.isin(gallery.pids_N, query.pids_N) & ~copied_G)
+    pictures = replace(
+        gallery,
+        images_N3HW=gallery.images_N3HW[rows],
+        masks_N1HW=None if gallery.masks_N1HW is None else gallery.masks_N1HW[rows],
+        pids_N=gallery.pids_N[rows],
+        camids_N=gallery.camids_N[rows],
+        keys=[gallery.keys[row] for row in rows],
+        attributes={name: [of[row] for row in rows] for name, of in gallery.attributes.items()},
+    )
+    features_ND = {role: of_GD[rows] for role, of_GD in features_GD.items()}
+    return Auxiliary(variant="same_people", pictures=pictures, features_ND=features_ND)

@@ -1,0 +1,74 @@
+"""Whether the attack on an axis works at all: signs by which a broken measurement shows, whatever it says of a leak.
+
+- **Above the floor.** Somebody finds more in unprotected features than the prior gives (``evaluation.leak``).
+- **More data is not worse.** On unprotected features no attacker with the most people may stand below itself with
+  fewer. It fails where the interval of the loss, paired by identity, lies above 0 and the loss is more than ``LOSS``
+  of the axis' reach: that interval doesn't cover the chance of two trainings.
+- **The floor is at chance**, where an axis ranks and chance is known. A floor learns from pictures of strangers, so it
+  can name nobody. It fails where the interval of (floor − chance) lies above 0 and that is more than ``LIFT`` of the
+  reach (ceiling − chance). Cameras and light lift a judge's ranking a little without anybody being shown: by at most
+  0.03 of the reach in the runs it was measured on, synthetic and real. A lift of ``LIFT`` lowers r by that at most:
+  (P − c)/(C − c) − (P − F)/(C − F) ≤ (F − c)/(C − c) for a chance c ≤ floor F ≤ protected P ≤ ceiling C.
+
+The reach is what the strongest attacker with the most people has on unprotected features, beyond its floor or beyond
+chance. Below the margins a fault is too small to matter, within noise it can't be told from none.
+
+Shapes: Q query pictures.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.leak import AttackScores
+
+LOSS = 0.05  # of the reach
+LIFT = 0.1  # of the reach
+
+ByPeople = Mapping[int, Mapping[str, AttackScores]]  # attackers by number of people and name
+
+
+def broken_gates(
+    bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], by_n: ByPeople, chance_Q: np.ndarray | None = None
+) -> list[str]:
+    """What speaks against the attack on one axis, a line each; none where nothing does.
+
+    ``attackers`` had the most people; ``by_n`` those of the curve. ``chance_Q`` is what a random ranking reaches at
+    each query, NaN where it has no positive; None where the axis ranks nothing. Whether somebody beats its floor is
+    ``measure_leak``'s to say.
+    """
+    broken = _falling(bootstrap, attackers, by_n)
+    return broken if chance_Q is None else broken + _lifted(bootstrap, attackers, chance_Q)
+
+
+def _falling(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], by_n: ByPeople) -> list[str]:
+    reach = max(_excess(bootstrap, of.control_Q, of.floor_Q) for of in attackers.values())
+    *fewer, most = sorted(by_n)
+    lines = []
+    for name in by_n[most]:
+        for n in fewer:
+            before_B, after_B = bootstrap.means({str(k): by_n[k][name].control_Q for k in (n, most)})
+            loss_B = before_B - after_B
+            if loss_B[0] > LOSS * max(reach, 0) and bootstrap.ends(loss_B)[0] > 0:
+                lines.append(
+                    f"on unprotected features {name} reaches {after_B[0]:.3f} with {most} people, "
+                    f"less than the {before_B[0]:.3f} with {n}"
+                )
+    return lines
+
+
+def _lifted(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], chance_Q: np.ndarray) -> list[str]:
+    reach = max(_excess(bootstrap, of.control_Q, chance_Q) for of in attackers.values())
+    lines = []
+    for name, scores in attackers.items():
+        floor_B, chance_B = bootstrap.means({"floor": scores.floor_Q, "chance": chance_Q})
+        lift_B = floor_B - chance_B
+        if lift_B[0] > LIFT * max(reach, 0) and bootstrap.ends(lift_B)[0] > 0:
+            lines.append(f"the floor of {name} is {floor_B[0]:.3f}, above chance, {chance_B[0]:.3f}")
+    return lines
+
+
+def _excess(bootstrap: Bootstrap, control_Q: np.ndarray, least_Q: np.ndarray) -> float:
+    control_B, least_B = bootstrap.means({"control": control_Q, "least": least_Q})
+    return float(control_B[0] - least_B[0]) if np.isfinite(control_B[0] - least_B[0]) else 0.0
