@@ -4,10 +4,9 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature di
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,11 +21,11 @@ from ppreid_dist.attacks.base import (
     Outcome,
     Progress,
     permute_people,
-    to_float,
     to_uint8,
 )
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import LinkageConfig
 from ppreid_dist.attacks.regression import RegressionConfig
@@ -36,8 +35,8 @@ from ppreid_dist.attacks.whitebox import See, WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
-from ppreid_dist.evaluation.ranking import Ranking, rank_queries
 from ppreid_dist.models.generator import Generator
+from ppreid_dist.models.onnx_model import OnnxConfig
 from ppreid_dist.settings import Settings, option, to_dict
 
 SHOWN = 12  # identities whose reconstructions are kept
@@ -65,6 +64,7 @@ class AttackConfig(Settings):
     attribute: AttributeConfig = option(AttributeConfig(), "")
     whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
     linkage: LinkageConfig = option(LinkageConfig(), "")
+    onnx: OnnxConfig = option(OnnxConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,12 +76,6 @@ class AttackConfig(Settings):
             raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
         if not self.people:
             raise ConfigError("people: at least one number must be given")
-
-
-class Judge(Protocol):
-    """An independent ReID model: float pictures (N,3,h,w) in [0,1] to features (N,D)."""
-
-    def __call__(self, images_N3hw: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +109,23 @@ class Bench:
         *,
         aux: Pictures,
         query: Pictures,
-        gallery_judged_GD: Tensor,
         gallery_pids: np.ndarray,
         gallery_camids: np.ndarray,
-        judge: Judge,
+        judges: Sequence[Judge],
         config: AttackConfig,
         progress: Progress,
         found: Progress | None = None,
         kept: Kept | None = None,
     ):
-        """``progress`` hears how trainings go, ``found`` what each one that is over has found."""
+        """The pids and camids are those of the gallery that the ``judges`` know. ``progress`` hears how trainings go,
+        ``found`` what each one that is over has found."""
         self.kept, self.found = kept, found or progress
-        self.aux, self.query, self.judge, self.config, self.progress = aux, query, judge, config, progress
-        self.gallery = gallery_judged_GD, gallery_pids, gallery_camids
-        self.axes = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
+        self.aux, self.query, self.config, self.progress = aux, query, config, progress
+        self.gallery, self.judges = (gallery_pids, gallery_camids), identity_axes(judges)
+        self.axes = {
+            "pixel": "SSIM on the person",
+            **{axis: f"mAP of the judge {judge.name}" for axis, judge in self.judges.items()},
+        }
         for name in config.attackers:
             self.attacker(name)  # whoever lacks a library says so before anybody is trained
         people = np.unique(aux.pids_N)
@@ -141,28 +138,13 @@ class Bench:
         self.order = np.random.default_rng([config.seed, 0xA0]).permutation(people)
         self.people = sorted({min(n or len(people), len(people)) for n in config.people})
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
-        world = (aux.images_N3HW, aux.pids_N, query.images_N3HW, query.pids_N, query.camids_N, gallery_judged_GD)
+        world = (aux.images_N3HW, aux.pids_N, query.images_N3HW, query.pids_N, query.camids_N, *self.gallery)
         masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
-        self.world = digest(source_digest(), *world, *masks, gallery_pids, gallery_camids)
+        self.world = digest(source_digest(), *world, *masks, *(judge.gallery_GD for judge in judges))
 
     def attacker(self, name: str) -> Attacker:
         """A fresh one."""
         return ATTACKERS[name](getattr(self.config, name))
-
-    def rank(self, images_Q3hw: Tensor, asked_Q: np.ndarray) -> Ranking:
-        """How the judge finds the people of the query rows ``asked_Q``, from these pictures of them, in the gallery of
-        real pictures."""
-        with torch.no_grad():
-            judged_QD = torch.cat([self.judge(to_float(part)) for part in images_Q3hw.split(256)])
-        features_GD, pids, camids = self.gallery
-        return rank_queries(
-            judged_QD,
-            features_GD.to(judged_QD.device),
-            query_pids=self.query.pids_N[asked_Q],
-            gallery_pids=pids,
-            query_camids=self.query.camids_N[asked_Q],
-            gallery_camids=camids,
-        )
 
     def pixels(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray) -> dict[str, np.ndarray]:
         """Pixel scores of reconstructions (uint8) of the query rows ``asked_Q``, on the person if masks are known."""
@@ -172,8 +154,10 @@ class Bench:
     def judged(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray, *, seconds: float) -> Outcome:
         """The scores of reconstructions (uint8) of the query rows ``asked_Q``; all of them are ``shown``."""
         pixel = self.pixels(drawn_Q3hw, asked_Q)
+        people = self.query.pids_N[asked_Q], self.query.camids_N[asked_Q]
+        found = {axis: judge.rank(drawn_Q3hw, people, self.gallery).ap_Q for axis, judge in self.judges.items()}
         return Outcome(
-            scores={"pixel": pixel["ssim"], "identity": self.rank(drawn_Q3hw, asked_Q).ap_Q},
+            scores={"pixel": pixel["ssim"], **found},
             l1=float(np.nanmean(pixel["l1"])),
             psnr=float(np.nanmean(pixel["psnr"])),
             best=float("nan"),

@@ -8,6 +8,7 @@ independent ReID model finds the person from the reconstruction.
 Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature dim, h w pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +19,9 @@ from torch import Tensor
 from ppreid_dist.attacks.adaptive import renewed
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Trained, Victim
+from ppreid_dist.attacks.bench import AttackConfig, Bench, Trained, Victim
 from ppreid_dist.attacks.informed import whitebox_leak
-from ppreid_dist.attacks.judging import judge_quality
+from ppreid_dist.attacks.judging import Judge, judge_quality, weak_judges
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
 from ppreid_dist.data.stream import Pictures
@@ -42,7 +43,8 @@ class Control:
 class SuiteResult:
     """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so are ``attributes``, what
     the attribute probe found (``attacks.attribute``), ``whitebox``, who knows the extractor (``attacks.informed``), and
-    ``linkage``, who has another database of the same people (``attacks.linkage``).
+    ``linkage``, who has another database of the same people (``attacks.linkage``). ``judges`` says by axis what its judge
+    reaches on real pictures: mAP, rank1 and chance.
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
@@ -54,7 +56,7 @@ class SuiteResult:
     attributes: dict[str, Any] | None
     whitebox: dict[str, Any] | None
     linkage: list[dict[str, Any]] | None
-    judge: dict[str, float]
+    judges: dict[str, dict[str, float]]
     notes: list[str]
     people: list[int]
     seconds: dict[str, float]
@@ -77,12 +79,11 @@ def run_suite(
     *,
     aux: Pictures,
     query: Pictures,
-    gallery_judged_GD: Tensor,
     gallery_pids: np.ndarray,
     gallery_camids: np.ndarray,
     control: Victim,
     protected: Victim,
-    judge: Judge,
+    judges: Sequence[Judge],
     config: AttackConfig,
     progress: Progress,
     found: Progress | None = None,
@@ -90,7 +91,7 @@ def run_suite(
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
-    ``gallery_judged_GD`` are the judge's features of the real gallery pictures. Features and pictures lie on one
+    The pids and camids are those of the gallery pictures that the ``judges`` know. Features and pictures lie on one
     device. Trainings found in ``kept`` are not made again.
 
     Raises ConfigError naming ``attack.people`` where there are too few auxiliary people.
@@ -98,10 +99,9 @@ def run_suite(
     bench = Bench(
         aux=aux,
         query=query,
-        gallery_judged_GD=gallery_judged_GD,
         gallery_pids=gallery_pids,
         gallery_camids=gallery_camids,
-        judge=judge,
+        judges=judges,
         config=config,
         progress=progress,
         found=found,
@@ -116,7 +116,8 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
     """Ratios, curves and notes of what was trained."""
     config, largest = bench.config, bench.people[-1]
     roles = {"control": reference.ceiling, "protected": trained, "floor": reference.floor}
-    quality, notes = judge_quality(bench)
+    quality = {axis: judge_quality(judge, bench.query, bench.gallery) for axis, judge in bench.judges.items()}
+    notes = weak_judges(bench.judges, quality)
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
     notes += _best_guesses(bench, roles)
@@ -155,7 +156,7 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
             config.linkage,
             seed=config.seed,
         ),
-        judge=quality,
+        judges=quality,
         notes=notes,
         people=bench.people,
         seconds={

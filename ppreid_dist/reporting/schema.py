@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/2"
+SCHEMA = "ppreid-report/3"
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ SHAPE = {
     "linkage": Maybe(
         [{"other": TEXT, "learnt": FLAG, "d_sys": NUMBER, "null": NUMBER, "rank1": NUMBER, "chance": NUMBER}]
     ),
-    "judge": {"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT},
+    "judges": Named({"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT}),
     "probe": Maybe(
         {
             "apparent": Maybe(NUMBER),
