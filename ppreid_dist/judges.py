@@ -28,8 +28,8 @@ def is_onnx(judge: Path) -> bool:
 
 
 def check_judges(judges: Sequence[Path], protected: Path) -> None:
-    """RunError or ConfigError naming the judge that is stored otherwise than plain, has the seed of ``protected``, or is
-    another judge's twin: the same seed and backbone, the same file."""
+    """RunError or ConfigError naming the run that is stored otherwise than plain, has the seed of ``protected``, or has
+    seed and backbone of another judge."""
     runs = {judge: load_run(judge) for judge in judges if not is_onnx(judge)}
     for judge, config in runs.items():
         if (kind := config.model.store.kind) != "plain":
@@ -48,7 +48,8 @@ def open_judges(judges: Sequence[Path], onnx: OnnxConfig, gallery: Gallery, devi
         if its.digest == others.digest:
             raise RunError(f"{other}: the same model as {one}; a judge of its own mind needs another")
     return [
-        _file_judge(models[judge], gallery) if judge in models else _run_judge(judge, gallery, device) for judge in judges
+        _file_judge(models[judge], gallery) if judge in models else _run_judge(judge, gallery, device)
+        for judge in judges
     ]
 
 

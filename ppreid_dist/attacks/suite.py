@@ -43,8 +43,8 @@ class Control:
 class SuiteResult:
     """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so are ``attributes``, what
     the attribute probe found (``attacks.attribute``), ``whitebox``, who knows the extractor (``attacks.informed``), and
-    ``linkage``, who has another database of the same people (``attacks.linkage``). ``judges`` says by axis what its judge
-    reaches on real pictures: mAP, rank1 and chance.
+    ``linkage``, who has another database of the same people (``attacks.linkage``). ``judges`` says by axis what its
+    judge reaches on real pictures: mAP, rank1 and chance.
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the

@@ -29,10 +29,11 @@ class OnnxConfig(Settings):
 class OnnxModel:
     """Pictures (N, 3, H, W), uint8 or float in [0, 1], at ``size`` (H, W) to float32 features (N, D) on ``device``.
 
-    The model's one input is a float tensor N×3×H×W, normalised by ``config``; its first output is N×D, or N×D×1×1. Where
-    it fixes N to 1 it is called for each picture. It runs on the GPU where ``device`` is one and ONNX Runtime can.
+    The model's one input is a float tensor N×3×H×W, normalised by ``config``; H and W are ``SIZE`` where it takes any.
+    Its first output is N×D, or N×D×1×1. Where it fixes N to 1 it is called for each picture. It runs on the GPU where
+    ``device`` is one and ONNX Runtime can.
 
-    MissingExtra without ONNX Runtime; RunError naming ``file`` if it can't be loaded or run, or is another kind of model.
+    MissingExtra without ONNX Runtime; RunError naming ``file`` if it can't be loaded or run, or is no such model.
     """
 
     def __init__(self, file: Path, config: OnnxConfig, device: torch.device):
