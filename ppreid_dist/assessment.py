@@ -28,6 +28,7 @@ from ppreid_dist import __version__
 from ppreid_dist.attacks.adaptive import trained_generator
 from ppreid_dist.attacks.judging import Judge
 from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import SuiteResult, Victim, run_suite
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.data.stream import Pictures, load_pictures
@@ -98,6 +99,7 @@ def attack(
     """
     device = default_device()
     _check_comparable(control, protected, judges)
+    perception = Perception(config.attack.perceptual, device)
     size = config.reversal.size
 
     @lru_cache(maxsize=1)  # judges of one size share it, and it can be large
@@ -133,6 +135,7 @@ def attack(
             judges=judging,
             config=config.attack,
             progress=bar.set_postfix_str,
+            perception=perception,
             found=found,
             kept=Kept(trained or out / "trained"),
         )
@@ -203,6 +206,7 @@ def _figures(
     of, over = bootstrap.means({"protected": ranking.ap_Q, "control": rankings["control"].ap_Q})
     ratio = bootstrap.interval(of / over)
     training = {name: _training(run) for name, run in (("control", control), ("protected", protected))}
+    kid = config.attack.perceptual.kid
     judged = {
         axis: {"name": judge.name, "mAP": found["mAP"], "rank1": found["rank1"], "note": judge.note}
         for (axis, found), judge in zip(result.judges.items(), judges, strict=True)
@@ -231,6 +235,7 @@ def _figures(
         "whitebox": result.whitebox,
         "linkage": result.linkage,
         "judges": judged,
+        "kid": {"backbone": kid, "pictures": len(pids_Q), "attackers": result.kid} if kid else None,
         "probe": _probe_history(protected, config),
         "training": training,
         "attack": {
@@ -238,7 +243,9 @@ def _figures(
             "people": max(result.people),
             "notes": result.notes,
         },
-        "notes": [],
+        "notes": []
+        if "perceptual" in result.axes
+        else ["The axis perceptual is left out: attack.perceptual.lpips names no weights."],
     }
 
 

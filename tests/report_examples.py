@@ -70,6 +70,10 @@ def good_report() -> dict[str, Any]:
             {"other": "another key", "learnt": True, "d_sys": 0.6184, "null": 0.0237, "rank1": 0.4372, "chance": 0.0114}
         ],
         "judges": {"identity": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."}},
+        "kid": {
+            "backbone": "a backbone", "pictures": 731,
+            "attackers": {"gan": {"protected": 0.0713, "control": 0.0527, "floor": 0.0691}},
+        },
         "probe": {
             "apparent": 0.1812, "fresh": 0.1763, "gap": 0.0278, "warned": False, "unit": "L1 on the person",
             "history": [

@@ -9,48 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ppreid_dist.errors import MissingExtra, RunError
-from ppreid_dist.models.onnx_model import SIZE, OnnxConfig, OnnxModel
-
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+
+from onnx_models import WEIGHT, write  # noqa: E402
+
+from ppreid_dist.errors import MissingExtra, RunError  # noqa: E402
+from ppreid_dist.models.onnx_model import SIZE, OnnxConfig, OnnxModel  # noqa: E402
+
 CONFIG = OnnxConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-WEIGHT = np.random.default_rng(0).standard_normal((5, 3, 3, 3)).astype(np.float32)
 CPU = torch.device("cpu")
-
-
-def write(
-    file: Path,
-    shape: Any = ("n", 3, "h", "w"),
-    *,
-    flat: bool = True,
-    kind: int = onnx.TensorProto.FLOAT,
-    weight: np.ndarray = WEIGHT,
-    more: tuple[str, ...] = (),
-    last: str = "Relu",
-) -> Path:
-    """Convolution, ReLU (or ``last``), mean over the places: a small ReID model."""
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    nodes = [
-        helper.make_node("Cast", ["x"], ["float"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Conv", ["float", "weight"], ["map"], pads=[1, 1] * (weight.ndim - 2)),
-        helper.make_node(last, ["map"], ["positive"]),
-        helper.make_node("GlobalAveragePool", ["positive"], ["pooled"]),
-    ]
-    if flat:
-        nodes.append(helper.make_node("Flatten", ["pooled"], ["features"]))
-    output = "features" if flat else "pooled"
-    inputs = [helper.make_tensor_value_info(name, kind, shape) for name in ("x", *more)]
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        inputs,
-        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (output, "map")],
-        [numpy_helper.from_array(weight, "weight")],
-    )
-    opset = [helper.make_opsetid("", 13)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), file)
-    return file
 
 
 def plain(images_N3HW: torch.Tensor) -> torch.Tensor:

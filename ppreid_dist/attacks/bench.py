@@ -28,6 +28,7 @@ from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import LinkageConfig
+from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -65,6 +66,7 @@ class AttackConfig(Settings):
     whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
     linkage: LinkageConfig = option(LinkageConfig(), "")
     onnx: OnnxConfig = option(OnnxConfig(), "")
+    perceptual: PerceptualConfig = option(PerceptualConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +116,7 @@ class Bench:
         judges: Sequence[Judge],
         config: AttackConfig,
         progress: Progress,
+        perception: Perception | None = None,
         found: Progress | None = None,
         kept: Kept | None = None,
     ):
@@ -121,11 +124,14 @@ class Bench:
         ``found`` what each one that is over has found."""
         self.kept, self.found = kept, found or progress
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
+        self.perception = perception or Perception(PerceptualConfig(), query.images_N3HW.device)
         self.gallery, self.judges = (gallery_pids, gallery_camids), identity_axes(judges)
         self.axes = {
             "pixel": "SSIM on the person",
             **{axis: f"mAP of the judge {judge.name}" for axis, judge in self.judges.items()},
+            **self.perception.axes,
         }
+        self.real_QD = self.perception.features(query.images_N3HW)
         for name in config.attackers:
             self.attacker(name)  # whoever lacks a library says so before anybody is trained
         people = np.unique(aux.pids_N)
@@ -139,8 +145,9 @@ class Bench:
         self.people = sorted({min(n or len(people), len(people)) for n in config.people})
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
         world = (aux.images_N3HW, aux.pids_N, query.images_N3HW, query.pids_N, query.camids_N, *self.gallery)
+        seen = [*(judge.gallery_GD for judge in judges), *self.perception.weights]
         masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
-        self.world = digest(source_digest(), *world, *masks, *(judge.gallery_GD for judge in judges))
+        self.world = digest(source_digest(), *world, *masks, *seen)
 
     def attacker(self, name: str) -> Attacker:
         """A fresh one."""
@@ -153,13 +160,15 @@ class Bench:
 
     def judged(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray, *, seconds: float) -> Outcome:
         """The scores of reconstructions (uint8) of the query rows ``asked_Q``; all of them are ``shown``."""
-        pixel = self.pixels(drawn_Q3hw, asked_Q)
+        pixel, rows = self.pixels(drawn_Q3hw, asked_Q), torch.from_numpy(asked_Q)
+        real_Q3hw = self.query.images_N3HW[rows]
         people = self.query.pids_N[asked_Q], self.query.camids_N[asked_Q]
         found = {axis: judge.rank(drawn_Q3hw, people, self.gallery).ap_Q for axis, judge in self.judges.items()}
         return Outcome(
-            scores={"pixel": pixel["ssim"], **found},
+            scores={"pixel": pixel["ssim"], **found, **self.perception.scores(drawn_Q3hw, real_Q3hw)},
             l1=float(np.nanmean(pixel["l1"])),
             psnr=float(np.nanmean(pixel["psnr"])),
+            kid=self.perception.kid(drawn_Q3hw, self.real_QD[rows]),
             best=float("nan"),
             seconds=seconds,
             shown=drawn_Q3hw.cpu(),

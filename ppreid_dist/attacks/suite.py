@@ -24,8 +24,9 @@ from ppreid_dist.attacks.informed import whitebox_leak
 from ppreid_dist.attacks.judging import Judge, judge_quality, weak_judges
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
+from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
 from ppreid_dist.evaluation.urr import attack_curve, urr
 from ppreid_dist.models.generator import Generator
@@ -48,8 +49,9 @@ class SuiteResult:
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
-    axes, by (axis, attacker, "control" | "protected" | "floor"), ``means`` L1 and PSNR by (role, attacker),
-    all at the largest number of people. ``seconds`` is the training time of each attacker, over all trainings.
+    axes, by (axis, attacker, "control" | "protected" | "floor"), ``kid`` kernel distances by attacker and role (None
+    where there is none), ``means`` L1 and PSNR by (role, attacker), all at the largest number of people. ``seconds``
+    is the training time of each attacker, over all trainings.
     """
 
     axes: dict[str, dict[str, Any]]
@@ -64,6 +66,7 @@ class SuiteResult:
     reconstructions: dict[tuple[str, str], Tensor]
     strongest: dict[str, str]
     per_query: dict[tuple[str, str, str], np.ndarray]
+    kid: dict[str, dict[str, float | None]]
     means: dict[tuple[str, str], dict[str, float]]
 
 
@@ -86,6 +89,7 @@ def run_suite(
     judges: Sequence[Judge],
     config: AttackConfig,
     progress: Progress,
+    perception: Perception | None = None,
     found: Progress | None = None,
     kept: Kept | None = None,
 ) -> SuiteResult:
@@ -104,6 +108,7 @@ def run_suite(
         judges=judges,
         config=config,
         progress=progress,
+        perception=perception,
         found=found,
         kept=kept,
     )
@@ -173,6 +178,11 @@ def summarise(bench: Bench, control: Victim, protected: Victim, reference: Contr
         strongest={victim: max(by_name, key=by_name.__getitem__) for victim, by_name in found.items()},
         per_query={
             (axis, name, role): outcome.scores[axis] for axis in bench.axes for (role, name), outcome in final.items()
+        },
+        kid={
+            name: {role: finite(final[role, name].kid) if (role, name) in final else None for role in roles}
+            for name in config.attackers
+            if (name, largest) in trained
         },
         means={key: {"l1": outcome.l1, "psnr": outcome.psnr} for key, outcome in final.items()},
     )

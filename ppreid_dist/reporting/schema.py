@@ -91,6 +91,13 @@ SHAPE = {
     "linkage": Maybe(
         [{"other": TEXT, "learnt": FLAG, "d_sys": NUMBER, "null": NUMBER, "rank1": NUMBER, "chance": NUMBER}]
     ),
+    "kid": Maybe(
+        {
+            "backbone": TEXT,
+            "pictures": WHOLE,
+            "attackers": Named({"protected": Maybe(NUMBER), "control": Maybe(NUMBER), "floor": Maybe(NUMBER)}),
+        }
+    ),
     "judges": Named({"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT}),
     "probe": Maybe(
         {
