@@ -10,9 +10,10 @@ BIN := $(VENV)/bin
 # Threads: two training processes on two cores with default threads would fight for them.
 export TOKENIZERS_PARALLELISM := false
 
-# DeepSpeed is for the tests of its engines, Ray for those of sweeps, diffusers for one attacker; the demo does without.
+# DeepSpeed is for the tests of its engines, Ray for those of sweeps, diffusers for one attacker,
+# ONNX Runtime for one kind of judge; the demo does without.
 $(VENV)/installed: EXTRAS := dev,gpu,track
-$(VENV)/tested: EXTRAS := dev,gpu,track,deepspeed,sweep,diffusion
+$(VENV)/tested: EXTRAS := dev,gpu,track,deepspeed,sweep,diffusion,onnx
 $(VENV)/installed $(VENV)/tested: pyproject.toml constraints/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)

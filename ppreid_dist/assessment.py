@@ -10,8 +10,11 @@ DIR/                        of `ppreid attack --out DIR`
 
 import os
 import platform
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from tqdm import tqdm
 from ppreid_dist import __version__
 from ppreid_dist.attacks.adaptive import trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
+from ppreid_dist.attacks.judging import Judge
 from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import SuiteResult, Victim, run_suite
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.data.index import read_meta
@@ -34,6 +39,7 @@ from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.export import rank_split, save_features, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
+from ppreid_dist.judges import check_judges, open_judges
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import StoreConfig
@@ -78,7 +84,7 @@ def attack(
     config: Config,
     control: Path,
     protected: Path,
-    judge: Path,
+    judges: Sequence[Path],
     out: Path,
     *,
     trained: Path | None = None,
@@ -88,20 +94,22 @@ def attack(
 
     ``trained`` is where trainings are kept, ``out / "trained"`` by default: several runs of the same control share its
     ceilings and floors there.
+    ``judges`` are runs and .onnx files; the first one's axis is ``identity``.
 
     Raises RunError where the runs can't be compared: control and protected must be the same training but for the
-    protection, the judge another run than both, the auxiliary people unknown to control and protected.
+    protection, each judge another model than all others, the auxiliary people unknown to control and protected.
     """
     device, other = default_device(), _other_domain(config)
-    _check_comparable(control, protected, judge)
-    judging = load_extractor(judge / "model", device)
+    _check_comparable(control, protected, judges)
+    perception = Perception(config.attack.perceptual, device)
     size = config.reversal.size
+
+    @lru_cache(maxsize=1)  # judges of one size share it, and it can be large
+    def gallery(size: tuple[int, int]) -> Pictures:
+        return _pictures(config, "gallery", size, device, progress)
+
+    judging = open_judges(judges, config.attack.onnx, gallery, device)
     aux, query = (_pictures(config, split, size, device, progress) for split in ("aux", "query"))
-    gallery = _pictures(config, "gallery", judging.size, device, progress)
-
-    def look(images_N3hw: Tensor) -> Tensor:
-        return stored_features(judging.extractor, resize(images_N3hw.float(), judging.size).clamp(0, 1))
-
     sizes: dict[tuple[int, int], dict[str, Pictures]] = {}
     victims, rankings, extractors, galleries_GD = {}, {}, {}, {}
     for role, run in (("control", control), ("protected", protected)):
@@ -118,6 +126,7 @@ def attack(
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
     if "same_people" in config.attack.auxiliary.variants:
         auxiliaries.append(same_people(_pictures(config, "gallery", size, device, progress), query, galleries_GD))
+    real = next(iter(sizes.values()))["gallery"]
     with tqdm(disable=not progress, desc="attack", unit=" training") as bar:
 
         def found(line: str) -> None:
@@ -127,19 +136,19 @@ def attack(
         result = run_suite(
             aux=aux,
             query=query,
-            gallery_judged_GD=stored_features(judging.extractor, gallery.images_N3HW),
-            gallery_pids=gallery.pids_N,
-            gallery_camids=gallery.camids_N,
+            gallery_pids=real.pids_N,
+            gallery_camids=real.camids_N,
             control=victims["control"],
             protected=victims["protected"],
-            judge=look,
+            judges=judging,
             config=config.attack,
             progress=bar.set_postfix_str,
+            perception=perception,
             found=found,
             kept=Kept(trained or out / "trained"),
             auxiliaries=auxiliaries,
         )
-    figures = _figures(config, control, protected, judge, result, rankings, query.pids_N)
+    figures = _figures(config, control, protected, judging, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))
     pictures = {f"{victim}/{name}": drawn for (victim, name), drawn in result.reconstructions.items()}
     pictures["real"] = query.images_N3HW[torch.from_numpy(result.shown)]
@@ -206,31 +215,30 @@ def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> 
     )
 
 
-def _check_comparable(control: Path, protected: Path, judge: Path) -> None:
-    if len({run.resolve() for run in (control, protected, judge)}) < 3:
-        raise RunError(f"{judge}: control, protected and judge must be three different runs")
-    settings = {run: dict(flat(to_dict(load_run(run)))) for run in (control, protected, judge)}
+def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) -> None:
+    count = Counter(path.resolve() for path in (control, protected, *judges))
+    if twice := [path for path in (*judges, protected) if count[path.resolve()] > 1]:
+        raise RunError(f"{twice[0]}: named twice: control, protected and the judges must all be different")
+    settings = {run: dict(flat(to_dict(load_run(run)))) for run in (control, protected)}
     for key, value in settings[control].items():
         other = settings[protected][key]
         if not key.startswith((*METHOD, *FREE)) and value != other:
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
     if settings[control]["privacy.weight"]:
         raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")
-    for run, role in ((control, "control"), (judge, "judge")):
-        if (kind := settings[run]["model.store.kind"]) != "plain":
-            raise RunError(f"{run}: not a {role}: its features are stored as {kind}")
+    if (kind := settings[control]["model.store.kind"]) != "plain":
+        raise RunError(f"{control}: not a control: its features are stored as {kind}")
     for run in (control, protected):
         if "aux" in settings[run]["data.train_splits"]:
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")
-    if settings[judge]["seed"] == settings[protected]["seed"]:
-        raise ConfigError(f"seed: {judge} has the seed of {protected}; a judge of its own mind needs another")
+    check_judges(judges, protected)
 
 
 def _figures(
     config: Config,
     control: Path,
     protected: Path,
-    judge: Path,
+    judges: Sequence[Judge],
     result: SuiteResult,
     rankings: dict[str, Ranking],
     pids_Q: np.ndarray,
@@ -240,9 +248,14 @@ def _figures(
     of, over = bootstrap.means({"protected": ranking.ap_Q, "control": rankings["control"].ap_Q})
     ratio = bootstrap.interval(of / over)
     training = {name: _training(run) for name, run in (("control", control), ("protected", protected))}
+    kid = config.attack.perceptual.kid
+    judged = {
+        axis: {"name": judge.name, "mAP": found["mAP"], "rank1": found["rank1"], "note": judge.note}
+        for (axis, found), judge in zip(result.judges.items(), judges, strict=True)
+    }
     return {
         "schema": SCHEMA,
-        "protocol": _protocol(config, control, judge, result, pids_Q),
+        "protocol": _protocol(config, control, result, judged, pids_Q),
         "name": f"{protected.name} against {control.name}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -264,12 +277,8 @@ def _figures(
         "whitebox": result.whitebox,
         "linkage": result.linkage,
         "auxiliary": result.auxiliary,
-        "judge": {
-            "name": f"{load_run(judge).model.backbone}, seed {load_run(judge).seed}",
-            "mAP": result.judge["mAP"],
-            "rank1": result.judge["rank1"],
-            "note": "An extractor of ours, trained apart from both runs; it looks at pictures of the attackers' size.",
-        },
+        "judges": judged,
+        "kid": {"backbone": kid, "pictures": len(pids_Q), "attackers": result.kid} if kid else None,
         "probe": _probe_history(protected, config),
         "training": training,
         "attack": {
@@ -277,11 +286,15 @@ def _figures(
             "people": max(result.people),
             "notes": result.notes,
         },
-        "notes": [],
+        "notes": []
+        if "perceptual" in result.axes
+        else ["The axis perceptual is left out: attack.perceptual.lpips names no weights."],
     }
 
 
-def _protocol(config: Config, control: Path, judge: Path, result: SuiteResult, pids_Q: np.ndarray) -> str:
+def _protocol(
+    config: Config, control: Path, result: SuiteResult, judges: dict[str, dict[str, Any]], pids_Q: np.ndarray
+) -> str:
     trained = read_json(control / "model" / "extractor.json")
     data = "synthetic people" if config.data.kind == "synthetic" else config.data.kind
     dim = load_extractor(control / "model", "cpu").extractor.store.dim
@@ -290,7 +303,7 @@ def _protocol(config: Config, control: Path, judge: Path, result: SuiteResult, p
         [
             f"{data}, {trained['about']['identities']} training identities, seed {load_run(control).seed}",
             f"attackers: {max(result.people)} other people, {dim}-d L2-normalised features, pictures {height}×{width}",
-            f"judge {Path(load_run(judge).model.backbone).name}, mAP {result.judge['mAP']:.2f} on real queries",
+            *(f"judge {judge['name']}, mAP {judge['mAP']:.2f} on real queries" for judge in judges.values()),
             f"{len(pids_Q)} queries of {len(np.unique(pids_Q))} identities",
             f"identity bootstrap {config.attack.resamples} × 95 %",
         ]

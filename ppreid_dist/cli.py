@@ -103,13 +103,18 @@ def _attack(arguments: Sequence[str]) -> int:
     parser = _parser(
         "ppreid attack",
         "Train fresh attackers on the stored features of two runs and compare: the unprotected control is the ceiling, "
-        "permuted pairs are the floor, an independent extractor judges who is recognised.",
+        "permuted pairs are the floor, independent extractors judge who is recognised.",
         True,
     )
     parser.add_argument("--control", type=Path, required=True, metavar="RUN", help="the unprotected run")
     parser.add_argument("--protected", type=Path, required=True, metavar="RUN", help="the run under test")
     parser.add_argument(
-        "--judge", type=Path, required=True, metavar="RUN", help="another run: backbone and seed of its own"
+        "--judge",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="RUN|FILE",
+        help="another run, of its own backbone and seed, or an .onnx file; an axis for each that is given",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
@@ -124,8 +129,8 @@ def _attack(arguments: Sequence[str]) -> int:
     base = options.config or options.protected / "config.yaml"
     if options.config is None:
         load_run(options.protected)
-    runs = options.control, options.protected, options.judge
-    attack(load_settings(Config, base, options.settings), *runs, options.out, trained=options.trained)
+    config, runs = load_settings(Config, base, options.settings), (options.control, options.protected, options.judge)
+    attack(config, *runs, options.out, trained=options.trained)
     _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0
 

@@ -50,12 +50,15 @@ def _findings() -> Iterator[Finding]:
     for module, extra in (
         ("deepspeed", "deepspeed"),
         ("diffusers", "diffusion"),
+        ("onnxruntime", "onnx"),
         ("ray", "sweep"),
         ("wandb", "track"),
         ("tensorboard", "track"),
     ):
         if importlib.util.find_spec(module):
-            yield Finding("ok", module, importlib.metadata.version(module))
+            # Its build for GPUs is the distribution onnxruntime-gpu.
+            distribution = importlib.metadata.packages_distributions().get(module, [module])[0]
+            yield Finding("ok", module, importlib.metadata.version(distribution))
         else:
             yield _absent(module, extra)
     # The package of that name on the index is another project: NVIDIA's has these compiled parts.

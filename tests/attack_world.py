@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppreid_dist.attacks.judging import Judge, Look
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.evaluation.ranking import rank_queries
@@ -46,6 +47,11 @@ def colours(images_N3hw: Tensor) -> Tensor:
     """A judge that looks at the mean colours of the picture's middle, above and below."""
     middle = images_N3hw[:, :, :, 2:6]
     return torch.cat([middle[:, :, 2:9].mean((2, 3)), middle[:, :, 9:15].mean((2, 3))], dim=1) - 0.5
+
+
+def colour_judge(people: Pictures, rows: np.ndarray, look: Look = colours, name: str = "colours") -> Judge:
+    """A judge that knows these rows as its gallery."""
+    return Judge(name=name, look=look, gallery_GD=look(people.images_N3HW[rows].float() / 255), note="")
 
 
 def judged_ap(images_Q3hw: Tensor, people: Pictures) -> float:

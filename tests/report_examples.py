@@ -46,7 +46,7 @@ def good_report() -> dict[str, Any]:
         "method": "none",
     }  # fmt: skip
     return {
-        "schema": "ppreid-report/2",
+        "schema": "ppreid-report/3",
         "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
         "name": "a run",
         "created": "2026-03-02T14:05:11+00:00",
@@ -57,7 +57,7 @@ def good_report() -> dict[str, Any]:
             "protected": {"mAP": 0.6131, "rank1": 0.8063, "rank5": 0.9254, "rank10": 0.9563, "mINP": 0.3208},
             "ratio": interval(0.9811, 0.9689, 0.9934),
         },
-        "axes": {"pixel": axis("SSIM on the person", 0.0), "identity": axis("mAP of the judge", 0.031)},
+        "axes": {"pixel": axis("SSIM on the person", 0.0), "identity": axis("mAP of the judge tiny", 0.031)},
         "attributes": {
             "each": {"hair": {"classes": 5, **attacker((0.2013, 0.3127, 0.5129), (0.3575, 0.311, 0.402))}},
             "mean": attacker((0.2513, 0.3613, 0.5413), (0.379, 0.335, 0.418)),
@@ -81,7 +81,11 @@ def good_report() -> dict[str, Any]:
             }
             for variant, people, shift in (("other_domain", 1453, 0.0), ("same_people", 257, 0.041))
         ],
-        "judge": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."},
+        "judges": {"identity": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."}},
+        "kid": {
+            "backbone": "a backbone", "pictures": 731,
+            "attackers": {"gan": {"protected": 0.0713, "control": 0.0527, "floor": 0.0691}},
+        },
         "probe": {
             "apparent": 0.1812, "fresh": 0.1763, "gap": 0.0278, "warned": False, "unit": "L1 on the person",
             "history": [

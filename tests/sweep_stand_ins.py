@@ -58,6 +58,9 @@ def attack(arguments: list[str]) -> int:
     report["utility"]["ratio"] = {"value": 1 - weight / 60, "low": 0.9, "high": 1.0}
     for axis in report["axes"].values():
         axis["leak"] |= {"value": leak, "low": leak - 0.05, "high": leak + 0.05}
+    judges = [value for flag, value in zip(arguments[::2], arguments[1::2], strict=True) if flag == "--judge"]
+    for i, judge in enumerate(judges[1:], 2):
+        report["axes"][f"identity_{i}"] = {**report["axes"]["identity"], "metric": judge}
     out = Path(given["--out"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "attack.json").write_text(json.dumps({"report": report}))

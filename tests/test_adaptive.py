@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attack_world import SIZE, colours, judged_ap, make_people, person_l1
+from attack_world import SIZE, colour_judge, judged_ap, make_people, person_l1
 from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, renewed, trained_generator
@@ -125,12 +125,11 @@ def suite(aux: World, met: World, reversal: Generator | None) -> SuiteResult:
     return run_suite(
         aux=aux[0],
         query=query,
-        gallery_judged_GD=colours(people.images_N3HW.float() / 255)[~first],
         gallery_pids=people.pids_N[~first],
         gallery_camids=people.camids_N[~first],
         control=control,
         protected=replace(control, name="protected", reversal=reversal),
-        judge=colours,
+        judges=[colour_judge(people, ~first)],
         config=AttackConfig(
             attackers=["ridge", "adaptive"],
             curve_attackers=["ridge"],

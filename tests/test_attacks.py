@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attack_world import SIZE, colours, judged_ap, make_people, person_l1, see_colours
+from attack_world import SIZE, colour_judge, colours, judged_ap, make_people, person_l1, see_colours
 from torch import Tensor
 
 from ppreid_dist.attacks.base import (
@@ -25,7 +25,7 @@ from ppreid_dist.attacks.base import (
 from ppreid_dist.attacks.bench import AttackConfig, Victim
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
-from ppreid_dist.attacks.judging import chance_ap
+from ppreid_dist.attacks.judging import Look, chance_ap
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
@@ -248,6 +248,7 @@ def suite(
     *,
     blind: bool = False,
     kept: Kept | None = None,
+    looks: dict[str, Look] | None = None,
     **changes: object,
 ) -> SuiteResult:
     """The suite against a second victim whose features are the first's or, if ``blind``, random."""
@@ -277,12 +278,11 @@ def suite(
     return run_suite(
         aux=known,
         query=query,
-        gallery_judged_GD=colours(met.images_N3HW.float() / 255)[~first],
         gallery_pids=met.pids_N[~first],
         gallery_camids=met.camids_N[~first],
         control=control,
         protected=protected,
-        judge=colours,
+        judges=[colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
         config=small_config(**changes),
         progress=lambda line: None,
         kept=kept,
@@ -303,7 +303,7 @@ def test_the_same_features_leak_all(
         assert set(found["attackers"]) == {"retrieval", "ridge"}
         assert [point["n"] for point in found["curve"]] == [20, 60]
         assert found["curve"][0]["attackers"]["ridge"]["value"] == pytest.approx(1)
-    assert result.judge["mAP"] > 0.5
+    assert result.judges["identity"]["mAP"] > 0.5
     assert result.shown.shape == (12,)
     assert set(result.reconstructions) == {(v, a) for v in ("unprotected", "protected") for a in ("retrieval", "ridge")}
     assert result.reconstructions["protected", "ridge"].dtype == torch.uint8
@@ -325,13 +325,27 @@ def test_random_features_leak_nothing(aux: tuple[Pictures, Tensor], strangers: t
     assert result.notes == []
 
 
-def test_a_judge_that_sees_nothing_is_called_weak(
-    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+def test_every_judge_has_its_axis_and_one_that_sees_nothing_is_called_weak(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
 ) -> None:
     noise = torch.Generator().manual_seed(0)
-    monkeypatch.setitem(globals(), "colours", lambda x: torch.randn(len(x), 4, generator=noise))
-    result = suite(*aux, *strangers, attackers=["ridge"])
-    assert any("judge is weak" in note for note in result.notes)
+    looks = {
+        "colours": colours,
+        "blind": lambda x: torch.randn(len(x), 4, generator=noise),
+        "above": lambda x: colours(x)[:, :3],
+    }
+    alone = suite(*aux, *strangers, attackers=["ridge"])
+    result = suite(*aux, *strangers, attackers=["ridge"], looks=looks)
+    assert list(result.axes) == ["pixel", "identity", "identity_2", "identity_3"]
+    assert list(result.judges) == ["identity", "identity_2", "identity_3"]
+    assert result.axes["identity_3"]["metric"] == "mAP of the judge above"
+    (note,) = result.notes
+    assert note.startswith("the judge blind is weak: mAP 0.") and note.endswith("the axis identity_2 says little")
+    # The others neither hinder nor help: half of the colours tell less than all, and the first judge is as alone.
+    assert result.axes["identity"] == alone.axes["identity"]
+    seen = [result.axes[axis]["attackers"]["ridge"]["control"] for axis in ("identity", "identity_3")]
+    assert seen[0] > seen[1] > 2 * result.judges["identity_3"]["chance"]
+    assert result.axes["identity_2"]["attackers"]["ridge"]["status"] == "broken"
 
 
 def test_an_attacker_without_its_library_is_one_line_before_anybody_trains(

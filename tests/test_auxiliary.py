@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from attack_world import colours, make_people
+from attack_world import colour_judge, make_people
 from torch import Tensor
 
 from ppreid_dist.attacks.auxiliary import Auxiliary, AuxiliaryConfig, same_people
@@ -57,12 +57,11 @@ def suite(*auxiliaries: Auxiliary, blind: bool = False, kept: Kept | None = None
     return run_suite(
         aux=AUX[0],
         query=QUERY,
-        gallery_judged_GD=colours(GALLERY.images_N3HW.float() / 255),
         gallery_pids=GALLERY.pids_N,
         gallery_camids=GALLERY.camids_N,
         control=control,
         protected=replace(control, name="protected", query_QD=STRANGE[FIRST] if blind else control.query_QD),
-        judge=colours,
+        judges=[colour_judge(GALLERY, np.arange(len(GALLERY.pids_N)))],
         config=replace(
             AttackConfig(attackers=["ridge"], curve_attackers=["ridge"], people=[20, 0], resamples=200, ridge=RIDGE),
             **changes,

@@ -74,8 +74,9 @@ def test_a_second_demo_uses_what_is_there(world: list[str], runs: Path) -> None:
 
 
 def attack(runs: Path, out: Path, *settings: str, expect: int = 0, **other: str) -> Done:
+    """Of the demo's runs or ``other`` ones; several judges are separated by blanks."""
     roles = {"control": "control", "protected": "protected", "judge": "judge"} | other
-    flags = [word for role, run in roles.items() for word in (f"--{role}", str(runs / run))]
+    flags = [word for role, of in roles.items() for run in of.split() for word in (f"--{role}", str(runs / run))]
     return ppreid("attack", *flags, "--out", str(out), *settings, expect=expect)
 
 
@@ -144,10 +145,44 @@ def test_attackers_with_other_pictures(world: list[str], runs: Path, tmp_path: P
     assert "12 people of another domain" in (tmp_path / "out" / "card.md").read_text()
 
 
+def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    write = pytest.importorskip("onnx_models").write
+    model, again = (write(tmp_path / name, ("n", 3, 24, 12)) for name in ("model.onnx", "again.onnx"))
+    few = [
+        "attack.attackers=[ridge]",
+        "attack.people=[0]",
+        "attack.whitebox.people=0",
+        "attack.onnx.mean=[0.5,0.5,0.5]",
+    ]
+    attack(runs, tmp_path / "both", *few, judge=f"judge {model}")
+    attack(runs, tmp_path / "other", *few, judge=str(model))
+    both, other = (json.loads((tmp_path / n / "attack.json").read_text())["report"] for n in ("both", "other"))
+    assert list(both["axes"]) == ["pixel", "identity", "identity_2"]
+    assert both["judges"]["identity"]["name"].endswith(", seed 1")
+    assert both["judges"]["identity_2"]["name"] == "model.onnx" and "SHA-256" in both["judges"]["identity_2"]["note"]
+    assert both["judges"]["identity_2"] == other["judges"]["identity"]
+    assert both["axes"]["identity_2"] == other["axes"]["identity"] != both["axes"]["identity"]
+    assert "perceptual is left out" in both["notes"][0]
+    ppreid("report", str(tmp_path / "both"))
+    assert "Judge, identity 2" in (tmp_path / "both" / "report.html").read_text()
+    said = attack(runs, tmp_path / "twins", judge=f"{model} {again}", expect=2).stderr
+    assert f"{again}: the same model as {model}" in said
+
+
 @pytest.mark.parametrize(
     ("other", "settings", "message"),
     [
-        ({"control": "protected"}, [], "three different runs"),
+        (
+            {"control": "protected"},
+            [],
+            "protected: named twice: control, protected and the judges must all be different",
+        ),
+        ({"judge": "judge judge"}, [], "judge: named twice"),
+        ({"judge": "judge twin"}, [], "twin has seed and backbone of"),
+        ({"judge": "judge protected"}, [], "protected: named twice"),
+        ({"judge": "judge none.onnx"}, [], "none.onnx: can't be read"),
+        ({}, ["attack.perceptual.lpips=none"], "attack.perceptual.lpips: none: no such file"),
         ({"control": "judge", "judge": "control"}, [], "not the control"),
         ({"protected": "none"}, [], "none: not a run: it has no config.yaml"),
         ({}, ["attack.people=[3]"], "attack.people: 3"),
@@ -157,6 +192,9 @@ def test_attackers_with_other_pictures(world: list[str], runs: Path, tmp_path: P
 def test_runs_that_can_not_be_compared(
     runs: Path, tmp_path: Path, other: dict[str, str], settings: list[str], message: str
 ) -> None:
+    if "twin" in other.get("judge", ""):
+        shutil.copytree(runs / "judge", tmp_path / "twin")
+        other = {"judge": f"judge {tmp_path / 'twin'}"}
     done = attack(runs, tmp_path / "out", *settings, expect=2, **other)
     assert message in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

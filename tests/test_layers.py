@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ppreid_dist"
 STAGES = [
     {"settings", "errors", "storage", "distributed"},
     {"kernels"}, {"data"}, {"models"}, {"losses"}, {"training"}, {"evaluation"}, {"attacks"}, {"reporting"},
-    {"experiment"}, {"assessment", "doctor"}, {"storing"}, {"sweep"}, {"cli"},
+    {"experiment"}, {"judges"}, {"assessment", "doctor"}, {"storing"}, {"sweep"}, {"cli"},
 ]  # fmt: skip
 DOORS = {
     "transformers": {"models/backbone.py"},
@@ -19,6 +19,7 @@ DOORS = {
     "accelerate": {"training/engine.py", "training/tracking.py", "training/zero.py"},
     "deepspeed": {"training/zero.py"},
     "diffusers": {"models/denoiser.py"},
+    "onnxruntime": {"models/onnx_model.py"},
     "ray": {"sweep/ray_tune.py"},
     "optuna": {"sweep/study.py"},
     "pickle": set(),

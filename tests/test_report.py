@@ -131,6 +131,20 @@ def test_the_page_is_whole_and_asks_for_nothing(which: str, request: pytest.Fixt
         assert request_of not in re.sub(r'"data:[^"]*"', "", html)
 
 
+def test_a_second_judge_is_an_axis_like_any_other(tmp_path: Path) -> None:
+    report = good_report()
+    report["axes"]["identity_2"] = copy.deepcopy(report["axes"]["identity"]) | {"metric": "mAP of the judge other.onnx"}
+    report["axes"]["identity_2"]["leak"] |= interval(1.07, 1.02, 1.13)
+    report["judges"]["identity_2"] = {"name": "other.onnx", "mAP": 0.5713, "rank1": 0.7419, "note": "Of a friend."}
+    write_report(report, tmp_path, panel=None)
+    shown = " ".join(Page(html_of(tmp_path)).shown.split())
+    for words in ("Judge, identity 2 other.onnx", "mAP 57.1 % and rank 1 74.2 %", "Of a friend.", "r > 1, identity 2"):
+        assert words in shown
+    assert write_verdict(report).headline.startswith("Leaks more than the unprotected model (identity 2)")
+    assert (tmp_path / "figures" / "scores_identity_2.png").is_file()
+    assert "Identity 2: leak r | 1.07" in (tmp_path / "card.md").read_text()
+
+
 def test_warnings_appear_where_they_must_and_nowhere_else(good: Path, ugly: Path) -> None:
     calm, alarmed = (" ".join(Page(html_of(folder)).shown.split()).replace(" :", ":") for folder in (good, ugly))
     broken, gate = "Attack broken, pixels: gan (it doesn't beat its floor)", "URR n/a, pixels: utility is 0.914."

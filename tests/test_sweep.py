@@ -377,9 +377,11 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
         "trained, int8": {"privacy.weight": 1, "model.store.quantise": "int8"},
         "fails": {"training.ema": 0.25},
     }
-    change(asked, grid={}, methods=methods, seeds=[0])
+    change(asked, grid={}, methods=methods, seeds=[0], judges=[str(tmp_path / "other.onnx")])
+    (tmp_path / "other.onnx").touch()
     array(asked)
     out = tmp_path / "out"
+    assert list(json.loads((out / "front.json").read_text())["front"]) == ["pixel", "identity", "identity_2"]
     table = json.loads((out / "table.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
     assert list(rows) == ["unprotected", *sorted(methods)] and table["complete"]
@@ -429,6 +431,7 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
             "grid.privacy.weight=[1]", resume=True)  # fmt: skip
     refused(ConfigError, "^optimiser.lrr:", "grid.optimiser.lrr=[1]", f"output={tmp_path / 'other'}")
     refused(ConfigError, "^judge: its seed 1 is one of seeds", 'judge=["seed=1"]', f"output={tmp_path / 'other'}")
+    refused(ConfigError, r"^judges: none\.onnx: no such file", "judges=[none.onnx]", f"output={tmp_path / 'other'}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a file").touch()
     refused(RunError, "full: holds something that isn't a sweep", f"output={tmp_path / 'full'}")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from attack_world import colours, judged_ap, make_people, person_l1, see_colours
+from attack_world import colour_judge, judged_ap, make_people, person_l1, see_colours
 
 from ppreid_dist.attacks.base import permute_people
 from ppreid_dist.attacks.bench import AttackConfig, Victim
@@ -115,11 +115,10 @@ def suite(people: int) -> SuiteResult:
     return run_suite(
         aux=known,
         query=query,
-        gallery_judged_GD=colours(met.images_N3HW.float() / 255)[~first],
         gallery_pids=met.pids_N[~first],
         gallery_camids=met.camids_N[~first],
         **victims,
-        judge=colours,
+        judges=[colour_judge(met, ~first)],
         config=AttackConfig(
             attackers=["ridge"],
             curve_attackers=["ridge"],

@@ -67,6 +67,7 @@ class Attacker(ABC):
 class Outcome:
     """One attacker, trained once and tested on every query picture: by axis, its scores of each, higher leaking more.
 
+    ``kid`` is the kernel distance of all reconstructions from all real pictures, NaN where no network was given for it.
     ``best`` is the mean SSIM of the best of several guesses at each picture, NaN where there is one guess only. Only
     the picture itself can tell which is the best, so it is a bound on what choosing could bring, not an attack.
     ``held_out`` is the attacker's own error on the people it held out.
@@ -75,6 +76,7 @@ class Outcome:
     scores: dict[str, np.ndarray]
     l1: float
     psnr: float
+    kid: float
     best: float
     seconds: float
     shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``

@@ -5,10 +5,9 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature di
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,13 +23,14 @@ from ppreid_dist.attacks.base import (
     Outcome,
     Progress,
     permute_people,
-    to_float,
     to_uint8,
 )
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import LinkageConfig
+from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.plateau import Learner
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
@@ -39,8 +39,8 @@ from ppreid_dist.attacks.whitebox import See, WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
-from ppreid_dist.evaluation.ranking import Ranking, rank_queries
 from ppreid_dist.models.generator import Generator
+from ppreid_dist.models.onnx_model import OnnxConfig
 from ppreid_dist.settings import Settings, option, to_dict
 
 SHOWN = 12  # identities whose reconstructions are kept
@@ -74,6 +74,8 @@ class AttackConfig(Settings):
     attribute: AttributeConfig = option(AttributeConfig(), "")
     whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
     linkage: LinkageConfig = option(LinkageConfig(), "")
+    onnx: OnnxConfig = option(OnnxConfig(), "")
+    perceptual: PerceptualConfig = option(PerceptualConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,12 +89,6 @@ class AttackConfig(Settings):
             raise ConfigError(f"auxiliary.attackers: {min(unknown)!r} is not one of {', '.join(ATTACKERS)}")
         if not self.people:
             raise ConfigError("people: at least one number must be given")
-
-
-class Judge(Protocol):
-    """An independent ReID model: float pictures (N,3,h,w) in [0,1] to features (N,D)."""
-
-    def __call__(self, images_N3hw: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,26 +122,34 @@ class Bench:
         *,
         aux: Pictures,
         query: Pictures,
-        gallery_judged_GD: Tensor,
         gallery_pids: np.ndarray,
         gallery_camids: np.ndarray,
-        judge: Judge,
+        judges: Sequence[Judge],
         config: AttackConfig,
         progress: Progress,
+        perception: Perception | None = None,
         found: Progress | None = None,
         kept: Kept | None = None,
     ):
-        """``progress`` hears how trainings go, ``found`` what each one that is over has found."""
+        """The pids and camids are those of the gallery that the ``judges`` know. ``progress`` hears how trainings go,
+        ``found`` what each one that is over has found."""
         self.kept, self.found = kept, found or progress
-        self.aux, self.query, self.judge, self.config, self.progress = aux, query, judge, config, progress
-        self.gallery = gallery_judged_GD, gallery_pids, gallery_camids
-        self.axes = {"pixel": "SSIM on the person", "identity": "mAP of an independent ReID model"}
+        self.aux, self.query, self.config, self.progress = aux, query, config, progress
+        self.perception = perception or Perception(PerceptualConfig(), query.images_N3HW.device)
+        self.gallery, self.judges = (gallery_pids, gallery_camids), identity_axes(judges)
+        self.axes = {
+            "pixel": "SSIM on the person",
+            **{axis: f"mAP of the judge {judge.name}" for axis, judge in self.judges.items()},
+            **self.perception.axes,
+        }
+        self.real_QD = self.perception.features(query.images_N3HW)
         for name in config.attackers:
             self.attacker(name)  # whoever lacks a library says so before anybody is trained
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
-        tests = (query.images_N3HW, query.pids_N, query.camids_N, gallery_judged_GD)
+        tests = [query.images_N3HW, query.pids_N, query.camids_N, *self.gallery]
+        tests += [*(judge.gallery_GD for judge in judges), *self.perception.weights]
         masks = [] if query.masks_N1HW is None else [query.masks_N1HW]
-        self.tests = digest(source_digest(), *tests, *masks, gallery_pids, gallery_camids)
+        self.tests = digest(source_digest(), *tests, *masks)
         self._learn_on(aux, aux.pids_N, "attack.people")
 
     def learning_on(self, aux: Pictures, config: AttackConfig, *, where: str, by_picture: bool) -> "Bench":
@@ -172,21 +176,6 @@ class Bench:
         """A fresh one."""
         return ATTACKERS[name](getattr(self.config, name))
 
-    def rank(self, images_Q3hw: Tensor, asked_Q: np.ndarray) -> Ranking:
-        """How the judge finds the people of the query rows ``asked_Q``, from these pictures of them, in the gallery of
-        real pictures."""
-        with torch.no_grad():
-            judged_QD = torch.cat([self.judge(to_float(part)) for part in images_Q3hw.split(256)])
-        features_GD, pids, camids = self.gallery
-        return rank_queries(
-            judged_QD,
-            features_GD.to(judged_QD.device),
-            query_pids=self.query.pids_N[asked_Q],
-            gallery_pids=pids,
-            query_camids=self.query.camids_N[asked_Q],
-            gallery_camids=camids,
-        )
-
     def pixels(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray) -> dict[str, np.ndarray]:
         """Pixel scores of reconstructions (uint8) of the query rows ``asked_Q``, on the person if masks are known."""
         rows, masks = torch.from_numpy(asked_Q), self.query.masks_N1HW
@@ -194,11 +183,15 @@ class Bench:
 
     def judged(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray, *, seconds: float) -> Outcome:
         """The scores of reconstructions (uint8) of the query rows ``asked_Q``; all of them are ``shown``."""
-        pixel = self.pixels(drawn_Q3hw, asked_Q)
+        pixel, rows = self.pixels(drawn_Q3hw, asked_Q), torch.from_numpy(asked_Q)
+        real_Q3hw = self.query.images_N3HW[rows]
+        people = self.query.pids_N[asked_Q], self.query.camids_N[asked_Q]
+        found = {axis: judge.rank(drawn_Q3hw, people, self.gallery).ap_Q for axis, judge in self.judges.items()}
         return Outcome(
-            scores={"pixel": pixel["ssim"], "identity": self.rank(drawn_Q3hw, asked_Q).ap_Q},
+            scores={"pixel": pixel["ssim"], **found, **self.perception.scores(drawn_Q3hw, real_Q3hw)},
             l1=float(np.nanmean(pixel["l1"])),
             psnr=float(np.nanmean(pixel["psnr"])),
+            kid=self.perception.kid(drawn_Q3hw, self.real_QD[rows]),
             best=float("nan"),
             seconds=seconds,
             shown=drawn_Q3hw.cpu(),

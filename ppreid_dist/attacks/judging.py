@@ -1,11 +1,53 @@
-"""Whether the judge of the identity axis can judge: what it reaches on real pictures, beside chance."""
+"""Who judges on the identity axes, and whether they can: what a judge reaches on real pictures, beside chance.
+
+Shapes: Q query pictures, G gallery pictures, D feature dim, h w pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ppreid_dist.attacks.bench import Bench
+from ppreid_dist.attacks.base import to_float
 from ppreid_dist.data.stream import Pictures
+from ppreid_dist.evaluation.ranking import Ranking, rank_queries
 
 WEAK_JUDGE = 3.0  # times chance
+Look = Callable[[Tensor], Tensor]  # float pictures (N,3,h,w) in [0,1], of any size → features (N,D)
+Labels = tuple[np.ndarray, np.ndarray]  # pids and camids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """An independent ReID model, how it sees the real gallery, and a ``note`` on what it is.
+
+    ``name`` tells it from other judges. Features are compared by their cosine.
+    """
+
+    name: str
+    look: Look
+    gallery_GD: Tensor
+    note: str
+
+    def rank(self, images_Q3hw: Tensor, query: Labels, gallery: Labels) -> Ranking:
+        """How it finds the people of ``query``, from these pictures (uint8) of them, in the gallery of real ones."""
+        with torch.no_grad():
+            judged_QD = torch.cat([self.look(to_float(part)) for part in images_Q3hw.split(256)])
+        return rank_queries(
+            judged_QD,
+            self.gallery_GD.to(judged_QD.device),
+            query_pids=query[0],
+            gallery_pids=gallery[0],
+            query_camids=query[1],
+            gallery_camids=gallery[1],
+        )
+
+
+def identity_axes(judges: Sequence[Judge]) -> dict[str, Judge]:
+    """The axis that each judge has: ``identity``, ``identity_2``, ``identity_3``, …"""
+    return {f"identity_{i}" if i > 1 else "identity": judge for i, judge in enumerate(judges, 1)}
 
 
 def chance_ap(positives: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -29,19 +71,23 @@ def chance_of(query: Pictures, pids: np.ndarray, camids: np.ndarray) -> np.ndarr
     return chance_Q
 
 
-def judge_quality(bench: Bench) -> tuple[dict[str, float], list[str]]:
-    """The judge's mAP and rank-1 on the real query pictures, beside chance, and a note where it is weak."""
-    query, (_, pids, camids) = bench.query, bench.gallery
-    ranking = bench.rank(query.images_N3HW, np.arange(len(query.pids_N)))
+def judge_quality(judge: Judge, query: Pictures, gallery: Labels) -> dict[str, float]:
+    """The judge's mAP and rank-1 on the real query pictures, and the mAP of chance."""
+    pids, camids = gallery
+    ranking = judge.rank(query.images_N3HW, (query.pids_N, query.camids_N), gallery)
     found = np.flatnonzero(~np.isnan(ranking.ap_Q))
     same = [(pids == query.pids_N[q], camids == query.camids_N[q]) for q in found]
     positives = np.array([np.sum(person & ~camera) for person, camera in same])
     candidates = np.array([np.sum(~(person & camera)) for person, camera in same])
     summary, chance = ranking.summary(), float(chance_ap(positives, candidates).mean())
-    notes = []
-    if summary["mAP"] < WEAK_JUDGE * chance:
-        notes.append(
-            f"the judge is weak: mAP {summary['mAP']:.3f} on real pictures, chance is {chance:.3f}; "
-            "the identity axis says little"
-        )
-    return {"mAP": summary["mAP"], "rank1": summary["rank1"], "chance": chance}, notes
+    return {"mAP": summary["mAP"], "rank1": summary["rank1"], "chance": chance}
+
+
+def weak_judges(judges: Mapping[str, Judge], quality: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for every judge that hardly does better on real pictures than chance; both by axis."""
+    return [
+        f"the judge {judges[axis].name} is weak: mAP {found['mAP']:.3f} on real pictures, chance is "
+        f"{found['chance']:.3f}; the axis {axis} says little"
+        for axis, found in quality.items()
+        if found["mAP"] < WEAK_JUDGE * found["chance"]
+    ]

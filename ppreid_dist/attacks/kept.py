@@ -19,7 +19,7 @@ from ppreid_dist.attacks.base import Outcome
 from ppreid_dist.errors import DataError
 from ppreid_dist.storage import read_tensors, write_tensors
 
-_NUMBERS, _SCORES = ("l1", "psnr", "best", "seconds", "held_out"), "scores/"
+_NUMBERS, _SCORES = ("l1", "psnr", "kid", "best", "seconds", "held_out"), "scores/"
 
 
 def digest(*parts: Any) -> str:

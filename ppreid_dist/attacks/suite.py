@@ -18,15 +18,16 @@ from torch import Tensor
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.auxiliary import Auxiliary
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import AttackConfig, Bench, Judge, Victim
+from ppreid_dist.attacks.bench import AttackConfig, Bench, Victim
 from ppreid_dist.attacks.informed import whitebox_leak
-from ppreid_dist.attacks.judging import chance_of, judge_quality
+from ppreid_dist.attacks.judging import Judge, chance_of, judge_quality, weak_judges
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
+from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
 from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates
 from ppreid_dist.evaluation.leak import worst_people
 from ppreid_dist.evaluation.urr import BROKEN, attack_curve, urr
@@ -37,12 +38,14 @@ class SuiteResult:
     """``axes`` is JSON-ready: metric, leak, urr, attackers, curve and n50 of every axis; so are ``attributes``, what
     the attribute probe found (``attacks.attribute``), ``whitebox``, who knows the extractor (``attacks.informed``),
     ``linkage``, who has another database of the same people (``attacks.linkage``), and ``auxiliary``, who learns on
-    other pictures (``attacks.variants``).
+    other pictures (``attacks.variants``). ``judges`` says by axis what its judge reaches on real pictures: mAP, rank1
+    and chance.
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
-    axes, by (axis, attacker, "control" | "protected" | "floor"), ``means`` L1 and PSNR by (role, attacker),
-    all at the largest number of people. ``seconds`` is the training time of each attacker, over all trainings.
+    axes, by (axis, attacker, "control" | "protected" | "floor"), ``kid`` kernel distances by attacker and role (None
+    where there is none), ``means`` L1 and PSNR by (role, attacker), all at the largest number of people. ``seconds``
+    is the training time of each attacker, over all trainings.
     """
 
     axes: dict[str, dict[str, Any]]
@@ -50,7 +53,7 @@ class SuiteResult:
     whitebox: dict[str, Any] | None
     linkage: list[dict[str, Any]] | None
     auxiliary: list[dict[str, Any]] | None
-    judge: dict[str, float]
+    judges: dict[str, dict[str, float]]
     notes: list[str]
     people: list[int]
     seconds: dict[str, float]
@@ -58,6 +61,7 @@ class SuiteResult:
     reconstructions: dict[tuple[str, str], Tensor]
     strongest: dict[str, str]
     per_query: dict[tuple[str, str, str], np.ndarray]
+    kid: dict[str, dict[str, float | None]]
     means: dict[tuple[str, str], dict[str, float]]
 
 
@@ -65,21 +69,21 @@ def run_suite(
     *,
     aux: Pictures,
     query: Pictures,
-    gallery_judged_GD: Tensor,
     gallery_pids: np.ndarray,
     gallery_camids: np.ndarray,
     control: Victim,
     protected: Victim,
-    judge: Judge,
+    judges: Sequence[Judge],
     config: AttackConfig,
     progress: Progress,
+    perception: Perception | None = None,
     found: Progress | None = None,
     kept: Kept | None = None,
     auxiliaries: Sequence[Auxiliary] = (),
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
-    ``gallery_judged_GD`` are the judge's features of the real gallery pictures. Features and pictures lie on one
+    The pids and camids are those of the gallery pictures that the ``judges`` know. Features and pictures lie on one
     device. Trainings found in ``kept`` are not made again. ``auxiliaries`` is what else attackers learn on.
 
     Raises ConfigError naming ``attack.people``, or the variant, where there are too few auxiliary people.
@@ -87,12 +91,12 @@ def run_suite(
     bench = Bench(
         aux=aux,
         query=query,
-        gallery_judged_GD=gallery_judged_GD,
         gallery_pids=gallery_pids,
         gallery_camids=gallery_camids,
-        judge=judge,
+        judges=judges,
         config=config,
         progress=progress,
+        perception=perception,
         found=found,
         kept=kept,
     )
@@ -106,7 +110,8 @@ def summarise(
 ) -> SuiteResult:
     """Ratios, curves and notes of what was trained."""
     config, largest = bench.config, bench.people[-1]
-    quality, notes = judge_quality(bench)
+    quality = {axis: judge_quality(judge, bench.query, bench.gallery) for axis, judge in bench.judges.items()}
+    notes = weak_judges(bench.judges, quality)
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
     if config.seeds > 1:
@@ -155,7 +160,7 @@ def summarise(
             seed=config.seed,
         ),
         auxiliary=auxiliary_leak(variants, both),
-        judge=quality,
+        judges=quality,
         notes=notes,
         people=bench.people,
         seconds={
@@ -172,6 +177,11 @@ def summarise(
         strongest={victim: max(by_name, key=by_name.__getitem__) for victim, by_name in found.items()},
         per_query={
             (axis, name, role): outcome.scores[axis] for axis in bench.axes for (role, name), outcome in final.items()
+        },
+        kid={
+            name: {role: finite(final[role, name].kid) if (role, name) in final else None for role in roles}
+            for name in config.attackers
+            if (name, largest) in roles["protected"]
         },
         means={key: {"l1": outcome.l1, "psnr": outcome.psnr} for key, outcome in final.items()},
     )
@@ -202,8 +212,7 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: Ro
     }
     # The same attackers at every number of people, or the curve would jump where others join.
     by_n = {n: {name: scores_of(roles, axis, name, n) for name in config.curve_attackers} for n in bench.people}
-    *_, gallery_pids, gallery_camids = bench.gallery
-    chance_Q = chance_of(bench.query, gallery_pids, gallery_camids) if axis.startswith("identity") else None
+    chance_Q = chance_of(bench.query, *bench.gallery) if axis in bench.judges else None
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
     whole = urr(pids_Q, protected.utility_ap_Q, control.utility_ap_Q, attackers, broken=broken, **bootstrap)
     curve = attack_curve(pids_Q, by_n, **bootstrap)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/2"
+SCHEMA = "ppreid-report/3"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,14 @@ SHAPE = {
             }
         ]
     ),
-    "judge": {"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT},
+    "kid": Maybe(
+        {
+            "backbone": TEXT,
+            "pictures": WHOLE,
+            "attackers": Named({"protected": Maybe(NUMBER), "control": Maybe(NUMBER), "floor": Maybe(NUMBER)}),
+        }
+    ),
+    "judges": Named({"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT}),
     "probe": Maybe(
         {
             "apparent": Maybe(NUMBER),

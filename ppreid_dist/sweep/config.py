@@ -53,6 +53,7 @@ class SweepConfig(Settings):
     )
     seeds: list[int] = option([0], "every point is trained with each of these", at_least=0)
     judge: list[str] = option([], "key=value of the judge over base and settings; its seed is one of its own")
+    judges: list[str] = option([], "further judges of every trial, each with its axis: .onnx files and runs' folders")
     axis: str = option(
         "identity", "whose leak the search lowers and the recommendation counts", choices=("identity", "pixel")
     )

@@ -102,6 +102,8 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
     for seed in config.seeds:
         if judge_seed(folder) == seed:
             raise ConfigError(f"judge: its seed {seed} is one of seeds; a judge of its own mind needs another")
+    if absent := [judge for judge in config.judges if not Path(judge).exists()]:
+        raise ConfigError(f"judges: {absent[0]}: no such file or folder")
     asked = {"sweep": to_dict(config), "base": to_dict(base)}
     file = folder.path / "sweep.json"
     if file.is_file():

@@ -114,7 +114,8 @@ class Worker:
         environment: dict[str, str],
     ) -> None:
         out, trained = place / "attack", self.folder.path / "trained"
-        runs = ("--control", control.run, "--protected", protected.run, "--judge", judge.run)
+        judges = [word for other in (judge.run, *self.folder.config.judges) for word in ("--judge", other)]
+        runs = ("--control", control.run, "--protected", protected.run, *judges)
         command = self.programs.attack([str(word) for word in (*runs, "--out", out, "--trained", trained)])
 
         def attack(claim: Claim, environment: dict[str, str]) -> None:

@@ -1,0 +1,74 @@
+"""The judges of an attack: finished runs and ONNX files, checked and opened.
+
+An extractor that had a part in the attack, or that is another judge once more, would be no second opinion.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.judging import Judge, Look
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.evaluation.export import stored_features
+from ppreid_dist.experiment import load_run
+from ppreid_dist.models.folder import load_extractor
+from ppreid_dist.models.onnx_model import OnnxConfig, OnnxModel
+from ppreid_dist.training.reversal import resize
+
+Gallery = Callable[[tuple[int, int]], Pictures]  # the gallery's pictures at a size
+
+
+def is_onnx(judge: Path) -> bool:
+    return judge.suffix == ".onnx"
+
+
+def check_judges(judges: Sequence[Path], protected: Path) -> None:
+    """RunError or ConfigError naming the run that is stored otherwise than plain, has the seed of ``protected``, or has
+    seed and backbone of another judge."""
+    runs = {judge: load_run(judge) for judge in judges if not is_onnx(judge)}
+    for judge, config in runs.items():
+        if (kind := config.model.store.kind) != "plain":
+            raise RunError(f"{judge}: not a judge: its features are stored as {kind}")
+        if config.seed == load_run(protected).seed:
+            raise ConfigError(f"seed: {judge} has the seed of {protected}; a judge of its own mind needs another")
+    for (one, its), (other, others) in combinations(runs.items(), 2):
+        if (its.seed, its.model.backbone) == (others.seed, others.model.backbone):
+            raise ConfigError(f"seed: {other} has seed and backbone of {one}; a judge of its own mind needs another")
+
+
+def open_judges(judges: Sequence[Path], onnx: OnnxConfig, gallery: Gallery, device: torch.device) -> list[Judge]:
+    """Every judge with what it sees of the gallery; RunError naming the one that can't judge."""
+    models = {judge: OnnxModel(judge, onnx, device) for judge in judges if is_onnx(judge)}
+    for (one, its), (other, others) in combinations(models.items(), 2):
+        if its.digest == others.digest:
+            raise RunError(f"{other}: the same model as {one}; a judge of its own mind needs another")
+    return [
+        _file_judge(models[judge], gallery) if judge in models else _run_judge(judge, gallery, device)
+        for judge in judges
+    ]
+
+
+def _file_judge(model: OnnxModel, gallery: Gallery) -> Judge:
+    note = f"An ONNX model, SHA-256 {model.digest[:16]}…; what it was trained on is for its user to know."
+    return _judge(model.file.name, note, model.size, model, gallery)
+
+
+def _run_judge(run: Path, gallery: Gallery, device: torch.device) -> Judge:
+    config, saved = load_run(run), load_extractor(run / "model", device)
+    note = "An extractor of ours, trained apart from both runs; it looks at pictures of the attackers' size."
+    name = f"{Path(config.model.backbone).name}, seed {config.seed}"
+    return _judge(name, note, saved.size, partial(stored_features, saved.extractor), gallery)
+
+
+def _judge(name: str, note: str, size: tuple[int, int], features: Look, gallery: Gallery) -> Judge:
+    """``features`` takes pictures of ``size``, uint8 too; a judge takes any."""
+
+    def look(images_N3hw: Tensor) -> Tensor:
+        return features(resize(images_N3hw, size).clamp(0, 1))
+
+    return Judge(name=name, look=look, gallery_GD=features(gallery(size).images_N3HW), note=note)
