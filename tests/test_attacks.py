@@ -339,7 +339,8 @@ def test_every_judge_has_its_axis_and_one_that_sees_nothing_is_called_weak(
     assert list(result.axes) == ["pixel", "identity", "identity_2", "identity_3"]
     assert list(result.judges) == ["identity", "identity_2", "identity_3"]
     assert result.axes["identity_3"]["metric"] == "mAP of the judge above"
-    (note,) = result.notes
+    note, broken = result.notes
+    assert broken.startswith("identity_2: attack broken"), broken
     assert note.startswith("the judge blind is weak: mAP 0.") and note.endswith("the axis identity_2 says little")
     # The others neither hinder nor help: half of the colours tell less than all, and the first judge is as alone.
     assert result.axes["identity"] == alone.axes["identity"]
