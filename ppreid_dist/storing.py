@@ -1,7 +1,7 @@
 """A finished run whose gallery keeps something else: ``ppreid store RUN --out DIR model.store.kind=…``.
 
-Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid attack`; RUN is its control, or was trained
-with protection itself: then DIR also gets the generator that it was trained against, for the adaptive attacker.
+Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid attack`; RUN is its control, or was itself
+trained with protection: then DIR also gets the generator that it was trained against, for the adaptive attacker.
 """
 
 import shutil

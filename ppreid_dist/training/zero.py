@@ -172,8 +172,8 @@ class _Partitioned(Held):
         if not saved:
             return
         self._steps = int(next(iter(saved.values()))["step"])
-        # Adam makes its state in the first step, and there is nothing to write into before. What is there stays where it
-        # is: DeepSpeed shows parameters a view of it, once for all.
+        # Adam makes its state in the first step, and there is nothing to write into before. What is there already stays
+        # where it is: DeepSpeed gives each parameter a view of it, once and for all.
         for flat in self._flat:
             known = self._zero.optimizer.state[flat]
             known["step"] = torch.tensor(float(self._steps))
