@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ppreid_dist import __version__
-from ppreid_dist.attacks.adaptive import trained_generator
+from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.judging import Judge
 from ppreid_dist.attacks.kept import Kept
@@ -42,7 +42,7 @@ from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.judges import check_judges, open_judges
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import StoreConfig
+from ppreid_dist.models.store import Store, StoreConfig
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import SCHEMA, check_report
 from ppreid_dist.settings import load_settings, to_dict
@@ -120,7 +120,8 @@ def attack(
             }
         extractors[role] = saved
         victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, sizes[saved.size])
-    victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device))
+    stored = (sizes[saved.size]["aux"], victims["protected"].aux_ND)
+    victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device, *stored))
     auxiliaries = []
     if other is not None:
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
@@ -162,11 +163,22 @@ def attack(
     write_json(out / "attack.json", {"report": figures, "strongest": attackers, **beside})
 
 
-def _reversal(run: Path, size: tuple[int, int], device: torch.device) -> Generator | None:
-    """The generator that the run was trained against, if it draws pictures of this size."""
-    config = load_run(run).reversal
-    generator = trained_generator(run, config) if tuple(config.size) == tuple(size) else None
-    return generator.to(device) if generator else None
+def _reversal(
+    run: Path, size: tuple[int, int], device: torch.device, aux: Pictures, stored_NS: Tensor
+) -> Generator | None:
+    """The generator that the run was trained against, if it draws pictures of this size, for what the run stores."""
+    config = load_run(run)
+    if tuple(config.reversal.size) != tuple(size):
+        return None
+    if (generator := trained_generator(run, config.reversal)) is None:
+        return None
+    generator = generator.to(device)
+    if config.model.store.kind not in TURNED:
+        return generator
+    plain = load_extractor(run / "model", device).extractor
+    plain.store = Store(StoreConfig(), plain.feature_dim)
+    plain_ND = stored_features(plain, aux.images_N3HW)
+    return for_stored(generator, stored_NS, plain_ND, aux.pids_N, seed=config.seed)
 
 
 def _other_domain(config: Config) -> tuple[Config, str] | None:

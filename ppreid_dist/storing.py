@@ -1,6 +1,7 @@
 """A finished run whose gallery keeps something else: ``ppreid store RUN --out DIR model.store.kind=…``.
 
-Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid attack`; RUN is its control.
+Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid attack`; RUN is its control, or was itself
+trained with protection: then DIR also gets the generator that it was trained against, for the adaptive attacker.
 """
 
 import shutil
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ppreid_dist.assessment import default_device
+from ppreid_dist.attacks.adaptive import hand_on
 from ppreid_dist.data.dataset import open_training
 from ppreid_dist.data.stream import load_pictures
 from ppreid_dist.errors import ConfigError, RunError
@@ -55,4 +57,5 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
             if (run / name).is_file():
                 shutil.copy2(run / name, whole / name)
         save_extractor(whole / "model", saved.extractor, config.model, saved.size, saved.about)
+        hand_on(run, whole)
         save_settings(config, whole / "config.yaml")

@@ -10,7 +10,7 @@ import torch
 from attack_world import SIZE, colour_judge, judged_ap, make_people, person_l1
 from torch import Tensor
 
-from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, renewed, trained_generator
+from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, for_stored, hand_on, renewed, trained_generator
 from ppreid_dist.attacks.base import permute_people
 from ppreid_dist.attacks.bench import AttackConfig, Victim
 from ppreid_dist.attacks.judging import chance_ap
@@ -21,7 +21,8 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.generator import Generator, GeneratorConfig
 from ppreid_dist.models.seeding import seeded
-from ppreid_dist.training.checkpoint import CheckpointFolder
+from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree
 from ppreid_dist.training.reversal import ReversalConfig
 
 REVERSAL = ReversalConfig(size=SIZE, generator=GeneratorConfig(width=16, noise_dim=4))
@@ -102,6 +103,34 @@ def test_the_generator_comes_from_the_newest_checkpoint(tmp_path: Path, generato
     wider = replace(REVERSAL, generator=GeneratorConfig(width=32, noise_dim=4))
     with pytest.raises(RunError, match=r"gan.*: holds another model"):
         trained_generator(tmp_path / "gan", wider)
+
+
+def test_a_stored_run_is_handed_the_generator_and_nothing_else(tmp_path: Path, generator: Generator) -> None:
+    weights = {"extractor": {"w": torch.ones(1)}, "gan.generator": generator.state_dict()}
+    hand_on(write_run(tmp_path / "run", weights), tmp_path / "stored")
+    found = trained_generator(tmp_path / "stored", REVERSAL)
+    assert found is not None
+    features = torch.nn.functional.normalize(torch.randn(3, 24), dim=1)
+    assert torch.equal(found(features), generator(features))
+    newest = CheckpointFolder(tmp_path / "stored", keep=1).latest()
+    assert newest is not None and load_tree(newest)["modules"].keys() == {"gan.generator"}
+    hand_on(write_run(tmp_path / "ridge", {"extractor": {"w": torch.ones(1)}}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["pca", "rotation", "signs"])
+def test_the_generator_reads_what_is_stored_otherwise(kind: str, generator: Generator, aux: World, met: World) -> None:
+    """Linear kinds, which here lose nothing, to the picture; signs well enough to find people before it learns."""
+    store = Store(StoreConfig(kind=kind, dim=256 if kind == "signs" else 12, key=4), 24)
+    store.fit(aux[1])
+    reading = for_stored(generator, store(aux[1]), aux[1], aux[0].pids_N, seed=0)
+    (people, plain), stored = met, store(met[1])
+    drawn, before = (of(features).detach() for of, features in ((reading, stored), (generator, plain)))
+    if kind != "signs":
+        torch.testing.assert_close(drawn, before, rtol=0, atol=0.02)
+    assert judged_ap(drawn, people) > 0.5 * judged_ap(before, people)
+    if stored.shape == plain.shape:
+        assert judged_ap(generator(stored).detach(), people) < 0.3 * judged_ap(before, people)
 
 
 def suite(aux: World, met: World, reversal: Generator | None) -> SuiteResult:

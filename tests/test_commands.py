@@ -170,6 +170,17 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
     assert f"{again}: the same model as {model}" in said
 
 
+def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    words = ["model.store.kind=signs", "model.store.dim=24"]
+    ppreid("store", str(runs / "protected"), "--out", str(kept), *words)
+    attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0",
+           "attack.attackers=[ridge,adaptive]", "attack.people=[0]", protected=str(kept))  # fmt: skip
+    found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
+    assert set(found["axes"]["pixel"]["attackers"]) == {"ridge", "adaptive"}
+    assert not any("left out" in note for note in found["attack"]["notes"])
+
+
 @pytest.mark.parametrize(
     ("other", "settings", "message"),
     [

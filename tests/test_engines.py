@@ -193,6 +193,29 @@ def test_a_live_opponent_in_parts(world: list[str], parts: dict[str, str], tmp_p
     assert_close(alone, last(tmp_path / "run"), {part: EXACT[part] for part in players})
 
 
+@pytest.fixture(scope="module")
+def anew(game: list[str]) -> list[str]:
+    """The game with a reversal that is renewed in the middle, and learns on."""
+    return [*game, "reversal.lazy={period: 2, restart: 2}"]
+
+
+@pytest.fixture(scope="module")
+def anew_alone(anew: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return run(anew, tmp_path_factory.mktemp("anew") / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reversal_that_begins_anew(
+    anew: list[str], anew_alone: dict[str, Tensor], parts: dict[str, str], tmp_path: Path, kind: str
+) -> None:
+    """Its optimiser's moments, too: they are in the checkpoint."""
+    said = parts if kind == "zero3" else {}
+    folder = directly(2, tmp_path / "run", *anew, f"engine.kind={kind}", **said)
+    assert result(folder) == (kind, "no", 2, 10)
+    assert_close(anew_alone, last(folder), EXACT)
+
+
 def test_bf16_under_ddp(game: list[str], alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     """As configs/accelerate/gpus.yaml says."""
     through_launcher(SHIPPED / "gpus.yaml", tmp_path / "run", *game)

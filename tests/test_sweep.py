@@ -438,7 +438,7 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
     (tmp_path / "a file").touch()
     refused(DataError, "a file/out", f"output={tmp_path / 'a file' / 'out'}")
     change(asked, grid={}, search={"optimiser.weight_decay": {"low": 0.1, "high": 1}})
-    refused(ConfigError, "^search: needs --backend ray")
+    refused(ConfigError, "^search: needs --backend ray; an array can do a grid or methods$")
 
 
 def _do_array(asked: Path, resume: bool) -> None:

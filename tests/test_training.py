@@ -347,6 +347,8 @@ def test_trackers_write_beside_the_log(world: list[str], tmp_path: Path) -> None
         ("privacy.ridge.strangers=33", "privacy.ridge.strangers: 33"),
         ("reversal.batch=25", "reversal.batch: 25"),
         ("reversal.size=[20,10]", "reversal.size: 20x10"),
+        ("reversal.lazy={mode: ema, pool: 2}", "reversal.lazy.pool: is for the mode snapshot, which ema isn't"),
+        ("reversal.lazy={mode: rare, restart: 1}", "reversal.lazy.restart: is for the mode snapshot, which rare isn't"),
         ("model.backbone=/nowhere", "model.backbone: /nowhere"),
         ("data.shards=/nowhere", "/nowhere: no shards there"),
     ],

@@ -4,20 +4,28 @@ Whoever publishes a training run publishes that too. The control was trained aga
 attacker on it: what this one finds in protected features counts in the leak, and it has no ratio of its own. Its floor
 is the same generator, new, on pairs of strangers: the trained one would bring to them what it knows.
 
-Shapes: N its own pictures, M features to reverse, D feature dim.
+A run that was stored otherwise (``ppreid store``) has the generator of the run that it was made from. Where the stored
+features are not those that it was trained on, it is first taught to read them: see :func:`for_stored`.
+
+Shapes: N its own pictures, M features to reverse, D feature dim, S stored dim, Z noise.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import register
+from ppreid_dist.attacks.linkage import LinkageConfig, learnt_map
 from ppreid_dist.attacks.plateau import Learner, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.regression import Decoder
+from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.reconstruction import ReconstructionConfig
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
@@ -26,6 +34,7 @@ from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree, load_we
 from ppreid_dist.training.reversal import ReversalConfig
 
 LEARNED = ("gan", "regression")  # adversaries with a generator, the first that a run has
+TURNED = ("pca", "rotation", "signs")  # stored features whose components are not those of the embedding
 
 
 @dataclass(kw_only=True)
@@ -39,24 +48,68 @@ def trained_generator(run: Path, config: ReversalConfig) -> Generator | None:
 
     RunError naming the file that is damaged or holds another generator.
     """
-    newest = CheckpointFolder(run, keep=1).latest()
-    if newest is None:
+    if (found := _learned(run)) is None:
         return None
-    modules = load_tree(newest)["modules"]
+    newest, kind, weights = found
+    noise_dim = config.generator.noise_dim if kind == "gan" else 0
+    dim = weights["seed.weight"].shape[1] - noise_dim
+    generator = Generator(dim, config.size, config.generator.width, noise_dim)
+    load_weights(generator.load_state_dict, weights, newest)
+    return generator
+
+
+def _learned(run: Path) -> tuple[Path, str, dict[str, Tensor]] | None:
+    """The newest checkpoint of a run, the adversary in it that has a generator, and that one's weights."""
+    newest = CheckpointFolder(run, keep=1).latest()
+    modules = load_tree(newest)["modules"] if newest else {}
     for kind in LEARNED:
-        if (weights := modules.get(f"{kind}.generator")) is not None:
-            noise_dim = config.generator.noise_dim if kind == "gan" else 0
-            dim = weights["seed.weight"].shape[1] - noise_dim
-            generator = Generator(dim, config.size, config.generator.width, noise_dim)
-            load_weights(generator.load_state_dict, weights, newest)
-            return generator
+        if newest and (weights := modules.get(f"{kind}.generator")) is not None:
+            return newest, kind, weights
     return None
 
 
-def renewed(generator: Generator, seed: int) -> Generator:
-    """One of the same shape that has learnt nothing."""
+def hand_on(run: Path, out: Path) -> None:
+    """Leave in ``out`` the newest checkpoint of ``run`` with nothing but its generator, if it has one."""
+    if (found := _learned(run)) is not None:
+        newest, kind, weights = found
+        only = {"identity": {}, "modules": {f"{kind}.generator": weights}}
+        CheckpointFolder(out, keep=1).save(int(newest.name.removeprefix("step_")), only)
+
+
+def for_stored(
+    generator: Generator, stored_NS: Tensor, plain_ND: Tensor, pids_N: np.ndarray, *, seed: int
+) -> Generator:
+    """The generator for features that are stored otherwise than those that it was trained on.
+
+    Before it comes a linear map back, learnt from the attacker's own people: it has the extractor, which gives their
+    plain features, and never the key.
+    """
+    linear = LinkageConfig(widths=[kernel_ridge.LINEAR])
+    back = learnt_map(stored_NS, plain_ND, pids_N, linear, seed=seed)
+    (_, stored_dim), dim = stored_NS.shape, generator.feature_dim
+    origin_1D = back.predict(torch.zeros_like(stored_NS[:1]))
+    back_SD = back.predict(torch.eye(stored_dim).to(stored_NS)) - origin_1D
+    made = Generator(stored_dim, generator.size, generator.width, generator.noise_dim).to(stored_NS.device)
+    weights = generator.state_dict()
+    # The generator scales what it is given by the root of its dimension.
+    read_CD, noise_CZ = weights["seed.weight"].double().split([dim, generator.noise_dim], dim=1)
+    read_CS = read_CD @ back_SD.mT * math.sqrt(dim / stored_dim)
+    weights["seed.weight"] = torch.cat([read_CS, noise_CZ], dim=1)
+    weights["seed.bias"] = weights["seed.bias"] + math.sqrt(dim) * (read_CD @ origin_1D[0])
+    made.load_state_dict(weights)
+    return made
+
+
+def renewed(generator: Generator, seed: int, dim: int | None = None) -> Generator:
+    """One of the same shape, but for features of ``dim`` if that is given, that has learnt nothing."""
     with seeded(seed, 0xADA):
-        return Generator(generator.feature_dim, generator.size, generator.width, generator.noise_dim)
+        return Generator(dim or generator.feature_dim, generator.size, generator.width, generator.noise_dim)
+
+
+def _begin(generator: Generator, dim: int, seed: int) -> Generator:
+    """A copy to train. The floor's, which has learnt nothing, meets the control's features, whose dim may be another;
+    the trained one is made for its features by :func:`for_stored`."""
+    return copy.deepcopy(generator) if generator.feature_dim == dim else renewed(generator, seed, dim)
 
 
 class Continued(Decoder):
@@ -81,7 +134,7 @@ class Continued(Decoder):
             split,
             view="stored",
             lr=lr,
-            build=lambda dim: copy.deepcopy(generator).requires_grad_(True),
+            build=lambda dim: _begin(generator, dim, seed).requires_grad_(True),
             config=config,
             seed=seed,
         )

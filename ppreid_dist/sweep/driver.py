@@ -99,7 +99,8 @@ def sweep_in_array(
 ) -> dict[str, Any]:
     """Do one task's part of it; whoever ends last writes the front. Returns the front as far as it is known."""
     if config.search or config.asha:
-        raise ConfigError(f"{'search' if config.search else 'asha'}: needs --backend ray; an array can do a grid")
+        asked = "search" if config.search else "asha"
+        raise ConfigError(f"{asked}: needs --backend ray; an array can do a grid or methods")
     if not 0 <= task < tasks:
         raise ConfigError(f"--task: {task} is not one of 0 to {tasks - 1}")
     check_machine(config.resources)

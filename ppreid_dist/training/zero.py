@@ -172,10 +172,13 @@ class _Partitioned(Held):
         if not saved:
             return
         self._steps = int(next(iter(saved.values()))["step"])
-        # Adam makes its state in the first step, and there is nothing to write into before.
+        # Adam makes its state in the first step, and there is nothing to write into before. What is there already stays
+        # where it is: DeepSpeed gives each parameter a view of it, once and for all.
         for flat in self._flat:
-            zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
-            self._zero.optimizer.state[flat] = {"step": torch.tensor(float(self._steps)), **zeros}
+            known = self._zero.optimizer.state[flat]
+            known["step"] = torch.tensor(float(self._steps))
+            for key in _MOMENTS:
+                known.setdefault(key, torch.zeros_like(flat))
         if not self._partitioned:
             self._zero._lazy_init_hp_params_optimizer_state()
         with self._trainable():
