@@ -12,8 +12,8 @@ import torch
 
 from ppreid_dist import distributed
 from ppreid_dist.attacks.base import ATTACKERS
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.probe import Probe, ProbeConfig
-from ppreid_dist.attacks.suite import AttackConfig
 from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, for_stored, hand_on, renewed, trained_generator
 from ppreid_dist.attacks.base import permute_people
-from ppreid_dist.attacks.bench import AttackConfig, Victim
+from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.plateau import PlateauConfig
 from ppreid_dist.attacks.ridge import RidgeConfig

@@ -22,7 +22,8 @@ from ppreid_dist.attacks.base import (
     permute_people,
     split_people,
 )
-from ppreid_dist.attacks.bench import AttackConfig, Victim
+from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.judging import Look, chance_ap

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ppreid_dist.attacks.auxiliary import Auxiliary, AuxiliaryConfig, same_people
 from ppreid_dist.attacks.base import ATTACKERS, permute_people
-from ppreid_dist.attacks.bench import AttackConfig, Victim
+from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_of
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import PlateauConfig, Split, Trainee

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ppreid_dist"
 STAGES = [
     {"settings", "errors", "storage", "distributed"},
     {"kernels"}, {"data"}, {"models"}, {"losses"}, {"training"}, {"evaluation"}, {"attacks"}, {"reporting"},
-    {"experiment"}, {"judges"}, {"assessment", "doctor"}, {"storing"}, {"sweep"}, {"cli"},
+    {"experiment"}, {"judges", "findings"}, {"assessment", "doctor"}, {"storing"}, {"sweep"}, {"cli"},
 ]  # fmt: skip
 DOORS = {
     "transformers": {"models/backbone.py"},

@@ -11,7 +11,8 @@ import transformers
 from attack_world import colour_judge, make_people, see_colours
 from torch import Tensor
 
-from ppreid_dist.attacks.bench import AttackConfig, Victim
+from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.ridge import RidgeConfig

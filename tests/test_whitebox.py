@@ -9,7 +9,8 @@ import torch
 from attack_world import colour_judge, judged_ap, make_people, person_l1, see_colours
 
 from ppreid_dist.attacks.base import permute_people
-from ppreid_dist.attacks.bench import AttackConfig, Victim
+from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite

@@ -18,7 +18,8 @@ from torch import Tensor
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.auxiliary import Auxiliary
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import AttackConfig, Bench, Victim
+from ppreid_dist.attacks.bench import Bench, Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.informed import whitebox_leak
 from ppreid_dist.attacks.judging import Judge, chance_of, judge_quality, weak_judges
 from ppreid_dist.attacks.kept import Kept

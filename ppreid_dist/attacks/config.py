@@ -1,0 +1,64 @@
+"""The settings of an attack: who attacks, with how many people, and each attacker's own."""
+
+from dataclasses import dataclass
+
+from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig
+from ppreid_dist.attacks.attribute import AttributeConfig
+from ppreid_dist.attacks.auxiliary import AuxiliaryConfig
+from ppreid_dist.attacks.base import ATTACKERS
+from ppreid_dist.attacks.diffusion import DiffusionConfig
+from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.linkage import LinkageConfig
+from ppreid_dist.attacks.perceptual import PerceptualConfig
+from ppreid_dist.attacks.regression import RegressionConfig
+from ppreid_dist.attacks.retrieval import RetrievalConfig
+from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.attacks.whitebox import WhiteBoxConfig
+from ppreid_dist.errors import ConfigError
+from ppreid_dist.models.onnx_model import OnnxConfig
+from ppreid_dist.settings import Settings, option
+
+
+@dataclass(kw_only=True)
+class AttackConfig(Settings):
+    attackers: list[str] = option(
+        ["retrieval", "ridge", "regression", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
+    )
+    curve_attackers: list[str] = option(
+        ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
+    )
+    people: list[int] = option(
+        [80, 160, 320, 0], "numbers of the attackers' own people; 0 is all, and more than there are is all", at_least=0
+    )
+    resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
+    seed: int = option(0, "everything is drawn from it", at_least=0)
+    seeds: int = option(
+        1,
+        "trainings of every attacker that is drawn at random; its held-out people choose the one that counts",
+        at_least=1,
+    )
+    auxiliary: AuxiliaryConfig = option(AuxiliaryConfig(), "")
+    retrieval: RetrievalConfig = option(RetrievalConfig(), "")
+    ridge: RidgeConfig = option(RidgeConfig(), "")
+    regression: RegressionConfig = option(RegressionConfig(), "")
+    gan: GanConfig = option(GanConfig(), "")
+    diffusion: DiffusionConfig = option(DiffusionConfig(), "")
+    adaptive: AdaptiveConfig = option(AdaptiveConfig(), "")
+    attribute: AttributeConfig = option(AttributeConfig(), "")
+    whitebox: WhiteBoxConfig = option(WhiteBoxConfig(), "")
+    linkage: LinkageConfig = option(LinkageConfig(), "")
+    onnx: OnnxConfig = option(OnnxConfig(), "")
+    perceptual: PerceptualConfig = option(PerceptualConfig(), "")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.attackers:
+            raise ConfigError("attackers: at least one must be named")
+        if set(self.attackers) == {Adaptive.name}:
+            raise ConfigError("attackers: adaptive has no counterpart on the control; name another beside it")
+        if strangers := set(self.curve_attackers) - set(self.attackers):
+            raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
+        if unknown := set(self.auxiliary.attackers) - set(ATTACKERS):
+            raise ConfigError(f"auxiliary.attackers: {min(unknown)!r} is not one of {', '.join(ATTACKERS)}")
+        if not self.people:
+            raise ConfigError("people: at least one number must be given")

@@ -1,0 +1,143 @@
+"""What ``report.json`` says of an attack: the figures that were found, and what they were found on.
+
+Its shape is ``reporting.schema``'s. Shapes: Q query pictures.
+"""
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppreid_dist import __version__
+from ppreid_dist.attacks.judging import Judge
+from ppreid_dist.attacks.suite import SuiteResult
+from ppreid_dist.data.dataset import open_split
+from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.ranking import Ranking
+from ppreid_dist.experiment import Config, load_run
+from ppreid_dist.models.folder import load_extractor
+from ppreid_dist.models.store import StoreConfig
+from ppreid_dist.reporting.schema import SCHEMA
+from ppreid_dist.storage import read_json
+from ppreid_dist.training.tracking import read_metrics
+
+
+def findings(
+    config: Config,
+    control: Path,
+    protected: Path,
+    judges: Sequence[Judge],
+    result: SuiteResult,
+    rankings: dict[str, Ranking],
+    pids_Q: np.ndarray,
+) -> dict[str, Any]:
+    """The report of ``protected`` against ``control``; ``rankings`` are theirs, by "control" and "protected"."""
+    ranking = rankings["protected"]
+    bootstrap = Bootstrap(pids_Q, config.attack.resamples, config.attack.seed, 0.95)
+    of, over = bootstrap.means({"protected": ranking.ap_Q, "control": rankings["control"].ap_Q})
+    ratio = bootstrap.interval(of / over)
+    training = {name: _training(run) for name, run in (("control", control), ("protected", protected))}
+    kid = config.attack.perceptual.kid
+    judged = {
+        axis: {"name": judge.name, "mAP": found["mAP"], "rank1": found["rank1"], "note": judge.note}
+        for (axis, found), judge in zip(result.judges.items(), judges, strict=True)
+    }
+    return {
+        "schema": SCHEMA,
+        "protocol": _protocol(config, control, result, judged, pids_Q),
+        "name": f"{protected.name} against {control.name}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "ppreid_dist": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        },
+        "machine": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        },
+        "utility": {
+            "control": rankings["control"].summary(),
+            "protected": ranking.summary(),
+            "ratio": {"value": ratio.value, "low": ratio.low, "high": ratio.high},
+        },
+        "axes": result.axes,
+        "attributes": result.attributes,
+        "whitebox": result.whitebox,
+        "linkage": result.linkage,
+        "auxiliary": result.auxiliary,
+        "judges": judged,
+        "kid": {"backbone": kid, "pictures": len(pids_Q), "attackers": result.kid} if kid else None,
+        "probe": _probe_history(protected, config),
+        "training": training,
+        "attack": {
+            "seconds": round(sum(result.seconds.values()), 1),
+            "people": max(result.people),
+            "notes": result.notes,
+        },
+        "notes": []
+        if "perceptual" in result.axes
+        else ["The axis perceptual is left out: attack.perceptual.lpips names no weights."],
+    }
+
+
+def _protocol(
+    config: Config, control: Path, result: SuiteResult, judges: dict[str, dict[str, Any]], pids_Q: np.ndarray
+) -> str:
+    trained = read_json(control / "model" / "extractor.json")
+    data = "synthetic people" if config.data.kind == "synthetic" else config.data.kind
+    dim = load_extractor(control / "model", "cpu").extractor.store.dim
+    height, width = config.reversal.size
+    return " · ".join(
+        [
+            f"{data}, {trained['about']['identities']} training identities, seed {load_run(control).seed}",
+            f"attackers: {max(result.people)} other people, {dim}-d L2-normalised features, pictures {height}×{width}",
+            *(f"judge {judge['name']}, mAP {judge['mAP']:.2f} on real queries" for judge in judges.values()),
+            f"{len(pids_Q)} queries of {len(np.unique(pids_Q))} identities",
+            f"identity bootstrap {config.attack.resamples} × 95 %",
+        ]
+    )
+
+
+def _training(run: Path) -> dict[str, Any]:
+    config, result = load_run(run), read_json(run / "result.json")
+    names = " + ".join(f"{a.kind} × {a.weight:g}" for a in config.privacy.adversaries)
+    method = f"λ {config.privacy.weight:g}: {names}" if config.privacy.weight else "unprotected"
+    if (kept := config.model.store) != StoreConfig():
+        method += f", stored as {kept.kind}" + (", int8" if kept.quantise == "int8" else "")
+    wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")
+    return {**{key: result[key] for key in wanted}, "method": method}
+
+
+def _probe_history(run: Path, config: Config) -> dict[str, Any] | None:
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "probe/apparent" in row]
+    if not rows:
+        return None
+    history = [
+        {"step": row["step"], "images": row["images"], "apparent": row["probe/apparent"], "fresh": row["probe/fresh"]}
+        for row in rows
+    ]
+    unit = "L1 on the person" if open_split(config.data, "aux").has_masks else "L1"
+    newest = rows[-1]
+    return {
+        "apparent": newest["probe/apparent"],
+        "fresh": newest["probe/fresh"],
+        "gap": newest["probe/gap"],
+        "warned": any(bool(row["probe/warned"]) for row in rows),
+        "history": history,
+        "unit": unit,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
