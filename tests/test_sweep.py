@@ -158,7 +158,7 @@ def row(weight: float, seed: int = 0, *, mAP: float = 0.5, leak: float | None = 
     urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞]", "reason": None, "raw": None, "base": 1.0}
     attackers = {"ridge": interval, "regression": interval}
     axes = {
-        axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr, "attackers": attackers}
+        axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr, "attackers": attackers, "curve": []}
         for axis in ("pixel", "identity")
     }
     return {
@@ -393,12 +393,15 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     assert {n: r["value"] for n, r in rows["noise"]["attackers"]["pixel"].items()} == {
         name: found["r"]["value"] for name, found in known.items()
     }
+    curve = [(point["n"], point["r"]["value"]) for point in good_report()["axes"]["pixel"]["curve"]]
+    assert [(point["n"], point["value"]) for point in rows["noise"]["curve"]["pixel"]] == curve
     places = {json.loads((place / "settings.json").read_text())["method"]: place for place in out.glob("trials/*")}
     trained = {name: [run.parent.name for run in place.glob("*/steps.txt")] for name, place in places.items()}
     assert trained == {"best response": ["run"], "noise": [], "trained, int8": ["plain"], "fails": []}
     stored = json.loads((places["noise"] / "run" / "settings.json").read_text())
     assert stored["privacy.weight"] == "0" and stored["model.store.strength"] == "0.7"
     lines = (out / "table.md").read_text().splitlines()
+    assert f"| r pixel @{curve[0][0]} |" in lines[0]
     assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
     assert [line.split(" | ")[0] for line in lines[2 : 2 + len(rows)]] == [f"| {name}" for name in rows]
 

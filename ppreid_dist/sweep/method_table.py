@@ -35,6 +35,7 @@ def table_of(front: Mapping[str, Any]) -> dict[str, Any]:
                 "u": point["utility"],
                 **{f"r_{axis}": point["axes"][axis]["leak"] for axis in axes},
                 "attackers": {axis: _each(done, axis) for axis in axes},
+                "curve": {axis: _curve(done, axis) for axis in axes},
                 "urr": {axis: point["axes"][axis]["urr"] for axis in axes},
                 "on_front": [axis for axis in axes if point["name"] in front["front"][axis]],
                 "masking": point["masking"],
@@ -67,6 +68,7 @@ def _unprotected(front: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any
         "u": _WHOLE,
         **{f"r_{axis}": _WHOLE for axis in axes},
         "attackers": {axis: {} for axis in axes},
+        "curve": {axis: [] for axis in axes},
         "urr": {axis: ratio for axis in axes},
         "on_front": [],
         "masking": False,
@@ -81,6 +83,12 @@ def _each(done: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Any]:
     return {name: mean([trial["axes"][axis]["attackers"].get(name, empty) for trial in done]) for name in names}
 
 
+def _curve(done: Sequence[Mapping[str, Any]], axis: str) -> list[dict[str, Any]]:
+    """r of the curve's attackers with each number of people, where all seeds have it, the fewest first."""
+    seeds = [{point["n"]: point["r"] for point in trial["axes"][axis]["curve"]} for trial in done]
+    return [{"n": n, **mean([seed[n] for seed in seeds])} for n in sorted(set.intersection(*map(set, seeds)))]
+
+
 def write_table(table: Mapping[str, Any], folder: Path) -> None:
     """``table.json`` and ``table.md``."""
     write_json(folder / "table.json", dict(table))
@@ -93,7 +101,10 @@ def as_markdown(table: Mapping[str, Any]) -> str:
     found = [row["attackers"] for row in table["rows"] if row["seeds"]]
     names = {axis: list(dict.fromkeys(name for each in found for name in each[axis])) for axis in axes}
     heads = ["method", "mAP", "u", *(f"r {axis}" for axis in axes), *(f"URR {axis}" for axis in axes)]
-    heads += [f"{name}, {axis}" for axis in axes for name in names[axis]] + ["minutes"]
+    heads += [f"{name}, {axis}" for axis in axes for name in names[axis]]
+    curves = [curve for row in table["rows"] if row["seeds"] for curve in row["curve"].values()]
+    fewer = sorted({point["n"] for curve in curves for point in curve} - {table["people"]})
+    heads += [f"r {axis} @{n}" for axis in axes for n in fewer] + ["minutes"]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for row in table["rows"]:
         if not row["seeds"]:
@@ -108,12 +119,16 @@ def as_markdown(table: Mapping[str, Any]) -> str:
             for axis in axes:
                 own = row["attackers"][axis]
                 cells += [_figure(own[name]) if name in own else "none" for name in names[axis]]
+            for axis in axes:
+                by_n = {point["n"]: point for point in row["curve"][axis]}
+                cells += [_figure(by_n[n]) if n in by_n else "none" for n in fewer]
             cells.append(f"{row['minutes']['training']:.1f} + {row['minutes']['attack']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     said = [
         f"{table['people']} auxiliary people. r: what the best attacker finds over what the best one found without "
-        "protection; an attacker's column is its own ratio. In brackets identity-bootstrap intervals, means over "
-        "seeds; in parentheses the seeds' spread. Minutes: training + attackers, a seed."
+        "protection; an attacker's column is its own ratio; @n: of the curve's attackers, with n people. In brackets "
+        "identity-bootstrap intervals, means over seeds; in parentheses the seeds' spread. Minutes: training + "
+        "attackers, a seed."
     ]
     if not table["complete"]:
         said.append("Not complete.")

@@ -233,6 +233,7 @@ def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
                 "leak": axis["leak"],
                 "urr": axis["urr"],
                 "attackers": {attacker: found["r"] for attacker, found in axis["attackers"].items()},
+                "curve": [{"n": point["n"], "r": point["r"]} for point in axis["curve"]],
             }
             for name, axis in report["axes"].items()
         },
