@@ -6,9 +6,11 @@ leaks 1 by definition; the ring the recommended point.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
+from matplotlib.transforms import BboxBase
 
 from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, legend
 
@@ -35,10 +37,6 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
     for point in sorted(points, key=lambda point: point["name"] in best):
         x, y, alpha = point["axes"][axis]["leak"], point["mAP"], 1.0 if point["name"] in best else _FAINT
         _cross(axes, x, y, theme.protected, alpha)
-        axes.annotate(
-            point["method"] or f"λ {point['weight']:g}", (_clip(x["value"]), y["value"]),
-            xytext=(5, 5), textcoords="offset points", fontsize=8, color=theme.muted, alpha=max(alpha, 0.6),
-        )  # fmt: skip
     front_line = sorted((p["axes"][axis]["leak"]["value"], p["mAP"]["value"]) for p in points if p["name"] in best)
     if len(front_line) > 1:
         x_line, y_line = np.array(front_line).T
@@ -57,7 +55,25 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
     axes.set_xlabel(f"{axis} leak r (1: unprotected); less is more private")
     axes.set_ylabel("mAP")
     legend(figure, axes)
+    _name(axes, axis, sorted(points, key=lambda point: point["name"] not in best), theme)
     return figure
+
+
+def _name(axes: Axes, axis: str, points: Sequence[dict[str, Any]], theme: Theme) -> None:
+    """Each point's name beside it, where it covers no other name; the first ones choose first."""
+    taken: list[BboxBase] = []
+    for point in points:
+        name = axes.annotate(
+            point["method"] or f"λ {point['weight']:g}",
+            (_clip(point["axes"][axis]["leak"]["value"]), point["mAP"]["value"]),
+            xytext=(0, 0), textcoords="offset points", fontsize=8, color=theme.muted,
+        )  # fmt: skip
+        for away, right, up in product((5, 16, 27), (1, -1), (1, -1)):
+            name.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
+            name.set_position((5 * right, up * away))
+            if not any(name.get_window_extent().overlaps(other) for other in taken):
+                break
+        taken.append(name.get_window_extent())
 
 
 def _urr(front: dict[str, Any], axis: str, theme: Theme) -> Figure:

@@ -28,6 +28,9 @@ def write_front(front: dict[str, Any], folder: Path) -> None:
     page = templates().get_template("front.html")
     written = page.render(
         front=front,
+        recommended=next(
+            (p["method"] or p["name"] for p in front["points"] if p["name"] == front["recommended"]), None
+        ),
         light=LIGHT,
         dark=DARK,
         figure=lambda name, alt: picture(drawings[name], alt) if name in drawings else Markup(""),
