@@ -26,11 +26,10 @@ def write_front(front: dict[str, Any], folder: Path) -> None:
     """Write all of them, each whole or not at all. DataError naming the file that could not be written."""
     drawings = draw_front(front)
     page = templates().get_template("front.html")
+    names = {point["name"]: point["method"] or point["name"] for point in front["points"]}
     written = page.render(
         front=front,
-        recommended=next(
-            (p["method"] or p["name"] for p in front["points"] if p["name"] == front["recommended"]), None
-        ),
+        recommended=names.get(front["recommended"]),
         light=LIGHT,
         dark=DARK,
         figure=lambda name, alt: picture(drawings[name], alt) if name in drawings else Markup(""),
