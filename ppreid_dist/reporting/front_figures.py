@@ -10,7 +10,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from matplotlib.transforms import BboxBase
 
 from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, legend
 
@@ -61,7 +60,7 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
 
 def _name(axes: Axes, axis: str, points: Sequence[dict[str, Any]], theme: Theme) -> None:
     """Each point's name beside it, where it covers no other name; the first ones choose first."""
-    taken: list[BboxBase] = []
+    taken: list[Any] = []
     for point in points:
         name = axes.annotate(
             point["method"] or f"λ {point['weight']:g}",
