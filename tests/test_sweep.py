@@ -585,7 +585,13 @@ def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("backend", ["array", pytest.param("ray", marks=needs_ray)])
 def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Path, backend: str) -> None:
     """Killed while the first one trains; what comes out is what `ppreid report` and `ppreid evaluate` take."""
-    attack = ["attack.people=[0]", "attack.resamples=50", "attack.attackers=[ridge]", "attack.curve_attackers=[ridge]"]
+    attack = [
+        "training.images=1920",
+        "attack.people=[0]",
+        "attack.resamples=50",
+        "attack.attackers=[ridge]",
+        "attack.curve_attackers=[ridge]",
+    ]
     change(asked, settings=attack, seeds=[0])
     command = [sys.executable, "-m", "ppreid_dist.sweep", "--config", str(asked), "--backend", backend]
     out, environment = tmp_path / "out", {**os.environ, "PYTHONPATH": str(ROOT)}
