@@ -73,6 +73,7 @@ def findings(
         "linkage": result.linkage,
         "auxiliary": result.auxiliary,
         "judges": judged,
+        "pixels": result.pixels,
         "kid": {"backbone": kid, "pictures": len(pids_Q), "attackers": result.kid} if kid else None,
         "probe": _probe_history(protected, config),
         "training": training,

@@ -46,7 +46,7 @@ def good_report() -> dict[str, Any]:
         "method": "none",
     }  # fmt: skip
     return {
-        "schema": "ppreid-report/3",
+        "schema": "ppreid-report/4",
         "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
         "name": "a run",
         "created": "2026-03-02T14:05:11+00:00",
@@ -82,6 +82,12 @@ def good_report() -> dict[str, Any]:
             for variant, people, shift in (("other_domain", 1453, 0.0), ("same_people", 257, 0.041))
         ],
         "judges": {"identity": {"name": "tiny", "mAP": 0.6102, "rank1": 0.7911, "note": "Trained on other people."}},
+        "pixels": {
+            "ridge": {
+                "l1": {"protected": 0.1913, "control": 0.1517, "floor": 0.2239},
+                "psnr": {"protected": 12.37, "control": 14.61, "floor": 10.92},
+            }
+        },
         "kid": {
             "backbone": "a backbone", "pictures": 731,
             "attackers": {"gan": {"protected": 0.0713, "control": 0.0527, "floor": 0.0691}},

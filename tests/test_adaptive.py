@@ -138,13 +138,7 @@ def suite(aux: World, met: World, reversal: Generator | None) -> SuiteResult:
     """The protected features tell nothing but to the generator that the training made."""
     people, features = met
     first = people.camids_N == 0
-    query = replace(
-        people,
-        images_N3HW=people.images_N3HW[first],
-        masks_N1HW=None,
-        pids_N=people.pids_N[first],
-        camids_N=people.camids_N[first],
-    )
+    query = replace(people.only(first), masks_N1HW=None)
     control = Victim(
         name="control",
         aux_ND=aux[1],

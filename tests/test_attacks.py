@@ -254,14 +254,7 @@ def suite(
 ) -> SuiteResult:
     """The suite against a second victim whose features are the first's or, if ``blind``, random."""
     first = met.camids_N == 0
-    query = Pictures(
-        images_N3HW=met.images_N3HW[first],
-        masks_N1HW=met.masks_N1HW[first] if met.masks_N1HW is not None else None,
-        pids_N=met.pids_N[first],
-        camids_N=met.camids_N[first],
-        keys=[key for key, is_query in zip(met.keys, first, strict=True) if is_query],
-        attributes={},
-    )
+    query = met.only(first)
     control = Victim(
         name="unprotected",
         aux_ND=known_features,
@@ -399,7 +392,7 @@ def test_what_is_kept_is_not_trained_again_unless_something_changed(
     assert len(fitted) == 3  # ceiling, floor, protected
     again = attack()
     assert fitted == []
-    assert again.axes == first.axes and again.means == first.means and again.seconds == first.seconds
+    assert again.axes == first.axes and again.pixels == first.pixels and again.seconds == first.seconds
     for key, shown in first.reconstructions.items():
         assert torch.equal(again.reconstructions[key], shown)
     attack(ridge=RidgeConfig(widths=[1.0], ridges=[1.0]))

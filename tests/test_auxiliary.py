@@ -20,7 +20,6 @@ from ppreid_dist.attacks.plateau import PlateauConfig, Split, Trainee
 from ppreid_dist.attacks.regression import Regression, RegressionConfig
 from ppreid_dist.attacks.ridge import Ridge, RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
-from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.gates import LIFT
 from ppreid_dist.storage import write_json
@@ -32,18 +31,7 @@ RIDGE = RidgeConfig(widths=[0.5, 2.0, 0.0], ridges=[1e-6, 1e-4, 1e-2, 1.0, 100.0
 STRANGE = torch.randn(MET_FEATURES.shape, generator=torch.Generator().manual_seed(1))
 
 
-def rows_of(people: Pictures, rows: np.ndarray) -> Pictures:
-    return replace(
-        people,
-        images_N3HW=people.images_N3HW[rows],
-        masks_N1HW=people.masks_N1HW[rows],
-        pids_N=people.pids_N[rows],
-        camids_N=people.camids_N[rows],
-        keys=[key for key, wanted in zip(people.keys, rows, strict=True) if wanted],
-    )
-
-
-QUERY, GALLERY = rows_of(MET, FIRST), rows_of(MET, ~FIRST)
+QUERY, GALLERY = MET.only(FIRST), MET.only(~FIRST)
 
 
 def suite(*auxiliaries: Auxiliary, blind: bool = False, kept: Kept | None = None, **changes: object) -> SuiteResult:
@@ -221,9 +209,9 @@ def test_the_training_that_does_best_on_its_own_people_counts_not_the_best_of_th
     assert Lucky.fitted == [2, 2]  # the others were kept; ceiling and floor, for both victims store the same
     assert one.axes == two.axes
     assert one.notes == [] and two.notes[0].startswith("attack.seeds: ") and "trained 2 times" in two.notes[0]
-    l1 = {i: result.means["protected", "regression"]["l1"] for i, result in enumerate((one, two, three), 1)}
+    l1 = {i: result.pixels["regression"]["l1"]["protected"] for i, result in enumerate((one, two, three), 1)}
     assert l1[1] == l1[2] < l1[3]
-    assert one.means["protected", "ridge"] == three.means["protected", "ridge"]
+    assert one.pixels["ridge"] == three.pixels["ridge"]
     assert three.seconds["regression"] > two.seconds["regression"] > one.seconds["regression"]
     assert three.seconds["ridge"] == one.seconds["ridge"]
 

@@ -124,13 +124,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def attack(perception: Perception | None, kept: Kept | None = None, *, blind: bool) -> SuiteResult:
     known, met = make_people(1000, 40)[0], make_people(0, 24)[0]
     first = met.camids_N == 0
-    query = replace(
-        met,
-        images_N3HW=met.images_N3HW[first],
-        masks_N1HW=None,
-        pids_N=met.pids_N[first],
-        camids_N=met.camids_N[first],
-    )
+    query = replace(met.only(first), masks_N1HW=None)
     features = [see_colours(of.images_N3HW.float() / 255) for of in (known, query)]
     control = Victim(
         name="control", aux_ND=features[0], query_QD=features[1], utility_ap_Q=np.full(24, 0.8), see=see_colours

@@ -94,7 +94,7 @@ def written(key: str, value: float) -> str:
         return f"{value:,}"
     if key.startswith((".utility", ".judge")) or last in ("data_wait", "gap", "rank1", "chance"):
         return f"{100 * value:.1f}\u00a0%"
-    if last in ("seconds", "images_per_second"):
+    if last in ("seconds", "images_per_second") or ".psnr." in key:
         return f"{value:,.1f}"
     if last in ("floor", "control", "protected", "apparent", "fresh", "d_sys", "null"):
         return f"{value:.3f}"

@@ -99,14 +99,7 @@ def suite(people: int) -> SuiteResult:
     """The control stores what it sees, the protected one what is left of a picture that lost nearly all contrast."""
     known, met = make_people(1000, 24)[0], make_people(0, 20)[0]
     first = met.camids_N == 0
-    query = replace(
-        met,
-        images_N3HW=met.images_N3HW[first],
-        masks_N1HW=None,
-        pids_N=met.pids_N[first],
-        camids_N=met.camids_N[first],
-        keys=[],
-    )
+    query = replace(met.only(first), masks_N1HW=None)
     victims = {}
     for name, see in (("control", see_colours), ("protected", lambda x: see_colours(0.02 * x + 0.49))):
         features = {part: see(of.images_N3HW.float() / 255) for part, of in (("aux", known), ("query", query))}

@@ -14,7 +14,7 @@ Shapes: N auxiliary pictures, G gallery pictures, D feature dim.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -63,14 +63,5 @@ def same_people(gallery: Pictures, query: Pictures, features_GD: Mapping[str, Te
     asked = {picture.tobytes() for picture in query.images_N3HW.cpu().numpy()}
     copied_G = np.array([picture.tobytes() in asked for picture in gallery.images_N3HW.cpu().numpy()])
     rows = np.flatnonzero(np.isin(gallery.pids_N, query.pids_N) & ~copied_G)
-    pictures = replace(
-        gallery,
-        images_N3HW=gallery.images_N3HW[rows],
-        masks_N1HW=None if gallery.masks_N1HW is None else gallery.masks_N1HW[rows],
-        pids_N=gallery.pids_N[rows],
-        camids_N=gallery.camids_N[rows],
-        keys=[gallery.keys[row] for row in rows],
-        attributes={name: [of[row] for row in rows] for name, of in gallery.attributes.items()},
-    )
     features_ND = {role: of_GD[rows] for role, of_GD in features_GD.items()}
-    return Auxiliary(variant="same_people", pictures=pictures, features_ND=features_ND)
+    return Auxiliary(variant="same_people", pictures=gallery.only(rows), features_ND=features_ND)

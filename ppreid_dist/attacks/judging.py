@@ -71,16 +71,10 @@ def chance_of(query: Pictures, pids: np.ndarray, camids: np.ndarray) -> np.ndarr
     return chance_Q
 
 
-def judge_quality(judge: Judge, query: Pictures, gallery: Labels) -> dict[str, float]:
-    """The judge's mAP and rank-1 on the real query pictures, and the mAP of chance."""
-    pids, camids = gallery
-    ranking = judge.rank(query.images_N3HW, (query.pids_N, query.camids_N), gallery)
-    found = np.flatnonzero(~np.isnan(ranking.ap_Q))
-    same = [(pids == query.pids_N[q], camids == query.camids_N[q]) for q in found]
-    positives = np.array([np.sum(person & ~camera) for person, camera in same])
-    candidates = np.array([np.sum(~(person & camera)) for person, camera in same])
-    summary, chance = ranking.summary(), float(chance_ap(positives, candidates).mean())
-    return {"mAP": summary["mAP"], "rank1": summary["rank1"], "chance": chance}
+def judge_quality(judge: Judge, query: Pictures, gallery: Labels, chance_Q: np.ndarray) -> dict[str, float]:
+    """The judge's mAP and rank-1 on the real query pictures, and the mAP of chance (``chance_of``)."""
+    summary = judge.rank(query.images_N3HW, (query.pids_N, query.camids_N), gallery).summary()
+    return {"mAP": summary["mAP"], "rank1": summary["rank1"], "chance": float(np.nanmean(chance_Q))}
 
 
 def weak_judges(judges: Mapping[str, Judge], quality: Mapping[str, Mapping[str, float]]) -> list[str]:

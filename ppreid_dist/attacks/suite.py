@@ -44,9 +44,9 @@ class SuiteResult:
 
     ``reconstructions`` holds uint8 pictures by (victim's name, attacker), of the query rows ``shown``;
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
-    axes, by (axis, attacker, "control" | "protected" | "floor"), ``kid`` kernel distances by attacker and role (None
-    where there is none), ``means`` L1 and PSNR by (role, attacker), all at the largest number of people. ``seconds``
-    is the training time of each attacker, over all trainings.
+    axes, by (axis, attacker, "control" | "protected" | "floor"), ``pixels`` the mean "l1" and "psnr" by
+    attacker and role, ``kid`` kernel distances by attacker and role (None where there is none), all at the largest
+    number of people. ``seconds`` is the training time of each attacker, over all trainings.
     """
 
     axes: dict[str, dict[str, Any]]
@@ -62,8 +62,8 @@ class SuiteResult:
     reconstructions: dict[tuple[str, str], Tensor]
     strongest: dict[str, str]
     per_query: dict[tuple[str, str, str], np.ndarray]
+    pixels: dict[str, dict[str, dict[str, float | None]]]
     kid: dict[str, dict[str, float | None]]
-    means: dict[tuple[str, str], dict[str, float]]
 
 
 def run_suite(
@@ -111,7 +111,8 @@ def summarise(
 ) -> SuiteResult:
     """Ratios, curves and notes of what was trained."""
     config, largest = bench.config, bench.people[-1]
-    quality = {axis: judge_quality(judge, bench.query, bench.gallery) for axis, judge in bench.judges.items()}
+    chance_Q = chance_of(bench.query, *bench.gallery)
+    quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
     notes = weak_judges(bench.judges, quality)
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
@@ -125,13 +126,21 @@ def summarise(
         notes.append(
             f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
         )
-    axes = {axis: _axis(axis, bench, control, protected, roles) for axis in bench.axes}
+    axes = {
+        axis: _axis(axis, bench, control, protected, roles, chance_Q if axis in bench.judges else None)
+        for axis in bench.axes
+    }
     for axis, found_there in axes.items():
         if (reason := found_there["urr"]["reason"] or "").startswith(BROKEN):
             notes.append(f"{axis}: {reason}")
     victims = {control.name: roles["control"], protected.name: roles["protected"]}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
     both = {"control": control, "protected": protected}
+    met = [name for name in config.attackers if (name, largest) in roles["protected"]]
+
+    def by_role(name: str, figure: str) -> dict[str, float | None]:
+        return {role: finite(getattr(final[role, name], figure)) if (role, name) in final else None for role in roles}
+
     found = {
         # Of those on both victims, so that their pictures can be shown side by side.
         victim: {
@@ -179,12 +188,8 @@ def summarise(
         per_query={
             (axis, name, role): outcome.scores[axis] for axis in bench.axes for (role, name), outcome in final.items()
         },
-        kid={
-            name: {role: finite(final[role, name].kid) if (role, name) in final else None for role in roles}
-            for name in config.attackers
-            if (name, largest) in roles["protected"]
-        },
-        means={key: {"l1": outcome.l1, "psnr": outcome.psnr} for key, outcome in final.items()},
+        pixels={name: {"l1": by_role(name, "l1"), "psnr": by_role(name, "psnr")} for name in met},
+        kid={name: by_role(name, "kid") for name in met},
     )
 
 
@@ -202,7 +207,9 @@ def _best_guesses(bench: Bench, roles: Roles) -> list[str]:
     return lines
 
 
-def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: Roles) -> dict[str, Any]:
+def _axis(
+    axis: str, bench: Bench, control: Victim, protected: Victim, roles: Roles, chance_Q: np.ndarray | None
+) -> dict[str, Any]:
     config, pids_Q = bench.config, bench.query.pids_N
     bootstrap = {"resamples": config.resamples, "seed": config.seed}
     largest = bench.people[-1]
@@ -213,7 +220,6 @@ def _axis(axis: str, bench: Bench, control: Victim, protected: Victim, roles: Ro
     }
     # The same attackers at every number of people, or the curve would jump where others join.
     by_n = {n: {name: scores_of(roles, axis, name, n) for name in config.curve_attackers} for n in bench.people}
-    chance_Q = chance_of(bench.query, *bench.gallery) if axis in bench.judges else None
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
     whole = urr(pids_Q, protected.utility_ap_Q, control.utility_ap_Q, attackers, broken=broken, **bootstrap)
     curve = attack_curve(pids_Q, by_n, **bootstrap)

@@ -64,6 +64,18 @@ class Pictures:
     keys: list[str]
     attributes: dict[str, list[str]]
 
+    def only(self, rows: np.ndarray) -> "Pictures":
+        """Those of ``rows``: their numbers, or a flag for each."""
+        rows = np.arange(len(self.pids_N))[rows]
+        return Pictures(
+            images_N3HW=self.images_N3HW[rows],
+            masks_N1HW=None if self.masks_N1HW is None else self.masks_N1HW[rows],
+            pids_N=self.pids_N[rows],
+            camids_N=self.camids_N[rows],
+            keys=[self.keys[row] for row in rows],
+            attributes={name: [of[row] for row in rows] for name, of in self.attributes.items()},
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/3"
+SCHEMA = "ppreid-report/4"
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,9 @@ TRAINING = {
     "method": TEXT,
 }
 LEAK = {**INTERVAL, "attacker": Maybe(TEXT)}
+ROLES = {"protected": Maybe(NUMBER), "control": Maybe(NUMBER), "floor": Maybe(NUMBER)}
 ATTACKER = {
-    "protected": Maybe(NUMBER),
-    "control": Maybe(NUMBER),
-    "floor": Maybe(NUMBER),
+    **ROLES,
     "r": INTERVAL,
     "status": TEXT,
     "reason": Maybe(TEXT),
@@ -52,9 +51,7 @@ AXIS = {
         {
             "attacker": TEXT,
             "people": WHOLE,
-            "protected": Maybe(NUMBER),
-            "control": Maybe(NUMBER),
-            "floor": Maybe(NUMBER),
+            **ROLES,
             "r": Maybe(NUMBER),
         }
     ),
@@ -99,9 +96,7 @@ SHAPE = {
                 "axes": Named(
                     {
                         "attacker": TEXT,
-                        "protected": Maybe(NUMBER),
-                        "control": Maybe(NUMBER),
-                        "floor": Maybe(NUMBER),
+                        **ROLES,
                         "r": INTERVAL,
                         "reason": Maybe(TEXT),
                     }
@@ -109,13 +104,8 @@ SHAPE = {
             }
         ]
     ),
-    "kid": Maybe(
-        {
-            "backbone": TEXT,
-            "pictures": WHOLE,
-            "attackers": Named({"protected": Maybe(NUMBER), "control": Maybe(NUMBER), "floor": Maybe(NUMBER)}),
-        }
-    ),
+    "pixels": Named({"l1": ROLES, "psnr": ROLES}),
+    "kid": Maybe({"backbone": TEXT, "pictures": WHOLE, "attackers": Named(ROLES)}),
     "judges": Named({"name": TEXT, "mAP": NUMBER, "rank1": NUMBER, "note": TEXT}),
     "probe": Maybe(
         {
