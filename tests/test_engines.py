@@ -184,9 +184,10 @@ def test_a_run_goes_on_under_other_engines(
 
 @deepspeed
 @pytest.mark.slow
-def test_a_live_opponent_in_parts(world: list[str], parts: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["none", "one_step"])
+def test_a_live_opponent_in_parts(world: list[str], parts: dict[str, str], tmp_path: Path, mode: str) -> None:
     """Without snapshots the extractor's gradient flows through the generator itself, and the probe is shown it."""
-    live = [*world, "reversal.lazy.mode=none"]
+    live = [*world, f"reversal.lazy.mode={mode}"]
     alone = run(live, tmp_path / "alone")
     directly(2, tmp_path / "run", *live, **parts)
     players = ("extractor", "generator", "critic", "step", "exp_avg", "exp_avg_sq")

@@ -87,18 +87,20 @@ def test_triplet_gradient_is_finite_for_equal_rows_and_zero_without_valid_anchor
 
 def test_reconstruction_is_the_configured_mix_per_picture() -> None:
     recon, target = random(3, 3, 16, 8).sigmoid(), random(3, 3, 16, 8, seed=1).sigmoid()
-    config = ReconstructionConfig(l1=2.0, ssim=0.5, perceptual=0.25, perceptual_backbone="some/backbone")
+    config = ReconstructionConfig(l1=2.0, l2=3.0, ssim=0.5, perceptual=0.25, perceptual_backbone="some/backbone")
 
     def perceive(x_B3hw: Tensor) -> Tensor:
         return F.avg_pool2d(x_B3hw, 4) - 0.5
 
     distance = per_picture_distance(recon, target, config, perceive)
     for b in range(3):
-        l1 = (recon[b] - target[b]).abs().mean()
+        l1, l2 = (recon[b] - target[b]).abs().mean(), (recon[b] - target[b]).pow(2).mean()
         ssim = ssim_map(recon[b : b + 1], target[b : b + 1]).mean()
         ours, theirs = perceive(recon[b : b + 1])[0].flatten(1), perceive(target[b : b + 1])[0].flatten(1)
         cosine = sum(torch.dot(x / x.norm(), y / y.norm()) for x, y in zip(ours.T, theirs.T, strict=True)) / 8
-        assert distance[b].item() == pytest.approx((2 * l1 + 0.5 * (1 - ssim) + 0.25 * (1 - cosine)).item(), rel=1e-4)
+        assert distance[b].item() == pytest.approx(
+            (2 * l1 + 3 * l2 + 0.5 * (1 - ssim) + 0.25 * (1 - cosine)).item(), rel=1e-4
+        )
     assert reconstruction_loss(recon, target, config, perceive).item() == pytest.approx(distance.mean().item())
     assert per_picture_distance(target, target, config, perceive).abs().max() < 1e-5
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def test_no_adversary_touches_the_control(world: list[str], tmp_path: Path) -> N
     assert keys and all(torch.equal(plain[name], warm[name]) for name in keys)
 
 
-@pytest.mark.parametrize("mode", ["snapshot", "rare", "ema", "none"])
+@pytest.mark.parametrize("mode", ["snapshot", "rare", "ema", "none", "one_step"])
 def test_what_the_extractor_plays(world: list[str], tmp_path: Path, mode: str) -> None:
     """How often the module that the extractor plays against changes over the game's six steps, period 3."""
     from ppreid_dist.training.reversal import ReversalAdversary
@@ -214,6 +215,39 @@ def test_what_the_extractor_plays(world: list[str], tmp_path: Path, mode: str) -
     changes = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     every_period = [False, False, True, False, False]
     assert changes == (every_period if mode in ("snapshot", "rare") else [True] * 5)
+
+
+def test_one_step_of_both_from_the_same_pictures(world: list[str], tmp_path: Path) -> None:
+    """Generator and critic learn from what the extractor has just shown, as they were when it was shown; it resumes."""
+    from ppreid_dist.training.reversal import ReversalAdversary
+
+    settings = [*world, "reversal.lazy.mode=one_step", "privacy.adversaries=[{kind: gan}]"]
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+    learnt: list[int] = []
+    lose, learn = ReversalAdversary.loss, ReversalAdversary._learn
+
+    def weights(self: ReversalAdversary) -> Tensor:
+        return torch.cat([p.flatten().clone() for p in self.generator.module.parameters()])
+
+    def losing(self: ReversalAdversary, exposure: Any, step: int) -> Tensor:
+        shown.append((exposure.stored_BD.detach().clone(), exposure.clean_B3hw.clone(), weights(self)))
+        return lose(self, exposure, step)
+
+    def learning(self: ReversalAdversary, stored: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if shown:  # the game has begun
+            learnt.append(len(shown))
+            before = shown[-1]
+            assert torch.equal(stored, before[0]) and torch.equal(target, before[1])
+            assert torch.equal(weights(self), before[2]) and not stored.requires_grad
+        return learn(self, stored, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReversalAdversary, "loss", losing)
+        patch.setattr(ReversalAdversary, "_learn", learning)
+        alone = run(settings, tmp_path / "whole")
+    assert learnt == list(range(1, len(shown) + 1)) and len(shown) == 6  # once after each of the extractor's steps
+    first_part(settings, tmp_path / "stopped", 7)
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
 
 
 def test_a_pool_of_snapshots(world: list[str], tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from ppreid_dist.settings import Settings, option
 
 @dataclass(kw_only=True)
 class ReconstructionConfig(Settings):
-    """The mix of distances. L1 keeps colours, SSIM structure, the perceptual term what a frozen network sees."""
+    """The mix of distances. L1 and L2 keep colours, SSIM structure, the perceptual term what a frozen network sees."""
 
     l1: float = option(1.0, "weight of the mean absolute difference", at_least=0.0)
+    l2: float = option(0.0, "weight of the mean squared difference", at_least=0.0)
     ssim: float = option(0.5, "weight of 1 - SSIM", at_least=0.0)
     perceptual: float = option(0.0, "weight of 1 - cosine of a frozen backbone's features", at_least=0.0)
     perceptual_backbone: str = option("", "hub id or folder of that frozen backbone; needed where perceptual > 0")
@@ -27,8 +28,8 @@ class ReconstructionConfig(Settings):
         super().__post_init__()
         if self.perceptual > 0 and not self.perceptual_backbone:
             raise ConfigError("perceptual_backbone: must be named where perceptual is more than 0")
-        if self.l1 + self.ssim + self.perceptual == 0:
-            raise ConfigError("l1: one of l1, ssim and perceptual must be more than 0")
+        if self.l1 + self.l2 + self.ssim + self.perceptual == 0:
+            raise ConfigError("l1: one of l1, l2, ssim and perceptual must be more than 0")
 
 
 def per_picture_distance(
@@ -46,6 +47,8 @@ def per_picture_distance(
     distance_B = recon_B3hw.new_zeros(len(recon_B3hw))
     if config.l1:
         distance_B = distance_B + config.l1 * (recon_B3hw - target_B3hw).abs().mean((1, 2, 3))
+    if config.l2:
+        distance_B = distance_B + config.l2 * (recon_B3hw - target_B3hw).square().mean((1, 2, 3))
     if config.ssim:
         distance_B = distance_B + config.ssim * (1 - ssim_map(recon_B3hw, target_B3hw).mean((1, 2, 3)))
     if config.perceptual:

@@ -51,6 +51,10 @@ class Adversary(ABC):
     def loss(self, shown: Exposure, step: int) -> Tensor:
         """Step B: how much is given away, 0 (no more than to a stranger) to about 1; differentiable."""
 
+    def follow(self, step: int) -> dict[str, Tensor]:
+        """The extractor has taken step ``step``. Metrics, left on the device."""
+        return {}
+
     @abstractmethod
     def view(self) -> "View | None":
         """What this adversary, as it stands, can do with features; None where it draws no pictures. Asked of every

@@ -40,8 +40,9 @@ class LazyConfig(Settings):
     mode: str = option(
         "snapshot",
         "what the extractor plays: a snapshot taken each period once the live module has caught up; a module updated "
-        "rarely (ablation: masks); its moving average; the live module",
-        choices=("snapshot", "rare", "ema", "none"),
+        "rarely (ablation: masks); its moving average; the live module; the live module, which learns from the same "
+        "pictures at the same time (ablation: gradient reversal in one step)",
+        choices=("snapshot", "rare", "ema", "none", "one_step"),
     )
     period: int = option(20, "extractor steps between snapshots, or between rare updates", at_least=1)
     catch_up: int = option(60, "most reversal steps spent on catching up at a period's end", at_least=1)
@@ -119,6 +120,7 @@ class ReversalAdversary(Adversary):
         self.pool = [self.generator.held.copy() for _ in range(config.lazy.pool)]
         self.lagged = extractor.held.copy() if lazy == "snapshot" else None
         self.ema = Ema(self.generator.held.copy(), config.lazy.ema_decay) if lazy == "ema" else None
+        self.met: tuple[Tensor, Tensor] | None = None  # of the mode one_step: features and pictures of the last loss
         self.turns = 0  # reversal steps done
         self.rounds = 0  # extractor steps answered
         self.snapshots = 0  # taken
@@ -160,13 +162,20 @@ class ReversalAdversary(Adversary):
             metrics = self._until_plateau(self.lagged or extractor.module, most)
             self._take_snapshot()
             return metrics
-        if lazy.mode == "rare" and not boundary:
+        if lazy.mode == "one_step" or (lazy.mode == "rare" and not boundary):
             return metrics
         for _ in range(self.config.steps):
             metrics = self._turn(self.lagged or extractor.module)
             if self.ema is not None:
                 self.ema.update(self.generator.held.weights())
         return metrics
+
+    def follow(self, step: int) -> dict[str, Tensor]:
+        # What a gradient reversal layer does: the extractor's step and this one come from one forward of both.
+        if self.met is None:
+            return {}
+        (stored, target), self.met = self.met, None
+        return self._learn(stored, target)
 
     def _take_lagged(self, extractor: Player) -> None:
         if self.lagged is not None:
@@ -195,9 +204,11 @@ class ReversalAdversary(Adversary):
     def _turn(self, extractor: nn.Module) -> dict[str, Tensor]:
         """One step of critic and generator against a frozen extractor."""
         batch = self.feed[self.turns]
-        target = resize(batch.clean_B3HW, self.config.size)
         with torch.no_grad(), self.engine.autocast():
             stored = extractor(batch.clean_B3HW).stored_BD
+        return self._learn(stored, resize(batch.clean_B3HW, self.config.size))
+
+    def _learn(self, stored: Tensor, target: Tensor) -> dict[str, Tensor]:
         noise = self._noise((_TURN, self.turns), len(target), target.device)
         metrics: dict[str, Tensor] = {}
         if self.critic is not None:
@@ -248,6 +259,8 @@ class ReversalAdversary(Adversary):
         return self.snapshot or (self.ema.module if self.ema is not None else self.generator.module)
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
+        if self.config.lazy.mode == "one_step":
+            self.met = (shown.stored_BD.detach(), shown.clean_B3hw)
         noise = self._noise((_ANSWER, step), len(shown.stored_BD), shown.stored_BD.device)
         drawn = self._strongest(shown, noise)(shown.stored_BD, noise)
         distance = self._distance(drawn, shown.clean_B3hw)

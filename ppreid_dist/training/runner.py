@@ -159,6 +159,9 @@ class Runner:
         terms = self.extractor_step(
             self.labelled[self.step], strangers, step=self.step, strength=strength, progress=self.step / self.total
         )
+        if self._plays(self.step):
+            for adversary in self.adversaries:
+                self.averages.note(adversary.follow(self.step), adversary.kind)
         if self.ema is not None:
             self.ema.update(self.extractor.held.weights())
         self.averages.note(terms | {"privacy/strength": torch.tensor(strength)})
