@@ -167,6 +167,17 @@ def test_a_decoder_ends_with_the_best_weights_it_met(
     assert original() == pytest.approx(min(seen), abs=1e-6)
 
 
+def test_how_much_the_error_still_fell_at_the_end(aux: tuple[Pictures, Tensor]) -> None:
+    attacker = make("regression")
+    attacker.fit(aux[1], aux[0].images_N3HW, aux[0].pids_N, seed=0)
+    decoder = attacker.decoder
+    assert attacker.still_falling == decoder.still_falling and decoder.looks[-1] == (decoder.steps, decoder.best)
+    decoder.looks, decoder.best, decoder.steps = [(10, 1.0), (20, 0.9), (30, 0.8), (36, 0.7), (40, 0.6)], 0.6, 40
+    assert decoder.still_falling == pytest.approx(0.25)
+    decoder.looks = decoder.looks[-1:]
+    assert decoder.still_falling == 1.0
+
+
 def test_more_people_are_not_worse(aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]) -> None:
     known, features = aux
     errors = []

@@ -29,11 +29,12 @@ class Attacker(ABC):
     """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings.
 
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
-    attacker are chosen between by it. NaN elsewhere.
+    attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
+    training: more than hardly any was no plateau. NaN elsewhere.
     """
 
     name: ClassVar[str]
-    held_out = float("nan")
+    held_out = still_falling = float("nan")
 
     def __init__(self, config: Any):
         self.config = config
@@ -70,7 +71,8 @@ class Outcome:
     ``kid`` is the kernel distance of all reconstructions from all real pictures, NaN where no network was given for it.
     ``best`` is the mean SSIM of the best of several guesses at each picture, NaN where there is one guess only. Only
     the picture itself can tell which is the best, so it is a bound on what choosing could bring, not an attack.
-    ``held_out`` is the attacker's own error on the people it held out.
+    ``held_out`` is the attacker's own error on the people it held out, ``still_falling`` how much of it the last
+    quarter of the training took off.
     """
 
     scores: dict[str, np.ndarray]
@@ -81,6 +83,7 @@ class Outcome:
     seconds: float
     shown: Tensor  # uint8 (SHOWN or fewer,3,h,w): the rows ``Bench.shown``
     held_out: float = float("nan")
+    still_falling: float = float("nan")
 
 
 ATTACKERS: dict[str, type[Attacker]] = {}

@@ -220,4 +220,10 @@ class Bench:
         drawn_Q3hw = torch.cat(drawn)
         outcome = self.judged(drawn_Q3hw, np.arange(len(drawn_Q3hw)), seconds=time.monotonic() - started)
         bound = float(np.nanmean(np.concatenate(best))) if best else float("nan")
-        return replace(outcome, best=bound, shown=outcome.shown[self.shown], held_out=attacker.held_out)
+        return replace(
+            outcome,
+            best=bound,
+            shown=outcome.shown[self.shown],
+            held_out=attacker.held_out,
+            still_falling=attacker.still_falling,
+        )

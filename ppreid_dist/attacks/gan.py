@@ -36,9 +36,10 @@ class Judgement:
         spectral_norm = config.adversarial.regulariser == "spectral_norm"
         with seeded(seed, 0xC):
             critic = Critic(decoder.view.dim, picture_size(decoder.pictures_F3hw), config.critic.width, spectral_norm)
-        self.critic = critic.to(decoder.x_FK.device)
+        device = decoder.x_FK.device
+        self.critic = critic.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.options, self.steps = config.adversarial, 0
-        self.optimiser = torch.optim.Adam(critic.parameters(), config.critic_lr, betas=(0.0, 0.99))
+        self.optimiser = torch.optim.Adam(critic.parameters(), config.critic_lr, betas=(0.0, 0.99), fused=True)
 
     def loss(self, fake_B3hw: Tensor, features_BK: Tensor) -> Tensor:
         self.critic.requires_grad_(False)
@@ -74,7 +75,7 @@ class Gan(Learner):
             features_ND, pictures_N3hw, split, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
         )
         self.decoder.set_lr(config.lr)
-        self.decoder.best = float("inf")  # the best look at what the critic has shaped, not at the regression
+        self.decoder.begin_looks()  # the best look at what the critic has shaped, not at the regression
         self.decoder.opponent = Judgement(self.decoder, config, seed)
         self.decoder.train_to_plateau(config.plateau, config.plateau.max_steps, say)
         return self.decoder

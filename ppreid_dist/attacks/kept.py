@@ -19,7 +19,8 @@ from ppreid_dist.attacks.base import Outcome
 from ppreid_dist.errors import DataError
 from ppreid_dist.storage import read_tensors, write_tensors
 
-_NUMBERS, _SCORES = ("l1", "psnr", "kid", "best", "seconds", "held_out"), "scores/"
+_NUMBERS = ("l1", "psnr", "kid", "best", "seconds", "held_out", "still_falling")
+_SCORES = "scores/"
 
 
 def digest(*parts: Any) -> str:

@@ -82,13 +82,15 @@ class Trainee(ABC):
         self.view: View = fit_view(view, features_ND[fit])
         self.x_FK, self.pictures_F3hw = self.view(features_ND[fit]), pictures_N3hw[fit]
         self.held, self.held_pictures = features_ND[held], pictures_N3hw[held]
-        self.network = build(self.view.dim).to(features_ND.device)
+        network = build(self.view.dim)
+        self.network = network.to(features_ND.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Ema(self.network, config.ema)
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            self.network.parameters(), lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
         )
         self.random = torch.Generator().manual_seed(seed)
-        self.best, self.weights = float("inf"), copy.deepcopy(self.network.state_dict())
+        self.weights = copy.deepcopy(self.network.state_dict())
+        self.begin_looks()
 
     @property
     @abstractmethod
@@ -106,6 +108,7 @@ class Trainee(ABC):
     def train(self, steps: int) -> None:
         for _ in range(steps):
             self.step(*self._draw())
+        self.steps += steps
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(self.x_FK), (self.config.batch,), generator=self.random)
@@ -132,11 +135,23 @@ class Trainee(ABC):
         self.network.load_state_dict(weights)
         self.average.module.load_state_dict(weights)
 
+    def begin_looks(self) -> None:
+        """Forget how good the weights ever were: they are to be judged anew."""
+        self.best, self.steps = float("inf"), 0
+        self.looks: list[tuple[int, float]] = []  # steps done, and the best error until then
+
+    @property
+    def still_falling(self) -> float:
+        """The share by which the best error fell over the last quarter of the steps; 1 where nobody looked before."""
+        before = [best for steps, best in self.looks if steps <= 0.75 * self.steps]
+        return 1 - self.best / before[-1] if before else 1.0
+
     def look(self) -> bool:
         """Test on the held-out people, and keep the weights if they are the best so far."""
         error = self.error()
         if better := error < self.best:
             self.best, self.weights = error, copy.deepcopy(self.average.module.state_dict())
+        self.looks.append((self.steps, self.best))
         return better
 
     def train_to_plateau(self, plateau: PlateauConfig, max_steps: int, say: Callable[[str], None]) -> None:
@@ -190,7 +205,8 @@ class Learner(Attacker):
         split = Split(*split_people(pids_N, seed), seed)
         drawn = int(np.random.default_rng([seed, 0xD4A, self.draw]).integers(2**31)) if self.draw else seed
         say = progress or (lambda line: None)
-        self.held_out = self.learn(features_ND, pictures_N3hw, split, seed=drawn, say=say).best
+        ended = self.learn(features_ND, pictures_N3hw, split, seed=drawn, say=say)
+        self.held_out, self.still_falling = ended.best, ended.still_falling
 
     @abstractmethod
     def learn(

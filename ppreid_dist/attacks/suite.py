@@ -33,6 +33,8 @@ from ppreid_dist.evaluation.gates import broken_gates
 from ppreid_dist.evaluation.leak import worst_people
 from ppreid_dist.evaluation.urr import BROKEN, attack_curve, urr
 
+PLATEAU = 0.01  # a training is over where its error fell by no more over the last quarter
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResult:
@@ -121,6 +123,7 @@ def summarise(
             f"attack.seeds: every attacker that is drawn at random was trained {config.seeds} times; the training that "
             "does best on its own held-out people counts"
         )
+    notes += _cut_short(bench, roles)
     notes += _best_guesses(bench, roles)
     if left_out := [name for name in config.attackers if (name, largest) not in roles["protected"]]:
         notes.append(
@@ -191,6 +194,25 @@ def summarise(
         pixels={name: {"l1": by_role(name, "l1"), "psnr": by_role(name, "psnr")} for name in met},
         kid={name: by_role(name, "kid") for name in met},
     )
+
+
+def _cut_short(bench: Bench, roles: Roles) -> list[str]:
+    """A line for every attacker whose training was ended before its plateau."""
+    lines = []
+    for name in bench.config.attackers:
+        found = [
+            (outcome.still_falling, f"{role}, {n} people")
+            for role, runs in roles.items()
+            for (who, n), outcome in runs.items()
+            if who == name and role != "floor" and outcome.still_falling > PLATEAU
+        ]
+        if found:
+            most, where = max(found)
+            lines.append(
+                f"{name}: not trained to its plateau: over the last quarter of its training its own error still fell "
+                f"by {100 * most:.1f} % ({where}); it may find more, give attack.{name} more steps"
+            )
+    return lines
 
 
 def _best_guesses(bench: Bench, roles: Roles) -> list[str]:
