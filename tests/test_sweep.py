@@ -374,8 +374,10 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     methods = {
         "best response": {"privacy.weight": 3, "privacy": {"every": 2}},
         "noise": {"model.store.kind": "noise", "model.store.strength": 0.7},
+        "best response, int8": {"privacy.weight": 3, "privacy.every": 2, "model.store.quantise": "int8"},
         "trained, int8": {"privacy.weight": 1, "model.store.quantise": "int8"},
         "fails": {"training.ema": 0.25},
+        "fails, int8": {"training.ema": 0.25, "model.store.quantise": "int8"},
     }
     change(asked, grid={}, methods=methods, seeds=[0], judges=[str(tmp_path / "other.onnx")])
     (tmp_path / "other.onnx").touch()
@@ -385,7 +387,8 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     table = json.loads((out / "table.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
     assert list(rows) == ["unprotected", *sorted(methods)] and table["complete"]
-    assert rows["fails"]["failed"] == ["training: step 3: the gradient is not finite"]
+    for name in ("fails", "fails, int8"):
+        assert rows[name]["failed"] == ["the training: step 3: the gradient is not finite"]
     assert rows["best response"]["r_identity"]["value"] == pytest.approx(1 / 4)
     assert rows["trained, int8"]["mAP"]["value"] == pytest.approx(0.59)
     assert rows["unprotected"]["mAP"]["value"] == pytest.approx(0.6)
@@ -396,8 +399,15 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     curve = [(point["n"], point["r"]["value"]) for point in good_report()["axes"]["pixel"]["curve"]]
     assert [(point["n"], point["value"]) for point in rows["noise"]["curve"]["pixel"]] == curve
     places = {json.loads((place / "settings.json").read_text())["method"]: place for place in out.glob("trials/*")}
-    trained = {name: [run.parent.name for run in place.glob("*/steps.txt")] for name, place in places.items()}
-    assert trained == {"best response": ["run"], "noise": [], "trained, int8": ["plain"], "fails": []}
+    assert not list(out.glob("trials/*/*/steps.txt"))  # what several store, or one that isn't trained so itself
+    trained = [json.loads((run / "settings.json").read_text()) for run in out.glob("shared/training-*/")]
+    assert sorted(run["privacy.weight"] for run in trained if "privacy.weight" in run) == ["1", "3"]
+    for name in ("best response, int8", "trained, int8"):
+        stored = json.loads((places[name] / "run" / "settings.json").read_text())
+        assert (stored["privacy.weight"], stored["model.store.quantise"]) == (
+            "1" if name == "trained, int8" else "3",
+            "int8",
+        )
     stored = json.loads((places["noise"] / "run" / "settings.json").read_text())
     assert stored["privacy.weight"] == "0" and stored["model.store.strength"] == "0.7"
     lines = (out / "table.md").read_text().splitlines()

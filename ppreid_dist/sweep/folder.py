@@ -2,11 +2,12 @@
 
 OUT/
     sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
-    shared/NAME/            the judge's run and each control's; NAME.json beside it: why it failed
+    shared/NAME/            runs that several trials want: the judge, each control, what is stored in several ways;
+                            NAME.json beside it: why it failed
     trained/                trainings of attackers, kept for all trials; CONTROL.done: its ceilings and floors are there
     trials/NAME/
         settings.json       the point and the seed
-        run/                the training's folder
+        run/                the training's folder, or that of a shared one stored in the trial's way
         attack/             what `ppreid attack` wrote; `ppreid report` makes its page
         log.txt             all that they said
         trial.json          the trial's row; when it is there, the trial is finished

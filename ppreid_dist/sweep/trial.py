@@ -1,14 +1,15 @@
 """One trial, from its settings to its row: train, see to the control and the judge, attack.
 
 The trial trains first, and only then needs the control and the judge. Of several trials that come to that point, one
-trains the control, the next one the judge, and the others wait.
+trains the control, the next one the judge, and the others wait. So it is with a training that several trials store in
+ways of their own.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,18 @@ class Worker:
         control, judge = self._control(trial), self._judge()
         protected = Training("training", trial.name, place / "run", trial.overrides, place / "log.txt")
         trained, stored = _parts(trial)
-        if trained or not stored:
-            protected = replace(protected, overrides=[*as_overrides(trained), f"seed={trial.seed}"])
-            if stored:
-                protected = replace(protected, run=place / "plain")
-            self._train(protected, claim, environment, look)
+        source = control if stored and not trained else protected
+        if source is protected and (stored or self._wanted_by_others(trial)):
+            source = self._shared("training", [*as_overrides(trained), f"seed={trial.seed}"], but=FREE)
+            self._see_to([source], look)
+        elif source is protected:
+            self._train(source, claim, environment, look)
         self._see_to([control, judge])
-        if stored:
-            source = protected.run if trained else control.run
-            protected = replace(protected, run=place / "run")
-            if not protected.finished.is_file():
-                command = self.programs.store([str(source), "--out", str(protected.run), *as_overrides(stored)])
-                self._start(command, protected.finished, "store", claim, environment, protected.log)
+        if not stored:
+            protected = source
+        elif not protected.finished.is_file():
+            command = self.programs.store([str(source.run), "--out", str(protected.run), *as_overrides(stored)])
+            self._start(command, protected.finished, "store", claim, environment, protected.log)
         self._attack(place, protected, control, judge, claim, environment)
         return _row(read_json(place / "attack" / "attack.json")["report"], control.name, judge.name)
 
@@ -152,16 +153,23 @@ class Worker:
     def _judge(self) -> Training:
         return self._shared("judge", [f"seed={judge_seed(self.folder)}", f"{WEIGHT}=0", *self.folder.config.judge])
 
-    def _shared(self, role: str, overrides: list[str]) -> Training:
-        """Found by all that it is made of: data, backbone, schedule, seed."""
+    def _wanted_by_others(self, trial: Trial) -> bool:
+        """Whether another trial stores what this one trains in a way of its own."""
+        if self.folder.config.search:
+            return False
+        wanted = [(_parts(other)[0], other.seed) for other in self.folder.known()]
+        return wanted.count((dict(trial.settings), trial.seed)) > 1
+
+    def _shared(self, role: str, overrides: list[str], but: tuple[str, ...] = (*METHOD, *FREE)) -> Training:
+        """Found by all that it is made of, ``but`` these keys: data, backbone, schedule, seed."""
         config = self.folder.run_config(overrides)
-        made_of = [item for item in flat(to_dict(config)) if not item[0].startswith((*METHOD, *FREE))]
+        made_of = [item for item in flat(to_dict(config)) if not item[0].startswith(but)]
         made_of.append(("pictures", open_training(config.data).fingerprint))
         name = f"{role}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]}"
         shared = self.folder.path / "shared"
         return Training(f"the {role}", name, shared / name, overrides, shared / f"{name}.log")
 
-    def _see_to(self, trainings: list[Training]) -> None:
+    def _see_to(self, trainings: list[Training], look: Look = lambda run: None) -> None:
         """Return when all of them are done, by whomever. TrialFailed if one can't be."""
         while wanted := [training for training in trainings if not training.finished.is_file()]:
             for training in wanted:
@@ -172,7 +180,7 @@ class Worker:
                     continue
                 with guarded(claim) as environment:
                     try:
-                        self._train(training, claim, environment)
+                        self._train(training, claim, environment, look)
                     except TrialFailed as failure:
                         write_json(failed, {"reason": str(failure)})
                         raise
