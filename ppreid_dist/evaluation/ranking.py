@@ -16,7 +16,7 @@ parts may lie on other ranks: find the positives of every part, join them, count
 Shapes: Q queries, G gallery items, N either, D feature, P (query, positive) pairs, M most positives of a query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -121,8 +121,19 @@ def rank_queries(
     """
     queries = Entries(features_ND=query_QD, pids_N=query_pids, camids_N=query_camids)
     gallery = Entries(features_ND=gallery_GD, pids_N=gallery_pids, camids_N=gallery_camids)
-    positives = find_positives(queries, gallery)
-    return ranking(len(query_QD), positives, count_nearer(queries, gallery, positives, chunk=chunk))
+    return rank_in_parts(queries, [lambda: gallery], chunk=chunk)
+
+
+def rank_in_parts(queries: Entries, parts: Sequence[Callable[[], Entries]], *, chunk: int = 256) -> Ranking:
+    """Rank a gallery of which one part lies in memory at a time: each is opened for its positives and for its counts.
+
+    The parts together are the gallery, in its order, each with its own ``first``. DataError as :func:`rank_queries`.
+    """
+    positives = Positives.join([find_positives(queries, part()) for part in parts])
+    nearer_P = np.zeros(len(positives.query_P), np.int64)
+    for part in parts:
+        nearer_P += count_nearer(queries, part(), positives, chunk=chunk)
+    return ranking(len(queries.pids_N), positives, nearer_P)
 
 
 def find_positives(queries: Entries, gallery: Entries) -> Positives:
@@ -177,8 +188,9 @@ def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, ch
             bar_QM[where], place_QM[where] = similarity_P[pairs], place_P[pairs]  # ascending along M, as the pairs are
             tile = (query_QD[rows], gallery_GD, junk_QG, bar_QM, place_QM)
             if screen:
+                whole = partial(_tile, queries, gallery, rows, items)
                 exactly = partial(_similarity, queries, gallery, q, g)
-                counted_QM = nearer.screened(*tile, unit=1 / ONE**2, exactly=exactly)
+                counted_QM = nearer.screened(*tile, unit=1 / ONE**2, whole=whole, exactly=exactly)
             else:
                 counted_QM = nearer.exact(*tile)
             nearer_P[pairs] += counted_QM[where]
@@ -199,6 +211,10 @@ def ranking(queries: int, positives: Positives, nearer_P: np.ndarray) -> Ranking
     first[has] = rank[start_Q[has]]
     inp[has] = count_Q[has] / rank[(start_Q + count_Q - 1)[has]]
     return Ranking(ap_Q=ap, first_Q=first, inp_Q=inp)
+
+
+def _tile(queries: Entries, gallery: Entries, rows: slice, items: slice) -> tuple[Tensor, Tensor]:
+    return queries.whole(rows), gallery.whole(items)
 
 
 def _similarity(queries: Entries, gallery: Entries, q: int, g: int, query_P: Tensor, item_P: Tensor) -> Tensor:

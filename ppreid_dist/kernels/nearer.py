@@ -23,6 +23,7 @@ BLOCK = 128  # products that are summed in float32 at once
 NONE = torch.iinfo(torch.int64).max  # a bar that there isn't
 _FURTHEST = torch.iinfo(torch.int64).min
 _ROWS = 2**10  # queries' positives whose surroundings are looked at at once
+_UNSURE = 2**11  # pairs that take about as long, one by one, as the whole tile
 
 
 def exact(query_QD: Tensor, gallery_GD: Tensor, junk_QG: Tensor, bar_QM: Tensor, place_QM: Tensor) -> Tensor:
@@ -52,12 +53,14 @@ def screened(
     place_QM: Tensor,
     *,
     unit: float,
+    whole: Callable[[], tuple[Tensor, Tensor]],
     exactly: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """What :func:`exact` counts, from features in float32, of length 1, on a CPU.
 
-    ``unit`` is the similarity that the whole number 1 stands for, and ``exactly(query_P, item_P)`` gives the whole
-    similarities (int64) of pairs.
+    ``unit`` is the similarity that the whole number 1 stands for, ``whole()`` the features that :func:`exact` takes,
+    and ``exactly(query_P, item_P)`` the whole similarities (int64) of pairs. Where too many pairs are too near, as in
+    random features, the whole tile is counted exactly.
     """
     similarity_QG, error = products(query_QD, gallery_GD)
     similarity_QG.masked_fill_(junk_QG, -torch.inf)
@@ -68,7 +71,10 @@ def screened(
     perhaps_QM = size - torch.searchsorted(sorted_QG, under_QM) - nearer_QM
     # A positive of this tile is itself among what its bar can't be told from.
     itself_QM = (place_QM >= 0) & (place_QM < size)
-    unsure_A2 = torch.nonzero((perhaps_QM > itself_QM.long()) & (bar_QM != NONE))
+    unsure_QM = (perhaps_QM > itself_QM.long()) & (bar_QM != NONE)
+    if int(perhaps_QM[unsure_QM].sum()) > _UNSURE:
+        return exact(*whole(), junk_QG, bar_QM, place_QM)
+    unsure_A2 = torch.nonzero(unsure_QM)
     for q_A, m_A in (part.unbind(1) for part in unsure_A2.split(_ROWS)):
         near_AG = similarity_QG[q_A]
         near_AG = (near_AG >= under_QM[q_A, m_A, None]) & (near_AG <= over_QM[q_A, m_A, None])
