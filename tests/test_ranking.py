@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ppreid_dist.errors import DataError
 from ppreid_dist.evaluation import ranking
 from ppreid_dist.evaluation.ranking import Entries, Positives, count_nearer, find_positives, rank_queries
+from ppreid_dist.kernels import nearer
 
 
 def sorted_ranking(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids):
@@ -133,3 +134,38 @@ def test_bad_input_is_named():
         rank((query, gallery * math.nan, *labels))
     with pytest.raises(DataError, match="no query has"):
         rank((query, gallery, labels[0] + 100, *labels[1:])).summary()
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32), dim=st.sampled_from([1, 3, 130, 300]), apart=st.sampled_from([0.0, 1e-7, 1e-5, 1.0]))
+def test_the_screened_count_is_the_exact_one(seed, dim, apart):
+    """Items that lie nearer to each other than float32 can tell, and a screen that errs by half of what it may."""
+    rng = np.random.default_rng(seed)
+    centre = rng.normal(size=(1, dim))
+    features = [torch.from_numpy(centre + apart * rng.normal(size=(n, dim))) for n in (4, 40)]
+    labels = [rng.integers(0, 3, n) for n in (4, 40, 4, 40)]
+    products = nearer.products
+
+    def off(query_QD, gallery_GD):
+        found, error = products(query_QD, gallery_GD)
+        return found + 0.5 * error * torch.from_numpy(rng.choice([-1.0, 1.0], found.shape)).float(), error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nearer, "can_screen", lambda features: False)
+        exact = measures(rank((*features, *labels)))
+        patch.setattr(nearer, "can_screen", lambda features: True)
+        np.testing.assert_array_equal(measures(rank((*features, *labels))), exact)
+        patch.setattr(nearer, "products", off)
+        np.testing.assert_array_equal(measures(rank((*features, *labels))), exact)
+
+
+@pytest.mark.parametrize("dim", [64, 300, 2048])
+def test_a_float32_product_is_no_further_off_than_is_said(dim):
+    draw = torch.Generator().manual_seed(dim)
+    entries = [
+        Entries(features_ND=torch.rand(n, dim, generator=draw) ** 4, pids_N=np.zeros(n), camids_N=np.zeros(n))
+        for n in (50, 60)
+    ]
+    found, error = nearer.products(*(of.unit(slice(None)) for of in entries))
+    true = (entries[0].whole(slice(None)) @ entries[1].whole(slice(None)).T) / ranking.ONE**2
+    assert 0 < float((found.double() - true).abs().max()) < error < 2e-5

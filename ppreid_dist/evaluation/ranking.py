@@ -16,14 +16,17 @@ parts may lie on other ranks: find the positives of every part, join them, count
 Shapes: Q queries, G gallery items, N either, D feature, P (query, positive) pairs, M most positives of a query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ppreid_dist.errors import DataError
+from ppreid_dist.kernels import nearer
 
 ONE = 2**25  # a feature's length in integer units
 TILE = 2**12  # gallery items a tile; ONE² · TILE must stay below 2^63
@@ -43,8 +46,21 @@ class Entries:
         n = len(self.features_ND)
         if len(self.pids_N) != n or len(self.camids_N) != n:
             raise DataError(f"{n} features with {len(self.pids_N)} pids and {len(self.camids_N)} camids")
-        if not bool(torch.isfinite(self.features_ND).all()):
+        if not bool(torch.isfinite(self.length).all()):
             raise DataError("features hold NaN or infinity: they can't be ranked")
+
+    @cached_property
+    def length(self) -> Tensor:
+        """(N,1) float64; of a zero feature next to nothing, so that divided by it, it stays zero."""
+        return torch.linalg.vector_norm(self.features_ND, dim=1, keepdim=True, dtype=torch.float64).clamp_min_(1e-12)
+
+    def whole(self, rows: Any) -> Tensor:
+        """Features of length ONE, of whole numbers, in float64."""
+        return (self.features_ND[rows].double() / (self.length[rows] / ONE)).round_()
+
+    def unit(self, rows: Any) -> Tensor:
+        """Features of length 1, in float32."""
+        return self.features_ND[rows].float() / self.length[rows].float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +75,8 @@ class Positives:
     def join(parts: Sequence["Positives"]) -> "Positives":
         """The positives of a whole gallery from those of its parts."""
         query, item, similarity = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("query_P", "item_P", "similarity_P")
+            np.concatenate([np.empty(0, np.int64), *(getattr(part, name) for part in parts)])
+            for name in ("query_P", "item_P", "similarity_P")
         )
         order = np.lexsort((-item, similarity, query))
         return Positives(query_P=query[order], item_P=item[order], similarity_P=similarity[order])
@@ -104,26 +121,35 @@ def rank_queries(
     """
     queries = Entries(features_ND=query_QD, pids_N=query_pids, camids_N=query_camids)
     gallery = Entries(features_ND=gallery_GD, pids_N=gallery_pids, camids_N=gallery_camids)
-    positives = find_positives(queries, gallery)
-    return ranking(len(query_QD), positives, count_nearer(queries, gallery, positives, chunk=chunk))
+    return rank_in_parts(queries, [lambda: gallery], chunk=chunk)
+
+
+def rank_in_parts(queries: Entries, parts: Sequence[Callable[[], Entries]], *, chunk: int = 256) -> Ranking:
+    """Rank a gallery of which one part lies in memory at a time: each is opened for its positives and for its counts.
+
+    The parts together are the gallery, in its order, each with its own ``first``. DataError as :func:`rank_queries`.
+    """
+    positives = Positives.join([find_positives(queries, part()) for part in parts])
+    nearer_P = np.zeros(len(positives.query_P), np.int64)
+    for part in parts:
+        nearer_P += count_nearer(queries, part(), positives, chunk=chunk)
+    return ranking(len(queries.pids_N), positives, nearer_P)
 
 
 def find_positives(queries: Entries, gallery: Entries) -> Positives:
     """The pairs of ``queries`` with items of this (part of a) gallery: same person, another camera."""
-    by_pid = np.argsort(gallery.pids_N, kind="stable")
-    start_Q, stop_Q = (np.searchsorted(gallery.pids_N[by_pid], queries.pids_N, side) for side in ("left", "right"))
-    count_Q = stop_Q - start_Q
-    query = np.repeat(np.arange(len(count_Q)), count_Q)
-    item = by_pid[np.arange(len(query)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q) + start_Q[query]]
-    other = queries.camids_N[query] != gallery.camids_N[item]
-    query, item = query[other], item[other]
-    similarity = np.empty(len(query), np.int64)
-    for start in range(0, len(query), PAIRS):
-        pairs = slice(start, start + PAIRS)
-        q = _integer(queries.features_ND[torch.from_numpy(query[pairs])])
-        g = _integer(gallery.features_ND[torch.from_numpy(item[pairs])])
-        similarity[pairs] = torch.einsum("pd,pd->p", q, g).long().cpu().numpy()
-    return Positives.join([Positives(query_P=query, item_P=item + gallery.first, similarity_P=similarity)])
+    query_N, item_N = (np.argsort(of.pids_N, kind="stable") for of in (queries, gallery))
+    asked, known = queries.pids_N[query_N], gallery.pids_N[item_N]
+    parts = []
+    for pid in np.intersect1d(asked, known):
+        rows, items = (
+            of[slice(*np.searchsorted(pids, [pid, pid + 1]))] for of, pids in ((query_N, asked), (item_N, known))
+        )
+        similarity = queries.whole(rows) @ gallery.whole(items).T
+        q, g = np.nonzero(queries.camids_N[rows, None] != gallery.camids_N[items])
+        found = similarity.long().cpu().numpy()[q, g]
+        parts.append(Positives(query_P=rows[q], item_P=items[g] + gallery.first, similarity_P=found))
+    return Positives.join(parts)
 
 
 @torch.no_grad()
@@ -132,42 +158,42 @@ def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, ch
 
     ``positives`` are those of the whole gallery. Junk isn't counted, other positives are.
     """
-    device = queries.features_ND.device
-    query_QD = _integer(queries.features_ND)
+    device, size = queries.features_ND.device, len(queries.pids_N)
+    screen = nearer.can_screen(queries.features_ND)
+    query_QD = queries.unit(slice(None)) if screen else queries.whole(slice(None))
     query_pids, query_camids, gallery_pids, gallery_camids, item_P, similarity_P = (
         torch.as_tensor(a, dtype=torch.int64, device=device)
         for a in (queries.pids_N, queries.camids_N, gallery.pids_N, gallery.camids_N, positives.item_P,
                   positives.similarity_P)
     )  # fmt: skip
-    offset = np.searchsorted(positives.query_P, np.arange(len(query_QD) + 1))
+    offset = np.searchsorted(positives.query_P, np.arange(size + 1))
     row_P = torch.from_numpy(positives.query_P).to(device)
     column_P = torch.from_numpy(np.arange(len(positives.query_P)) - offset[positives.query_P]).to(device)
     nearer_P = torch.zeros(len(positives.query_P), dtype=torch.int64, device=device)
     for g in range(0, len(gallery.features_ND), TILE):
         items = slice(g, g + TILE)
-        gallery_DG = _integer(gallery.features_ND[items]).T
-        size = gallery_DG.shape[1]
-        # A key orders a tile's items by similarity, then by place, without ties; a positive's bar is the least key
-        # that is nearer than it. One formula serves positives before (0), within and after (TILE) the tile.
-        place_G = TILE - 1 - torch.arange(size, device=device)
-        bar_P = similarity_P * TILE + TILE - (item_P - gallery.first - g).clamp(0, TILE)
-        for q in range(0, len(query_QD), chunk):
-            rows, stop = slice(q, q + chunk), min(q + chunk, len(query_QD))
+        gallery_GD = gallery.unit(items) if screen else gallery.whole(items)
+        place_P = item_P - gallery.first - g
+        for q in range(0, size, chunk):
+            rows, stop = slice(q, q + chunk), min(q + chunk, size)
             pairs = slice(int(offset[q]), int(offset[stop]))
             width = int(np.diff(offset[q : stop + 1]).max())  # M
             if not width:
                 continue
-            key_QG = (query_QD[rows] @ gallery_DG).long().mul_(TILE).add_(place_G)
             junk_QG = query_pids[rows, None] == gallery_pids[items]
             junk_QG &= query_camids[rows, None] == gallery_camids[items]
-            key_QG.masked_fill_(junk_QG, torch.iinfo(torch.int64).min)
-            bar_QM = torch.full((stop - q, width), torch.iinfo(torch.int64).max, device=device)
             where = (row_P[pairs] - q, column_P[pairs])
-            bar_QM[where] = bar_P[pairs]  # ascending along M, as the pairs are
-            passed_QG = torch.searchsorted(bar_QM, key_QG, right=True)
-            counts = torch.zeros(stop - q, width + 1, dtype=torch.int64, device=device)
-            counts.scatter_add_(1, passed_QG, torch.ones((), dtype=torch.int64, device=device).expand_as(passed_QG))
-            nearer_P[pairs] += counts[:, 1:].flip(1).cumsum(1).flip(1)[where]
+            bar_QM = torch.full((stop - q, width), nearer.NONE, device=device)
+            place_QM = torch.zeros_like(bar_QM)
+            bar_QM[where], place_QM[where] = similarity_P[pairs], place_P[pairs]  # ascending along M, as the pairs are
+            tile = (query_QD[rows], gallery_GD, junk_QG, bar_QM, place_QM)
+            if screen:
+                whole = partial(_tile, queries, gallery, rows, items)
+                exactly = partial(_similarity, queries, gallery, q, g)
+                counted_QM = nearer.screened(*tile, unit=1 / ONE**2, whole=whole, exactly=exactly)
+            else:
+                counted_QM = nearer.exact(*tile)
+            nearer_P[pairs] += counted_QM[where]
     return nearer_P.cpu().numpy()
 
 
@@ -187,6 +213,12 @@ def ranking(queries: int, positives: Positives, nearer_P: np.ndarray) -> Ranking
     return Ranking(ap_Q=ap, first_Q=first, inp_Q=inp)
 
 
-def _integer(features_ND: Tensor) -> Tensor:
-    """L2-normalised features as integers of length ONE, in float64; a zero feature stays zero."""
-    return torch.nn.functional.normalize(features_ND.double(), dim=1).mul_(ONE).round_()
+def _tile(queries: Entries, gallery: Entries, rows: slice, items: slice) -> tuple[Tensor, Tensor]:
+    return queries.whole(rows), gallery.whole(items)
+
+
+def _similarity(queries: Entries, gallery: Entries, q: int, g: int, query_P: Tensor, item_P: Tensor) -> Tensor:
+    """(P,) int64, of pairs whose places count from ``q`` and ``g``."""
+    parts = zip((query_P + q).split(PAIRS), (item_P + g).split(PAIRS), strict=True)
+    found = [torch.einsum("pd,pd->p", queries.whole(rows), gallery.whole(items)) for rows, items in parts]
+    return torch.cat([query_P[:0], *(some.long() for some in found)])

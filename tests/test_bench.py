@@ -1,0 +1,46 @@
+"""tools/bench.py: what it says of each part, in JSON and in Markdown. How fast anything is is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bench_rank import Gallery, counting, sorting
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
+PARTS = {
+    "rank": ["--size", "small", "--dim", "16", "--twin-queries", "50"],
+    "kernels": ["--only", "nearer"],
+    "step": ["--steps", "8", "--only", "plain", "ridge", "privacy.ridge.strangers=16", "privacy.every=2"],
+    "input": ["--height", "32", "--width", "16", "--stored", "32", "16"],
+}
+
+
+@pytest.mark.parametrize(
+    "part", [name if name == "rank" else pytest.param(name, marks=pytest.mark.slow) for name in PARTS]
+)
+def test_every_part_gives_seconds_memory_and_ratios(part: str, tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, TOOL, part, *PARTS[part], "--repeats", "1", "--threads", "1", "--json", tmp_path / "out.json"],
+        capture_output=True, text=True, timeout=200, cwd=TOOL.parents[1],
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["part"] == part and found["machine"]["torch"] == torch.__version__
+    assert len(found["rows"]) >= 2 and all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in found["rows"])
+    twin = next(row for row in found["rows"] if row["ratio"] == 1)
+    for row in found["rows"]:
+        assert row["ratio"] == pytest.approx(twin["seconds"] / row["seconds"])
+    lines = [line for line in said.stdout.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(found["rows"]) and len({line.count("|") for line in lines}) == 1
+
+
+def test_both_ways_of_ranking_find_the_same_and_neither_all_nor_nothing() -> None:
+    size = (40, 4000, 1500, 200, 4)
+    ours, usual = counting(size, 16, 40)(), sorting(size, 16, 40)()
+    torch.testing.assert_close(torch.tensor(usual), torch.from_numpy(ours.ap_Q), rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert 0.3 < ours.summary()["mAP"] < 0.999
+    parts = Gallery(size, 16).parts()
+    assert len(parts) == 1 and len(parts[0]().pids_N) == 4000
