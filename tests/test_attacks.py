@@ -39,6 +39,7 @@ from ppreid_dist.storage import write_json
 NAMES = ["retrieval", "ridge", "regression", "gan"]
 if find_spec("diffusers"):
     NAMES.append("diffusion")
+TRAINED = [pytest.param(name, marks=[pytest.mark.slow] * (name == "diffusion")) for name in NAMES]
 
 
 def small_config(steps: int = 60, **changes: object) -> AttackConfig:
@@ -99,7 +100,7 @@ def fitted(aux: tuple[Pictures, Tensor]) -> Callable[[str], Attacker]:
     return fit
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_attackers_find_what_is_there_and_nothing_where_nothing_is(
     name: str, fitted: Callable[[str], Attacker], aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
 ) -> None:
@@ -135,7 +136,7 @@ def test_same_seed_same_attacker(name: str, strangers: tuple[Pictures, Tensor]) 
     assert torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_reconstruction_does_not_depend_on_the_others_of_its_batch(
     name: str, fitted: Callable[[str], Attacker], strangers: tuple[Pictures, Tensor]
 ) -> None:
