@@ -35,8 +35,8 @@ _AUTO = {
     ),
     "batch_hard": (
         ("triton", "the distances are never stored"),
-        ("plain", f"all distances at once; beyond {TILED_FROM:,} of them in tiles"),
-        ("tiled", f"more than {TILED_FROM:,} distances: never all at once"),
+        ("plain", f"all distances at once, up to {TILED_FROM:,}; more in tiles"),
+        ("tiled", f"more than {TILED_FROM:,} distances, never all at once"),
     ),
 }
 _log = logging.getLogger(__name__)
@@ -117,11 +117,15 @@ def _choose(operation: str, asked: str, device: str, large: bool, partitioned: b
         if not reason:
             return Choice(operation, asked, f"asked for by kernels.{operation}")
         refused = f"; {asked}, asked for by kernels.{operation}, can't run here: {reason}"
+    passed = ""
     for implementation, why in _AUTO[operation]:
-        slow = implementation == "triton" and device != "cuda"  # its interpreter, which is for tests
-        too_large = implementation == "plain" and large
-        if not (slow or too_large or _why_not(operation, implementation, device, partitioned)):
-            return Choice(operation, implementation, why + refused)
+        reason = _why_not(operation, implementation, device, partitioned)
+        if not reason and implementation == "triton" and device != "cuda":
+            reason = "Triton's interpreter is for tests"
+        if reason:
+            passed += f"; not {implementation}: {reason}"
+        elif not (implementation == "plain" and large):
+            return Choice(operation, implementation, why + (refused or passed))
     raise AssertionError(f"nothing runs {operation} on {device}")
 
 
