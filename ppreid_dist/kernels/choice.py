@@ -20,7 +20,7 @@ from ppreid_dist.settings import Settings, option
 
 OPERATIONS = ("adam", "clip", "cross_entropy", "ssim", "batch_hard")
 TILED_FROM = 4096 * 4096  # distances: more than 64 MB of them, and as much again for each mask, isn't held at once
-_APEX = "NVIDIA Apex only where asked for"
+_APEX = "NVIDIA Apex only where asked for (tools/bench_kernels.py measures it)"
 # In order of preference; the last one runs anywhere.
 _AUTO = {
     "adam": (
