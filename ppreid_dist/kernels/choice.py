@@ -2,7 +2,7 @@
 
 Asked for nothing ("auto"), an operation takes the first of its implementations, in the order below, that can run: what
 measured faster stands before what measured slower, and what nobody has measured isn't taken. NVIDIA Apex is such:
-where it is installed it runs if asked for by key, until ``tools/bench_kernels.py`` shows it faster on that machine.
+where it is installed it runs if asked for by key, until ``tools/kernel_choice.py`` shows it faster on that machine.
 """
 
 import logging
@@ -20,7 +20,7 @@ from ppreid_dist.settings import Settings, option
 
 OPERATIONS = ("adam", "clip", "cross_entropy", "ssim", "batch_hard")
 TILED_FROM = 4096 * 4096  # distances: more than 64 MB of them, and as much again for each mask, isn't held at once
-_APEX = "NVIDIA Apex only where asked for (tools/bench_kernels.py measures it)"
+_APEX = "NVIDIA Apex only where asked for (tools/kernel_choice.py measures it)"
 # In order of preference; the last one runs anywhere.
 _AUTO = {
     "adam": (

@@ -1,7 +1,7 @@
 """What each implementation of an operation costs on this machine, and whether the chosen one deserves it. Markdown.
 
-    python tools/bench_kernels.py                    all operations, on the GPU where there is one
-    python tools/bench_kernels.py adam ssim --runs 20
+    python tools/kernel_choice.py                    all operations, on the GPU where there is one
+    python tools/kernel_choice.py adam ssim --runs 20
 
 Times are medians over runs, in ms, of the whole operation (SSIM: forward and backward); memory is what the operation
 adds at its peak, in MiB, on a GPU only. An implementation that can't run here is named with the reason. A row marked
