@@ -32,6 +32,7 @@ from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.findings import findings
 from ppreid_dist.judges import check_judges, open_judges
+from ppreid_dist.kernels.choice import using
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import Store, StoreConfig
@@ -119,7 +120,7 @@ def attack(
     if "same_people" in config.attack.auxiliary.variants:
         auxiliaries.append(same_people(_pictures(config, "gallery", size, device, progress), query, galleries_GD))
     real = next(iter(sizes.values()))["gallery"]
-    with tqdm(disable=not progress, desc="attack", unit=" training") as bar:
+    with using(config.kernels, device), tqdm(disable=not progress, desc="attack", unit=" training") as bar:
 
         def found(line: str) -> None:
             bar.update()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ppreid_dist.data.decode import Decoder
+from ppreid_dist.kernels import choice
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ def _findings() -> Iterator[Finding]:
     yield Finding(
         "ok" if apex else "none", "NVIDIA Apex", "installed" if apex else "absent: torch's own optimisers are used"
     )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for operation in choice.OPERATIONS:
+        chosen = choice.of(operation, device)
+        yield Finding("ok", f"kernels.{operation}", f"{chosen.implementation} ({chosen.why})")
 
 
 def _absent(what: str, extra: str) -> Finding:

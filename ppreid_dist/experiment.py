@@ -19,6 +19,7 @@ from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
 from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
 from ppreid_dist.errors import ConfigError, RunError, Stopped
+from ppreid_dist.kernels.choice import KernelsConfig, using
 from ppreid_dist.losses.identity import IdentityConfig
 from ppreid_dist.losses.triplet import TripletConfig
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
@@ -64,6 +65,7 @@ class Config(Settings):
     reversal: ReversalConfig = option(ReversalConfig(), "")
     training: TrainingConfig = option(TrainingConfig(), "")
     engine: EngineConfig = option(EngineConfig(), "")
+    kernels: KernelsConfig = option(KernelsConfig(), "")
     probe: ProbeConfig = option(ProbeConfig(), "")
     attack: AttackConfig = option(AttackConfig(), "")
     report: ReportConfig = option(ReportConfig(), "")
@@ -71,7 +73,7 @@ class Config(Settings):
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
 FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
-        "engine.accumulate",
+        "engine.accumulate", "kernels.",
         "training.log_every", "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
 
 
@@ -107,7 +109,8 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     split = open_training(config.data)
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
     try:
-        result = _play(config, folder, split, engine, resume=resume, progress=progress)
+        with using(config.kernels, engine.device, partitioned=engine.kind != "ddp"):
+            result = _play(config, folder, split, engine, resume=resume, progress=progress)
     except Stopped:
         engine.close()
         raise

@@ -216,6 +216,8 @@ def test_runs_that_can_not_be_compared(
 def test_doctor_finds_this_installation_sound() -> None:
     said = ppreid("doctor").stdout
     assert "FAIL" not in said and re.search(r"ok +torch: 2\.", said)
+    for operation in ("adam: fused", "clip: foreach", "cross_entropy: plain", r"ssim: \w+", r"batch_hard: \w+"):
+        assert re.search(rf"ok +kernels\.{operation} \(.+\)", said)
 
 
 @pytest.mark.parametrize("command", ["shards", "train", "attack"])

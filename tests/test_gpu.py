@@ -1,5 +1,6 @@
 """What only a GPU can show; `pytest -m gpu` runs all of it. Each test has a plain twin that runs everywhere."""
 
+import copy
 import io
 from pathlib import Path
 
@@ -11,11 +12,18 @@ from torch import nn
 
 from ppreid_dist.data.augment import AugmentConfig, augment
 from ppreid_dist.data.decode import Decoder
+from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.ranking import rank_queries
 from ppreid_dist.experiment import Config, train
+from ppreid_dist.kernels import choice
+from ppreid_dist.kernels.batch_hard import hardest, hardest_at_once
+from ppreid_dist.kernels.choice import KernelsConfig, using
+from ppreid_dist.kernels.clip import clip_, total_norm
 from ppreid_dist.kernels.kernel_ridge import fit
-from ppreid_dist.kernels.ssim import ssim_map
+from ppreid_dist.kernels.ssim import plain_ssim_map, ssim_map
+from ppreid_dist.losses.identity import IdentityConfig, identity_loss
 from ppreid_dist.settings import load_settings
+from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
 from ppreid_dist.training.tracking import read_metrics
 
 pytestmark = [
@@ -80,3 +88,74 @@ def test_batchnorm_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batchnorm, "world_size", lambda: 2)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).cuda()
     assert isinstance(batchnorm.convert_batchnorm(net)[1], nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize(("shape", "window"), [((2, 3, 33, 17), 11), ((1, 1, 7, 5), 11), ((3, 1, 64, 32), 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tritons_ssim_is_its_twin_s(shape: tuple[int, ...], window: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    draw = torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=draw, dtype=dtype)
+    y = (x + 0.2 * torch.randn(shape, generator=draw, dtype=dtype)).clamp(0, 1)
+    gradient = torch.randn(shape[0], 1, *shape[2:], generator=draw, dtype=dtype)
+    exact_x, exact_y = (t.double().requires_grad_() for t in (x, y))
+    exact = plain_ssim_map(exact_x, exact_y, window=window)
+    twins = exact, *torch.autograd.grad(exact, (exact_x, exact_y), gradient.double())
+    x, y = (t.cuda().requires_grad_() for t in (x, y))
+    with using(KernelsConfig(ssim="triton", strict=True), x.device):
+        result = ssim_map(x, y, window=window)
+    rtol = 1e-4 if dtype == torch.float32 else 1e-10
+    for our, twin in zip((result, *torch.autograd.grad(result, (x, y), gradient.cuda())), twins, strict=True):
+        torch.testing.assert_close(our.cpu().double(), twin, rtol=rtol, atol=rtol * float(twin.detach().abs().max()))
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (70, 3), (300, 130), (9000, 16)])
+@pytest.mark.parametrize("form", ["triton", "tiled"])
+def test_mining_is_the_cpu_s(rows: int, dim: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(choice, "TILED_FROM", 5000)
+    draw = torch.Generator().manual_seed(0)
+    # Small whole numbers: every distance is exact, and many tie.
+    all_ND = torch.randint(-2, 3, (rows, dim), generator=draw).float()
+    pids_N = torch.randint(0, max(2, rows // 4), (rows,), generator=draw)
+    itself_B = torch.arange(rows)[-100:]
+    given = all_ND[itself_B], all_ND, pids_N[itself_B], pids_N, itself_B
+    here = hardest_at_once(given[0].double(), given[1].double(), *given[2:])
+    with using(KernelsConfig(batch_hard=form, strict=True), torch.device("cuda")):
+        there = hardest(*(t.cuda() for t in given))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("form", ["fused", "foreach", "apex"])
+def test_steps_of_any_form_are_the_cpu_s(form: str) -> None:
+    """Channels last, and on from the other device's moments; the identity loss and clipping by Apex, too, there."""
+    config, weights = OptimiserConfig(lr=1e-2, weight_decay=0.1), []
+    torch.manual_seed(0)
+    x, labels = torch.rand(5, 3, 6, 6), torch.tensor([0, 1, 2, 0, 3])
+    start = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 4))
+    ways = [("cpu", KernelsConfig(adam="plain"))]
+    apex = {"clip": "apex", "cross_entropy": "apex"} if form == "apex" else {}
+    try:
+        with using(KernelsConfig(adam=form, **apex, strict=True), torch.device("cuda")):
+            ways.append(("cuda", KernelsConfig(adam=form, **apex)))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    for device, kernels in ways:
+        net = copy.deepcopy(start).to(device, memory_format=torch.channels_last)
+        with using(kernels, torch.device(device)):
+            for part in range(2):
+                optimiser = make_optimiser(list(net.parameters()), config)
+                if part:
+                    load_moments(optimiser, saved)
+                for _ in range(3):
+                    net.zero_grad()
+                    identity_loss(net(x.to(device)), labels.to(device), IdentityConfig()).backward()
+                    clip_(list(net.parameters()), 0.5, total_norm([p.grad for p in net.parameters()]))
+                    optimiser.step()
+                saved = {
+                    n: {k: t.cpu().contiguous() for k, t in known.items()} for n, known in moments(optimiser).items()
+                }
+        weights.append([p.detach().cpu() for p in net.parameters()])
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)

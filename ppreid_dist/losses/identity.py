@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppreid_dist import distributed
+from ppreid_dist.kernels import choice, nvidia_apex
 from ppreid_dist.settings import Settings, option
 
 
@@ -37,7 +38,10 @@ def identity_loss(logits_BC: Tensor, labels_B: Tensor, config: IdentityConfig) -
 
     ``labels_B`` are int64 class numbers in [0, C), not pids.
     """
-    return F.cross_entropy(logits_BC.float(), labels_B, label_smoothing=config.smoothing)
+    logits_BC = logits_BC.float()
+    if choice.of("cross_entropy", logits_BC.device).implementation == "apex":
+        return nvidia_apex.cross_entropy(logits_BC, labels_B, config.smoothing).mean()
+    return F.cross_entropy(logits_BC, labels_B, label_smoothing=config.smoothing)
 
 
 def split_identity_loss(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppreid_dist.distributed import gather, rank
+from ppreid_dist.kernels.batch_hard import hardest
 from ppreid_dist.settings import Settings, option
 
 
@@ -30,16 +31,8 @@ def triplet_loss(pooled_BD: Tensor, pids_B: Tensor, config: TripletConfig) -> Te
     """
     pooled_BD = pooled_BD.float()
     all_ND, all_pids_N = gather(pooled_BD), gather(pids_B)
-    with torch.no_grad():
-        # Without matrix products: their cancellation orders near neighbours wrongly in float32 (and more so in TF32).
-        d_BN = torch.cdist(pooled_BD, all_ND, compute_mode="donot_use_mm_for_euclid_dist")
-        same_BN = pids_B[:, None] == all_pids_N[None, :]
-        columns_N = torch.arange(len(all_ND), device=d_BN.device)
-        itself_BN = (columns_N[: len(d_BN), None] + rank() * len(d_BN)) == columns_N[None, :]
-        positive_BN, negative_BN = same_BN & ~itself_BN, ~same_BN
-        hardest_positive_B = d_BN.masked_fill(~positive_BN, -torch.inf).argmax(1)
-        hardest_negative_B = d_BN.masked_fill(~negative_BN, torch.inf).argmin(1)
-        valid_B = (positive_BN.any(1) & negative_BN.any(1)).float()
+    itself_B = torch.arange(len(pids_B), device=pids_B.device) + rank() * len(pids_B)
+    hardest_positive_B, hardest_negative_B, valid_B = hardest(pooled_BD, all_ND, pids_B, all_pids_N, itself_B)
     gap_B = _distance(pooled_BD, all_ND[hardest_positive_B]) - _distance(pooled_BD, all_ND[hardest_negative_B])
     loss_B = F.softplus(gap_B) if config.margin is None else F.relu(gap_B + config.margin)
     return (loss_B * valid_B).sum() / valid_B.sum().clamp_min(1)

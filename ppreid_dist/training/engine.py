@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
+from ppreid_dist.kernels import clip
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched, meet_again
-from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
+from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
 
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"  # torch 2.13
@@ -161,7 +162,8 @@ class _Whole(Held):
     def step(self, loss: Tensor, lr: float, beside: Sequence[Held] = ()) -> Tensor:
         together = [held for held in (self, *beside) if isinstance(held, _Whole)]
         for held in together:
-            held._optimiser.zero_grad(set_to_none=True)
+            for parameter in held.parameters:
+                parameter.grad = None
         self._engine.accelerator.backward(loss)
         for held in together:
             held._see_gradients()
@@ -172,7 +174,7 @@ class _Whole(Held):
         if not torch.isfinite(norm):
             raise NotFinite(f"the gradient of the {self.name}")
         for held in together:
-            nn.utils.clip_grads_with_norm_(held.parameters, self.config.clip or float("inf"), norm)
+            clip.clip_(held.parameters, self.config.clip or float("inf"), norm)
             for group in held._optimiser.param_groups:
                 group["lr"] = lr
             held._optimiser.step()
@@ -187,7 +189,7 @@ class _Whole(Held):
             self._seen = True
 
     def _norm(self) -> Tensor:
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return clip.total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.module.state_dict()
@@ -196,11 +198,10 @@ class _Whole(Held):
         self.module.load_state_dict(state)
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        return {str(number): known for number, known in self._optimiser.state_dict()["state"].items()}
+        return moments(self._optimiser)
 
     def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        state = {int(number): known for number, known in saved.items()}
-        self._optimiser.load_state_dict({"state": state, "param_groups": self._optimiser.state_dict()["param_groups"]})
+        load_moments(self._optimiser, saved)
 
     def copy(self) -> Any:
         return copy.deepcopy(self.module).eval().requires_grad_(False)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
+from ppreid_dist.kernels import choice
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.training.engine import Engine, Held, NotFinite, one_step
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
@@ -124,6 +125,7 @@ class _Partitioned(Held):
             raise ConfigError(f"DeepSpeed's settings: {' '.join(str(error).split())}") from error
         self._zero = self.forward.optimizer
         self._steps = 0
+        self._fused = choice.of("adam", self._device).implementation == "fused"
 
     def step(self, loss: Tensor, lr: float, beside: Sequence[Held] = ()) -> Tensor:
         # DeepSpeed's own engine, since Accelerate's backward would step and hide how that went: DeepSpeed looks at the
@@ -176,7 +178,8 @@ class _Partitioned(Held):
         # where it is: DeepSpeed gives each parameter a view of it, once and for all.
         for flat in self._flat:
             known = self._zero.optimizer.state[flat]
-            known["step"] = torch.tensor(float(self._steps))
+            # Torch's fused form counts on the weights' device.
+            known["step"] = torch.tensor(float(self._steps), device=flat.device if self._fused else None)
             for key in _MOMENTS:
                 known.setdefault(key, torch.zeros_like(flat))
         if not self._partitioned:
