@@ -95,9 +95,9 @@ def test_losses_take_them_where_they_are_asked_for(monkeypatch: pytest.MonkeyPat
     features, pids = torch.randn(8, 4), torch.arange(8) // 2
     assert choice.of("ssim", x.device).implementation == "plain"  # the interpreter is never the choice of its own
     plain = ssim_map(x, y), triplet_loss(features, pids, TripletConfig())
-    taken.clear()
     config = choice.KernelsConfig(ssim="triton", batch_hard="triton", strict=True)
     with choice.using(config, x.device):
+        taken.clear()  # that it can run at all has been tried
         ours = ssim_map(x, y), triplet_loss(features, pids, TripletConfig())
     assert taken == ["ssim_map", "hardest"]
     torch.testing.assert_close(ours, plain)
