@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.gates import LIFT, LOSS, broken_gates
+from ppreid_dist.evaluation.gates import LIFT, LOSS, broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores
 from ppreid_dist.evaluation.urr import BROKEN, urr
 
@@ -48,11 +48,21 @@ def test_more_data_must_not_be_worse(fewer: float, noise: float, fires: bool) ->
     assert not fires or ("ridge" in lines[0] and "with 100 people" in lines[0] and "with 20" in lines[0])
 
 
-def test_an_attacker_that_more_data_ruined_is_seen_though_another_is_the_strongest() -> None:
+def test_an_attacker_that_more_data_ruined_is_noted_and_breaks_nothing_while_another_is_stronger() -> None:
     last = {"ridge": attacker(), "regression": attacker(0.05)}
     first = {"ridge": attacker(0.3), "regression": attacker(0.4)}
+    assert gates(last, {20: first, 100: last}) == []
+    (line,) = ruined_attackers(Bootstrap(PIDS, 200, 0, 0.95), last, {20: first, 100: last})
+    assert line == "on unprotected features regression reaches 0.050 with 100 people, less than the 0.400 with 20"
+    first["regression"] = attacker(REACH + 0.1)
     (line,) = gates(last, {20: first, 100: last})
-    assert "regression" in line
+    assert "the strongest attacker, ridge, reaches 0.500" in line and "the 0.600 of regression with 20" in line
+
+
+def test_whoever_joins_at_the_end_counts_as_the_strongest() -> None:
+    ridge = {20: {"ridge": attacker(0.4)}, 100: {"ridge": attacker(0.3)}}
+    assert len(gates(ridge[100], ridge)) == 1
+    assert gates({**ridge[100], "gan": attacker(REACH)}, ridge) == []
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
 from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
-from ppreid_dist.evaluation.gates import broken_gates
-from ppreid_dist.evaluation.leak import worst_people
+from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
+from ppreid_dist.evaluation.leak import AttackScores, worst_people
 from ppreid_dist.evaluation.urr import BROKEN, attack_curve, urr
 
 PLATEAU = 0.01  # a training is over where its error fell by no more over the last quarter
@@ -136,6 +136,7 @@ def summarise(
     for axis, found_there in axes.items():
         if (reason := found_there["urr"]["reason"] or "").startswith(BROKEN):
             notes.append(f"{axis}: {reason}")
+        notes += [f"{axis}: {line}" for line in _ruined(axis, bench, roles)]
     victims = {control.name: roles["control"], protected.name: roles["protected"]}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
     both = {"control": control, "protected": protected}
@@ -229,19 +230,34 @@ def _best_guesses(bench: Bench, roles: Roles) -> list[str]:
     return lines
 
 
-def _axis(
-    axis: str, bench: Bench, control: Victim, protected: Victim, roles: Roles, chance_Q: np.ndarray | None
-) -> dict[str, Any]:
-    config, pids_Q = bench.config, bench.query.pids_N
-    bootstrap = {"resamples": config.resamples, "seed": config.seed}
-    largest = bench.people[-1]
+def _ruined(axis: str, bench: Bench, roles: Roles) -> list[str]:
+    final, by_n = _scores(axis, bench, roles)
+    bootstrap = Bootstrap(bench.query.pids_N, bench.config.resamples, bench.config.seed, 0.95)
+    return ruined_attackers(bootstrap, final, by_n)
+
+
+def _scores(
+    axis: str, bench: Bench, roles: Roles
+) -> tuple[dict[str, AttackScores], dict[int, dict[str, AttackScores]]]:
+    """By attacker with the most people, and of the curve's attackers by number of people."""
+    config, largest = bench.config, bench.people[-1]
     attackers = {
         name: scores_of(roles, axis, name, largest)
         for name in config.attackers
         if (name, largest) in roles["protected"]
     }
     # The same attackers at every number of people, or the curve would jump where others join.
-    by_n = {n: {name: scores_of(roles, axis, name, n) for name in config.curve_attackers} for n in bench.people}
+    return attackers, {
+        n: {name: scores_of(roles, axis, name, n) for name in config.curve_attackers} for n in bench.people
+    }
+
+
+def _axis(
+    axis: str, bench: Bench, control: Victim, protected: Victim, roles: Roles, chance_Q: np.ndarray | None
+) -> dict[str, Any]:
+    config, pids_Q = bench.config, bench.query.pids_N
+    bootstrap = {"resamples": config.resamples, "seed": config.seed}
+    attackers, by_n = _scores(axis, bench, roles)
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
     whole = urr(pids_Q, protected.utility_ap_Q, control.utility_ap_Q, attackers, broken=broken, **bootstrap)
     curve = attack_curve(pids_Q, by_n, **bootstrap)

@@ -1,9 +1,10 @@
 """Whether the attack on an axis works at all: signs by which a broken measurement shows, whatever it says of a leak.
 
 - **Above the floor.** Somebody finds more in unprotected features than the prior gives (``evaluation.leak``).
-- **More data is not worse.** On unprotected features no attacker with the most people may stand below itself with
-  fewer. It fails where the interval of the loss, paired by identity, lies above 0 and the loss is more than ``LOSS``
-  of the axis' reach: that interval doesn't cover the chance of two trainings.
+- **More data is not worse.** On unprotected features the strongest attacker with the most people may not stand below
+  the strongest with fewer. It fails where the interval of the loss, paired by identity, lies above 0 and the loss is
+  more than ``LOSS`` of the axis' reach: that interval doesn't cover the chance of two trainings. A single attacker that
+  does worse with more people, while another is stronger, is only worth a note: r is the strongest's.
 - **The floor is at chance**, where an axis ranks and chance is known. A floor learns from pictures of strangers, so it
   can name nobody. It fails where the interval of (floor − chance) lies above 0 and that is more than ``LIFT`` of the
   reach (ceiling − chance). Cameras and light lift a judge's ranking a little without anybody being shown: by at most
@@ -42,20 +43,44 @@ def broken_gates(
     return broken if chance_Q is None else broken + _lifted(bootstrap, attackers, chance_Q)
 
 
-def _falling(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], by_n: ByPeople) -> list[str]:
-    reach = max(_excess(bootstrap, of.control_Q, of.floor_Q) for of in attackers.values())
+def ruined_attackers(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], by_n: ByPeople) -> list[str]:
+    """A line for every attacker that finds less in unprotected features with the most people than with fewer."""
     *fewer, most = sorted(by_n)
-    lines = []
-    for name in by_n[most]:
-        for n in fewer:
-            before_B, after_B = bootstrap.means({str(k): by_n[k][name].control_Q for k in (n, most)})
-            loss_B = before_B - after_B
-            if loss_B[0] > LOSS * max(reach, 0) and bootstrap.ends(loss_B)[0] > 0:
-                lines.append(
-                    f"on unprotected features {name} reaches {after_B[0]:.3f} with {most} people, "
-                    f"less than the {before_B[0]:.3f} with {n}"
-                )
-    return lines
+    return [
+        f"on unprotected features {name} reaches {after:.3f} with {most} people, less than the {before:.3f} with {n}"
+        for name, last in by_n[most].items()
+        for n in fewer
+        for before, after in _losses(bootstrap, attackers, by_n[n][name], last)
+    ]
+
+
+def _falling(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], by_n: ByPeople) -> list[str]:
+    *fewer, most = sorted(by_n)
+    strongest = _strongest(attackers)
+    best = {n: _strongest(by_n[n]) for n in fewer}
+    return [
+        f"on unprotected features the strongest attacker, {strongest}, reaches {after:.3f} with {most} people, less "
+        f"than the {before:.3f} of {name} with {n}"
+        for n, name in best.items()
+        for before, after in _losses(bootstrap, attackers, by_n[n][name], attackers[strongest])
+    ]
+
+
+def _losses(
+    bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], first: AttackScores, last: AttackScores
+) -> list[tuple[float, float]]:
+    """What was reached first and last, where last is less, beyond noise and by enough to matter; else nothing."""
+    reach = max(_excess(bootstrap, of.control_Q, of.floor_Q) for of in attackers.values())
+    before_B, after_B = bootstrap.means({"first": first.control_Q, "last": last.control_Q})
+    loss_B = before_B - after_B
+    matters = loss_B[0] > LOSS * max(reach, 0) and bootstrap.ends(loss_B)[0] > 0
+    return [(float(before_B[0]), float(after_B[0]))] if matters else []
+
+
+def _strongest(attackers: Mapping[str, AttackScores]) -> str:
+    """Who finds most in unprotected features."""
+    known = {name: of.control_Q for name, of in attackers.items() if np.isfinite(of.control_Q).any()}
+    return max(known, key=lambda name: float(np.nanmean(known[name])))
 
 
 def _lifted(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], chance_Q: np.ndarray) -> list[str]:
