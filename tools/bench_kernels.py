@@ -171,6 +171,8 @@ def nearer_exact() -> Work:
 
 
 def nearer_screened() -> Work:
+    if device().type != "cpu":
+        raise ConfigError("kernels.nearer: screened: it is for CPUs")
     queries, items, *labels = _tile()
     unit = [of.unit(slice(None)) for of in (queries, items)]
 
