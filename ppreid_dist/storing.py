@@ -42,7 +42,7 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     device = default_device()
     saved = load_extractor(run / "model", device)
     kept = Store(config.model.store, saved.extractor.feature_dim).to(device)
-    if config.model.store.kind in ("pca", "adversarial"):
+    if kept.needs_features:
         load = partial(
             load_pictures, open_training(config.data), backend=config.data.stream.backend, device=device,
             progress=progress,

@@ -119,15 +119,15 @@ def test_a_stored_run_is_handed_the_generator_and_nothing_else(tmp_path: Path, g
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("kind", ["pca", "rotation", "signs"])
+@pytest.mark.parametrize("kind", ["pca", "rotation", "signs", "codes"])
 def test_the_generator_reads_what_is_stored_otherwise(kind: str, generator: Generator, aux: World, met: World) -> None:
-    """Linear kinds, which here lose nothing, to the picture; signs well enough to find people before it learns."""
-    store = Store(StoreConfig(kind=kind, dim=256 if kind == "signs" else 12, key=4), 24)
+    """Linear kinds, which here lose nothing, to the picture; signs and codes well enough to find people."""
+    store = Store(StoreConfig(kind=kind, dim=256 if kind in ("signs", "codes") else 12, width=1.0, key=4), 24)
     store.fit(aux[1])
     reading = for_stored(generator, store(aux[1]), aux[1], aux[0].pids_N, seed=0)
     (people, plain), stored = met, store(met[1])
     drawn, before = (of(features).detach() for of, features in ((reading, stored), (generator, plain)))
-    if kind != "signs":
+    if kind in ("pca", "rotation"):
         torch.testing.assert_close(drawn, before, rtol=0, atol=0.02)
     assert judged_ap(drawn, people) > 0.5 * judged_ap(before, people)
     if stored.shape == plain.shape:

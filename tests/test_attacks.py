@@ -26,6 +26,7 @@ from ppreid_dist.attacks.bench import Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold
 from ppreid_dist.attacks.judging import Look, chance_ap
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import PlateauConfig, Split
@@ -36,7 +37,7 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.storage import write_json
 
-NAMES = ["retrieval", "ridge", "regression", "gan"]
+NAMES = ["retrieval", "ridge", "regression", "isomap", "gan"]
 if find_spec("diffusers"):
     NAMES.append("diffusion")
 TRAINED = [pytest.param(name, marks=[pytest.mark.slow] * (name == "diffusion")) for name in NAMES]
@@ -57,6 +58,15 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
+        isomap=IsomapConfig(
+            neighbours=[8, 20],
+            coordinates=[6, 12],
+            widths=start.widths,
+            lrs=start.lrs,
+            batch=start.batch,
+            ema=start.ema,
+            plateau=start.plateau,
+        ),
         diffusion=DiffusionConfig(
             views=["raw"],
             widths=[16],
@@ -235,6 +245,26 @@ def test_whitening_evens_out_the_axes_and_stays_within_what_was_seen() -> None:
     few = fit_view("whitened", features[:5])
     assert few.dim <= 5
     assert torch.isfinite(few(features)).all()
+
+
+def test_a_rolled_sheet_is_unrolled() -> None:
+    """A spiral: its only coordinate is the length along it, for points that were not in the graph, too."""
+    angle = torch.linspace(2, 14, 400)
+    features = torch.stack([angle * angle.cos(), angle * angle.sin(), torch.zeros(400)], dim=1)
+    length = torch.cat([torch.zeros(1), features.diff(dim=0).norm(dim=1).cumsum(0)])
+
+    def told(place_N: Tensor, true_N: Tensor) -> float:
+        return abs(float(torch.corrcoef(torch.stack([place_N, true_N]))[0, 1]))
+
+    unrolled = Manifold(features[::2], 6, 1)(features)
+    assert unrolled.shape == (400, 1) and told(unrolled[1::2, 0], length[1::2]) > 0.999
+    assert max(told(features[:, axis], length) for axis in (0, 1)) < 0.5
+    torch.testing.assert_close(Manifold(features[::2], 6, 1)(features[7:8]), unrolled[7:8], atol=1e-3, rtol=0)
+
+
+def test_a_graph_in_pieces_is_joined() -> None:
+    features = torch.cat([torch.randn(20, 5), torch.randn(20, 5) + 100])
+    assert torch.isfinite(Manifold(features, 4, 3)(features)).all()
 
 
 def test_held_out_error_is_zero_for_the_picture_itself(strangers: tuple[Pictures, Tensor]) -> None:

@@ -25,6 +25,7 @@ DOORS = {
     "amp_C": {"kernels/nvidia_apex.py"},
     "ray": {"sweep/ray_tune.py"},
     "optuna": {"sweep/study.py"},
+    "sklearn": {"attacks/isomap.py"},
     "pickle": set(),
     "torchvision": set(),
     "timm": set(),

@@ -56,6 +56,38 @@ def test_pca_keeps_the_main_directions() -> None:
         Store(StoreConfig(kind="pca", dim=17), 16)
 
 
+def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -> None:
+    """A square wave's spectrum, term by term: the agreement of two codes is a sum of gaussians of the distance."""
+    config = StoreConfig(kind="codes", dim=40_000, width=0.3, key=2)
+    angles = torch.linspace(0, math.pi, 40)
+    x = torch.stack([angles.cos(), angles.sin(), *torch.zeros(6, 40)], dim=1)
+    store = Store(config, 8)
+    kept = store(x)
+    assert kept.unique().numel() == 2 and kept.norm(dim=1).sub(1).abs().max() < 1e-4
+    distance = (x[0] - x).norm(dim=1).double()
+    oracle = sum(8 / math.pi**2 / k**2 * torch.exp(-((k * distance / 0.3) ** 2) / 2) for k in range(1, 4001, 2))
+    torch.testing.assert_close((kept @ kept[0]).double(), oracle, rtol=0, atol=0.02)
+    assert not torch.allclose(Store(StoreConfig(kind="codes", dim=40_000, width=0.3, key=3), 8)(x), kept)
+
+
+def test_codes_of_the_main_directions() -> None:
+    x = features(200)
+    config = StoreConfig(kind="codes", dim=64, axes=5, key=1)
+    store = Store(config, 16)
+    assert store.needs_features and not Store(StoreConfig(kind="codes", dim=64), 16).needs_features
+    store.fit(F.normalize(x, dim=1))
+    main = Store(StoreConfig(kind="pca", dim=5), 16)
+    main.fit(F.normalize(x, dim=1))
+    assert torch.equal(store(x), Store(StoreConfig(kind="codes", dim=64, key=1), 5)(main(x)))
+    again = Store(config, 16)
+    again.load_state_dict(store.state_dict())
+    assert torch.equal(again(x), store(x)) and store.state_dict().keys() == {
+        "main_DA"
+    }  # the key's secrets are not kept
+    with pytest.raises(ConfigError, match=r"model\.store\.axes: 17 is more than the embedding's 16"):
+        Store(StoreConfig(kind="codes", axes=17), 16)
+
+
 def test_signs_agree_as_often_as_the_angle_says() -> None:
     """P(two signs agree) = 1 - angle / pi."""
     store, x = Store(StoreConfig(kind="signs", dim=20_000), 16), features(2)
@@ -88,7 +120,7 @@ def test_adversarial_misleads_the_decoder_it_knows_and_little_the_matching() -> 
     assert torch.equal(again(plain), moved)
 
 
-@pytest.mark.parametrize("kind", ["noise", "adversarial", "rotation", "signs"])
+@pytest.mark.parametrize("kind", ["noise", "adversarial", "rotation", "signs", "codes"])
 def test_gradients_pass(kind: str) -> None:
     """A white-box attacker differentiates through T."""
     x = features().requires_grad_()

@@ -4,6 +4,8 @@
     python tools/bench.py step [--config configs/demo.yaml]        a training's steps: plain, and what the game adds
     python tools/bench.py input [--height 256 --width 128]         decoding and the stream: pictures a second
     python tools/bench.py kernels                                  each kernel beside its twin
+    python tools/bench.py scaling [--processes 1 2 4]              the same on several processes; bytes between them
+    python tools/bench.py network [--gpus 8 64 512]                many GPUs, reckoned by stated assumptions
 
 ``--json FILE`` writes the same. A ``ratio`` is the twin's seconds over ours, of medians in one run: on a busy machine
 the seconds mean little and the ratio still something. Everything is measured in processes of its own, so that a peak of
@@ -19,12 +21,17 @@ from typing import Any
 
 import bench_input
 import bench_kernels
+import bench_network
 import bench_rank
+import bench_scaling
 import bench_step
 import torch
 from bench_process import cores
 
-PARTS = {"rank": bench_rank, "step": bench_step, "input": bench_input, "kernels": bench_kernels}
+PARTS = {
+    "rank": bench_rank, "step": bench_step, "input": bench_input, "kernels": bench_kernels, "scaling": bench_scaling,
+    "network": bench_network,
+}  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -34,7 +34,8 @@ def measured(prepare: Prepare, *arguments: Any, repeats: int, threads: int, warm
 
 
 def alone(work: Callable[..., dict[str, float]], *arguments: Any, threads: int) -> dict[str, float]:
-    """What ``work``, a module's own function, finds in a new process, and that one's ``peak_mb``, as above."""
+    """What ``work``, a module's own function, finds in a new process, and, unless it finds that itself, that one's
+    ``peak_mb``, as above."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_alone, work, arguments, threads).result()
 
@@ -43,7 +44,7 @@ def _alone(work: Callable[..., dict[str, float]], arguments: tuple[Any, ...], th
     torch.set_num_threads(threads)
     before = _peak()
     found = work(*arguments)
-    return {**found, "peak_mb": (_peak() - before) / 1e6}
+    return {"peak_mb": (_peak() - before) / 1e6, **found}
 
 
 def _measure(prepare: Prepare, arguments: tuple[Any, ...], repeats: int, warm: int) -> dict[str, float]:

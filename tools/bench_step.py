@@ -16,6 +16,13 @@ from ppreid_dist.training.tracking import read_metrics
 KINDS = ("ridge", "regression", "gan", "distance_correlation")
 
 
+def ways(only: list[str] | None) -> dict[str, list[str]]:
+    """What a training plays, by name: nothing, what its configuration says, or one kind of adversary."""
+    known: dict[str, list[str]] = {"plain": ["privacy.weight=0"], "configured": []}
+    known |= {kind: [f"privacy.adversaries=[{{kind: {kind}}}]"] for kind in KINDS}
+    return {name: way for name, way in known.items() if name in (only or known)}
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
     parser.add_argument(
@@ -29,44 +36,51 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    ways = {"plain": ["privacy.weight=0"], "configured": []}
-    ways |= {kind: [f"privacy.adversaries=[{{kind: {kind}}}]"] for kind in KINDS}
-    ways = {name: way for name, way in ways.items() if name in (options.only or ways)}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        common = [*options.settings, *_world(options, Path(folder))]
-        warm = options.steps // 3
-        prepare_shards(load_settings(Config, options.config, common).data, progress=False)
-        for name, way in tqdm(ways.items(), unit="training"):
-            settings = [*common, *way, f"output={folder}/{name}"]
-            config = load_settings(Config, options.config, settings)
-            period = _period(config)
-            counted = -(-(options.steps - warm) // period) * period
-            rows_a_step = config.data.identities_per_batch * config.data.pictures_per_identity
-            settings.append(f"training.images={(warm + counted) * rows_a_step}")
+        common = world(options.config, options.settings, Path(folder))
+        for name, way in tqdm(ways(options.only).items(), unit="training"):
+            settings, counted = timed(options.config, [*common, *way, f"output={folder}/{name}"], options.steps)
             found = alone(_steps, options.config, settings, counted, threads=options.threads)
             rows.append({"way": name, **found})
-            if "plain" in ways:
+            if rows[0]["way"] == "plain":
                 rows[-1] |= {"overhead": found["seconds"] / rows[0]["seconds"]}
                 rows[-1] |= {"ratio": rows[0]["seconds"] / found["seconds"]}
     return rows
 
 
-def _world(options: argparse.Namespace, folder: Path) -> list[str]:
-    """People enough for the configuration's batches, of its pictures' size, and a training without stops."""
-    config = load_settings(Config, options.config, options.settings)
+def world(file: str, given: list[str], folder: Path) -> list[str]:
+    """Settings of a training without stops, on shards that are written into ``folder``: people enough for the
+    configuration's batches, of its pictures' size."""
+    config = load_settings(Config, file, given)
     data, strangers = config.data, config.privacy.ridge.strangers
     people = max(2 * data.identities_per_batch, config.reversal.batch)
     if data.strangers_split == "train":
         people = max(people, strangers)
     synthetic = f"train: {people}, unlabelled: {max(2, strangers)}, aux: 8, test: 8, cameras: 2, shots: 2"
-    return [
+    settings = [
+        *given,
         "data.kind=synthetic", "data.aux_identities=0", "data.train_splits=[train]",
         f"data.root={folder / 'people'}", f"data.shards={folder / 'shards'}",
         f"data.synthetic={{{synthetic}, height: {data.height}, width: {data.width}}}",
         "training.warm=0", "training.log_every=1", "training.checkpoint_every=1000000", "training.keep=1",
         "probe.every=0",
     ]  # fmt: skip
+    prepare_shards(load_settings(Config, file, settings).data, progress=False)
+    return settings
+
+
+def timed(file: str, settings: list[str], steps: int) -> tuple[list[str], int]:
+    """The settings of a training of ``steps`` or a little more, and how many of its last steps count."""
+    config, warm = load_settings(Config, file, settings), steps // 3
+    period = _period(config)
+    counted = -(-(steps - warm) // period) * period
+    return [*settings, f"training.images={(warm + counted) * pictures_a_step(config)}"], counted
+
+
+def pictures_a_step(config: Config) -> int:
+    """Labelled ones, of all processes."""
+    return config.data.identities_per_batch * config.data.pictures_per_identity
 
 
 def _period(config: Config) -> int:
@@ -78,12 +92,17 @@ def _period(config: Config) -> int:
 
 
 def _steps(file: str, settings: list[str], counted: int) -> dict[str, float]:
-    """What each of the last ``counted`` steps took on average, and the share of the time spent on waiting for data."""
     config = load_settings(Config, file, settings)
     train(config, progress=False)
+    return step_times(config, counted)
+
+
+def step_times(config: Config, counted: int) -> dict[str, float]:
+    """What each of a run's last ``counted`` steps took on average, and the share of the time spent on waiting for
+    data."""
     rows = [row for row in read_metrics(Path(config.output) / "metrics.jsonl") if "images_per_second" in row]
     ended = {row["step"]: row["images"] / row["images_per_second"] for row in rows}
     last = max(ended)
     seconds = (ended[last] - ended[last - counted]) / counted
-    pictures = config.data.identities_per_batch * config.data.pictures_per_identity
+    pictures = pictures_a_step(config)
     return {"seconds": seconds, "images_per_second": pictures / seconds, "data_wait": rows[-1]["data_wait"]}

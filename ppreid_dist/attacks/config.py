@@ -8,6 +8,7 @@ from ppreid_dist.attacks.auxiliary import AuxiliaryConfig
 from ppreid_dist.attacks.base import ATTACKERS
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.isomap import IsomapConfig
 from ppreid_dist.attacks.linkage import LinkageConfig
 from ppreid_dist.attacks.perceptual import PerceptualConfig
 from ppreid_dist.attacks.regression import RegressionConfig
@@ -22,7 +23,7 @@ from ppreid_dist.settings import Settings, option
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
     attackers: list[str] = option(
-        ["retrieval", "ridge", "regression", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
+        ["retrieval", "ridge", "regression", "isomap", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
     )
     curve_attackers: list[str] = option(
         ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
@@ -41,6 +42,7 @@ class AttackConfig(Settings):
     retrieval: RetrievalConfig = option(RetrievalConfig(), "")
     ridge: RidgeConfig = option(RidgeConfig(), "")
     regression: RegressionConfig = option(RegressionConfig(), "")
+    isomap: IsomapConfig = option(IsomapConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     diffusion: DiffusionConfig = option(DiffusionConfig(), "")
     adaptive: AdaptiveConfig = option(AdaptiveConfig(), "")

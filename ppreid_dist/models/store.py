@@ -8,12 +8,15 @@ training anything; they are put on a finished extractor (``ppreid store``), and 
     pca        its projection on the ``dim`` main directions of the training people's features
     rotation   the same after a secret rotation, which keeps every distance
     signs      the signs of ``dim`` secret random projections (Charikar, STOC 2002)
+    codes      the signs of ``dim`` secret waves over its main directions: near features agree in most of them;
+               beyond a few ``width`` it is lost how far two are apart (Boufounos & Rane, WIFS 2011)
 
 All but ``noise`` at unit norm again. int8 comes last of all.
 
-Shapes: B batch, N fitted rows, D the embedding's dim, S the stored dim.
+Shapes: B batch, N fitted rows, D the embedding's dim, A main directions, S the stored dim.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,54 +48,66 @@ class StoreConfig(Settings):
     kind: str = option(
         "plain",
         "what is kept of an embedding; all but plain are for `ppreid store`, after training",
-        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs"),
+        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs", "codes"),
     )
     strength: float = option(0.5, "the norm of what is added: of noise on average, of adversarial at most", more_than=0)
     ascent: int = option(20, "of adversarial: steps to where the decoder errs most", at_least=1)
     decoder: DecoderConfig = option(DecoderConfig(), "")
-    dim: int = option(0, "of pca and signs: the stored dimension; 0 is the embedding's", at_least=0)
-    key: int = option(0, "of noise, rotation and signs: the secret that they are drawn from", at_least=0)
+    dim: int = option(0, "of pca, signs and codes: the stored dimension; 0 is the embedding's", at_least=0)
+    axes: int = option(0, "of codes: the main directions that are coded; 0 is all", at_least=0)
+    width: float = option(0.5, "of codes: features at distance d agree as exp(-d^2 / (2 width^2)) says", more_than=0)
+    key: int = option(0, "of noise, rotation, signs and codes: the secret that they are drawn from", at_least=0)
     quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))
 
 
 class Store(nn.Module):
     """Embeddings (B, D) to stored features (B, S), fp32. What :meth:`fit` learns must be there before it is used.
 
-    ConfigError naming ``model.store.dim`` where more directions are asked for than there are.
+    ConfigError naming ``model.store.dim``, or ``axes``, where more directions are asked for than there are.
     """
 
-    matrix_DS: Tensor
+    main_DA: Tensor
+    secret_AS: Tensor
+    phases_S: Tensor
 
     def __init__(self, config: StoreConfig, dim: int):
         super().__init__()
         self.config = config
-        self.dim = config.dim or dim if config.kind in ("pca", "signs") else dim
-        if config.kind == "pca" and self.dim > dim:
-            raise ConfigError(f"model.store.dim: {self.dim} is more than the embedding's {dim}")
-        matrix_DS = torch.empty(0)
-        if config.kind == "pca":
-            matrix_DS = torch.zeros(dim, self.dim)
-        elif config.kind in ("rotation", "signs"):
-            matrix_DS = torch.randn(dim, self.dim, generator=torch.Generator().manual_seed(config.key))
+        self.dim = config.dim or dim if config.kind in ("pca", "signs", "codes") else dim
+        setting, axes = {"pca": ("dim", self.dim), "codes": ("axes", config.axes)}.get(config.kind, ("", 0))
+        if axes > dim:
+            raise ConfigError(f"model.store.{setting}: {axes} is more than the embedding's {dim}")
+        secret_AS = phases_S = torch.empty(0)
+        if config.kind in ("rotation", "signs", "codes"):
+            secret = torch.Generator().manual_seed(config.key)
+            secret_AS = torch.randn(axes or dim, self.dim, generator=secret)
+            phases_S = 2 * math.pi * torch.rand(self.dim, generator=secret)
             if config.kind == "rotation":
-                matrix_DS = torch.linalg.qr(matrix_DS.double())[0].float()
+                secret_AS = torch.linalg.qr(secret_AS.double())[0].float()
         self.decoder = None
         if config.kind == "adversarial":
             with seeded(config.key, 0xADF):
                 self.decoder = Generator(dim, config.decoder.size, config.decoder.width, 0).requires_grad_(False)
-        # A key makes its matrix again; only what was fitted is to be kept.
-        self.register_buffer("matrix_DS", matrix_DS, persistent=config.kind == "pca")
+        # A key makes its secrets again; only what was fitted is to be kept.
+        self.register_buffer("main_DA", torch.zeros(dim, axes), persistent=axes > 0)
+        self.register_buffer("secret_AS", secret_AS, persistent=False)
+        self.register_buffer("phases_S", phases_S, persistent=False)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether :meth:`fit` has something to learn."""
+        return self.main_DA.numel() > 0 or self.decoder is not None
 
     def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
         """Learn from plain features, and from the uint8 pictures behind them, of the decoder's size.
 
-        ``pca`` finds the main directions of their second moment, since a gallery compares features without centring;
-        ``adversarial`` trains its decoder, which needs the pictures.
+        ``pca`` and ``codes`` find the main directions of their second moment, since a gallery compares features without
+        centring; ``adversarial`` trains its decoder, which needs the pictures.
         """
-        if self.config.kind == "pca":
+        if self.main_DA.numel():
             moment_DD = plain_ND.double().mT @ plain_ND.double()
             main_DD = torch.linalg.eigh(moment_DD)[1].flip(1)
-            self.matrix_DS.copy_(main_DD[:, : self.dim])
+            self.main_DA.copy_(main_DD[:, : self.main_DA.shape[1]])
         elif self.decoder is not None:
             assert pictures_N3hw is not None
             self._train_decoder(plain_ND, pictures_N3hw)
@@ -119,12 +134,21 @@ class Store(nn.Module):
             stored_BS = stored_BS + self._noise(stored_BS)
         elif self.decoder is not None:
             stored_BS = F.normalize(stored_BS + self._away(stored_BS.detach(), self.decoder), dim=1)
+        elif self.config.kind == "pca":
+            stored_BS = F.normalize(stored_BS @ self.main_DA, dim=1)
+        elif self.config.kind == "rotation":
+            stored_BS = F.normalize(stored_BS @ self.secret_AS, dim=1)
         elif self.config.kind == "signs":
-            signs_BS = (stored_BS @ self.matrix_DS).detach().sign() / self.dim**0.5
-            stored_BS = _straight_through(signs_BS, F.normalize(stored_BS @ self.matrix_DS, dim=1))
-        elif self.config.kind != "plain":
-            stored_BS = F.normalize(stored_BS @ self.matrix_DS, dim=1)
+            stored_BS = self._signs(stored_BS @ self.secret_AS)
+        elif self.config.kind == "codes":
+            main_BA = F.normalize(stored_BS @ self.main_DA, dim=1) if self.config.axes else stored_BS
+            stored_BS = self._signs(torch.cos(main_BA @ self.secret_AS / self.config.width + self.phases_S))
         return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+
+    def _signs(self, smooth_BS: Tensor) -> Tensor:
+        """At unit norm. 0 has a sign too: a bit that was left out would tell."""
+        signs_BS = torch.where(smooth_BS.detach() < 0, -1.0, 1.0) / self.dim**0.5
+        return _straight_through(signs_BS, F.normalize(smooth_BS, dim=1))
 
     def _away(self, plain_BD: Tensor, decoder: Generator) -> Tensor:
         """What takes a feature, within the strength, to where the decoder draws something else than from it.

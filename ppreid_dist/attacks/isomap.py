@@ -1,0 +1,95 @@
+"""The attacker who unrolls the features first: coordinates along their manifold, then a regression decoder.
+
+Stored features that keep near distances and scramble far ones (``model.store.kind: codes``, or an extractor that has
+learned to fold) leave a decoder to learn every neighbourhood by itself: with few people it finds little. But matching
+lives by near distances, and summed along shortest paths they give the far ones back (Isomap; Tenenbaum, de Silva and
+Langford, Science 2000), by the features alone: no key is needed and no picture. docs/LOG.md has what that uncovers.
+
+Shapes: N its own pictures, M features to reverse, D feature dim, K coordinates.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.base import register
+from ppreid_dist.attacks.plateau import Split, race
+from ppreid_dist.attacks.regression import Decoder, Regression, RegressionConfig
+from ppreid_dist.settings import option
+
+
+@dataclass(kw_only=True)
+class IsomapConfig(RegressionConfig):
+    views: list[str] = option(["raw"], "forms of the coordinates to try", choices=("raw", "whitened"))
+    widths: list[int] = option([32], "network widths to try", at_least=1)
+    lrs: list[float] = option([3e-3], "learning rates to try", more_than=0)
+    neighbours: list[int] = option([15, 60], "neighbours of a feature in the graph, to try", at_least=2)
+    coordinates: list[int] = option([16, 64], "numbers of coordinates to try", at_least=1)
+    pictures: int = option(4000, "at most this many make the graph, the others are put into it", at_least=16)
+
+
+class Manifold:
+    """Isomap coordinates of features, by the graph of those that it was made of."""
+
+    def __init__(self, features_ND: Tensor, neighbours: int, coordinates: int):
+        from sklearn.manifold import Isomap
+
+        rows = len(features_ND)
+        self._map = Isomap(n_neighbors=min(neighbours, rows - 1), n_components=min(coordinates, rows - 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a graph in several pieces: it joins them where they are nearest
+            self._map.fit(features_ND.double().cpu().numpy())
+
+    def __call__(self, features_MD: Tensor) -> Tensor:
+        """(M, K) float32, on the features' device."""
+        places_MK = self._map.transform(features_MD.double().cpu().numpy())
+        return torch.from_numpy(np.ascontiguousarray(places_MK, dtype=np.float32)).to(features_MD.device)
+
+
+class UnrolledDecoder(Decoder):
+    """A decoder of a manifold's first coordinates; what it is given are those, ``manifold`` makes them."""
+
+    def __init__(self, places_NK: Tensor, *of: object, manifold: Manifold, count: int, **recipe: object):
+        self.manifold, self.count = manifold, count
+        super().__init__(places_NK[:, :count], *of, **recipe)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        return f"{self.count} coordinates, {super().name}"
+
+    def unroll(self, features_MD: Tensor) -> Tensor:
+        return self.manifold(features_MD)[:, : self.count]
+
+
+@register
+class UnrolledRegression(Regression):
+    """The regression decoder on Isomap coordinates; the graph and their number are raced like its other choices."""
+
+    name = "isomap"
+    config: IsomapConfig
+
+    def learn(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
+    ) -> Decoder:
+        config, entrants = self.config, []
+        # Features are no secret to whoever has them: those of the people held out are in the graph too.
+        some = np.random.default_rng([split.seed, 0x150]).permutation(len(features_ND))[: config.pictures]
+        for neighbours in config.neighbours:
+            manifold = Manifold(features_ND[torch.from_numpy(some)], neighbours, max(config.coordinates))
+            enter = partial(
+                UnrolledDecoder, manifold(features_ND), pictures_N3hw, split,
+                manifold=manifold, noise_dim=0, config=config, seed=seed,
+            )  # fmt: skip
+            choices = product(config.coordinates, config.views, config.widths, config.lrs)
+            entrants += [partial(enter, count=k, view=view, width=width, lr=lr) for k, view, width, lr in choices]
+        self.decoder = self.unrolled = race(entrants, config, say)
+        return self.decoder
+
+    def reconstruct(self, features_MD: Tensor) -> Tensor:
+        return super().reconstruct(self.unrolled.unroll(features_MD))
