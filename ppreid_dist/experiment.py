@@ -74,7 +74,8 @@ class Config(Settings):
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
 FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
         "engine.accumulate", "kernels.",
-        "training.log_every", "training.checkpoint_every", "training.keep", "probe.", "attack.", "report.")  # fmt: skip
+        "training.log_every", "training.checkpoint_every", "training.keep", "training.trace.",
+        "probe.", "attack.", "report.")  # fmt: skip
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

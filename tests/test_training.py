@@ -56,6 +56,24 @@ def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_trace_says_where_the_time_goes_and_changes_nothing(world: list[str], whole: Path, tmp_path: Path) -> None:
+    """Two steps of the game, whose parts are all there; and as many calls as steps."""
+    config = load_settings(Config, whole / "config.yaml")
+    first = json.loads((whole / "result.json").read_text())["steps"] - 3
+    assert first / (first + 3) > config.training.warm
+    traced = run(world, tmp_path / "run", f"training.trace={{start: {first}, steps: 2}}")
+    assert_same(traced, last(whole))
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert {"part: extractor step", "part: ridge loss", "part: gan loss"} <= {event["name"] for event in events}
+    costs = json.loads((tmp_path / "run" / "costs.json").read_text())
+    parts = {row["name"]: row for row in costs["parts"]}
+    assert (costs["from"], costs["to"]) == (first, first + 2)
+    assert parts["extractor step"]["calls"] == parts["extractor forward"]["calls"] == 2
+    assert parts["extractor step"]["ms"] > parts["extractor forward"]["ms"] + parts["gan loss"]["ms"] > 0
+    assert len(costs["operations"]) == 5 and 0.2 < sum(row["share"] for row in costs["operations"]) <= 1
+    assert not (whole / "trace.json").exists()
+
+
 def test_a_resumed_run_is_the_same_bit_for_bit(world: list[str], whole: Path, tmp_path: Path) -> None:
     """Stopped after the checkpoint of every third step, in the warm-up and in the game."""
     for stop in (3, 6, 9):

@@ -6,6 +6,7 @@
         checkpoints/            see ``checkpoint``
         model/                  the finished extractor, see ``models.extractor``
         result.json             what the run took: steps, images, seconds, images per second, data wait; the engine
+    trace.json, costs.json  where asked for, see ``trace``
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ and the learning
 rate. A resumed run therefore continues as if it had never stopped.
@@ -28,11 +29,12 @@ from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary, View
 from ppreid_dist.training.engine import Engine, NotFinite
-from ppreid_dist.training.feed import Feed
+from ppreid_dist.training.feed import Feed, FeedBatch
 from ppreid_dist.training.player import Player
 from ppreid_dist.training.state import GameState, Position
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
 from ppreid_dist.training.stopping import StopRequests
+from ppreid_dist.training.trace import Trace, TraceConfig, part
 from ppreid_dist.training.tracking import Averages, rewind_metrics
 
 Probe = Callable[[nn.Module, list[View], int], dict[str, float]]
@@ -50,6 +52,7 @@ class TrainingConfig(Settings):
     ema: float = option(
         0.0, "decay of the averaged extractor that is kept and probed; 0 = keep the last", at_least=0, at_most=1
     )
+    trace: TraceConfig = option(TraceConfig(), "")
 
 
 class Runner:
@@ -94,6 +97,7 @@ class Runner:
         self.at = Position()
         self.requests = StopRequests(folder, engine.device)
         self.averages = Averages(engine.device)
+        self.trace = Trace(config.trace if engine.is_main else TraceConfig(), folder, engine.device)
 
     @property
     def step(self) -> int:
@@ -117,6 +121,7 @@ class Runner:
         self.requests.listen()
         try:
             while self.step < self.total:
+                self.trace.at(self.step)
                 self._round()
                 self.at.step += 1
                 self.at.elapsed = elapsed_before + time.perf_counter() - started
@@ -140,6 +145,7 @@ class Runner:
             what = " ".join(str(error).split())[:200]
             raise LostError(f"{self.folder}: step {self.step}: another process died or hangs: {what}") from error
         finally:
+            self.trace.close(self.step)
             self.requests.close()
             bar.close()
             for feed in self._feeds():
@@ -154,17 +160,29 @@ class Runner:
             self.at.prepared = True
         if self._plays(self.step):
             for adversary in self.adversaries:
-                self.averages.note(adversary.respond(self.extractor, self.step), adversary.kind)
-            strangers = self.strangers[self._played(self.step)] if self.strangers is not None else None
-        terms = self.extractor_step(
-            self.labelled[self.step], strangers, step=self.step, strength=strength, progress=self.step / self.total
-        )
+                with part(f"{adversary.kind} learns"):
+                    self.averages.note(adversary.respond(self.extractor, self.step), adversary.kind)
+            strangers = self._pictures(self.strangers, self._played(self.step))
+        labelled = self._pictures(self.labelled, self.step)
+        assert labelled is not None
+        with part("extractor step"):
+            terms = self.extractor_step(
+                labelled, strangers, step=self.step, strength=strength, progress=self.step / self.total
+            )
         if self._plays(self.step):
             for adversary in self.adversaries:
-                self.averages.note(adversary.follow(self.step), adversary.kind)
+                with part(f"{adversary.kind} learns"):
+                    self.averages.note(adversary.follow(self.step), adversary.kind)
         if self.ema is not None:
             self.ema.update(self.extractor.held.weights())
         self.averages.note(terms | {"privacy/strength": torch.tensor(strength)})
+
+    @staticmethod
+    def _pictures(feed: Feed | None, number: int) -> FeedBatch | None:
+        if feed is None:
+            return None
+        with part("pictures"):
+            return feed[number]
 
     def _plays(self, step: int) -> bool:
         return bool(self.adversaries) and step >= self.game_from and (step - self.game_from) % self.privacy.every == 0

@@ -24,6 +24,7 @@ from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import FeedBatch
 from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import resize
+from ppreid_dist.training.trace import part
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,8 @@ class ExtractorStep:
         # One forward for both: a wrapper may be called once only for each backward.
         x = labelled.x_B3HW if strangers is None else torch.cat([labelled.x_B3HW, strangers.clean_B3HW])
         with self.extractor.active() as forward, self._heads() as heads, self.engine.autocast():
-            out = forward(x)
+            with part("extractor forward"):
+                out = forward(x)
             self.terms = terms = {
                 "identity": self._identity(out, rows, labelled.labels_B, heads),
                 "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
@@ -87,9 +89,11 @@ class ExtractorStep:
                 if strangers is not None:
                     shown = replace(shown, strangers=self._expose(out.stored_BD[rows:], strangers))
                 for adversary, weight in self.adversaries:
-                    terms[adversary.kind] = adversary.loss(shown, step)
+                    with part(f"{adversary.kind} loss"):
+                        terms[adversary.kind] = adversary.loss(shown, step)
                     loss = loss + strength * weight * terms[adversary.kind]
-            norm = self.extractor.step(loss, progress, beside=self.beside)
+            with part("extractor backward, update"):
+                norm = self.extractor.step(loss, progress, beside=self.beside)
         return {f"loss/{name}": term.detach() for name, term in terms.items()} | {"extractor/gradient": norm}
 
     @contextmanager
