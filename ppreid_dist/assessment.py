@@ -140,6 +140,7 @@ def attack(
             found=found,
             kept=Kept(trained or out / "trained"),
             auxiliaries=auxiliaries,
+            announce=(lambda line: tqdm.write(f"attack: {line}")) if progress else None,
         )
     figures = findings(config, control, protected, judging, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))

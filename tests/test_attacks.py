@@ -1,11 +1,14 @@
 """Attackers find what features give away, find nothing where there is nothing, and don't fool themselves."""
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from ppreid_dist.attacks.base import (
     ATTACKERS,
     VIEWS,
     Attacker,
+    Progress,
     fit_view,
     held_out_error,
     permute_people,
@@ -25,11 +29,12 @@ from ppreid_dist.attacks.base import (
 from ppreid_dist.attacks.bench import Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.diffusion import DiffusionConfig
+from ppreid_dist.attacks.estimate import cut, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.isomap import IsomapConfig, Manifold
 from ppreid_dist.attacks.judging import Look, chance_ap
 from ppreid_dist.attacks.kept import Kept
-from ppreid_dist.attacks.plateau import PlateauConfig, Split
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
@@ -291,6 +296,7 @@ def suite(
     *,
     blind: bool = False,
     kept: Kept | None = None,
+    announce: Progress | None = None,
     looks: dict[str, Look] | None = None,
     **changes: object,
 ) -> SuiteResult:
@@ -322,7 +328,48 @@ def suite(
         config=small_config(**changes),
         progress=lambda line: None,
         kept=kept,
+        announce=announce,
     )
+
+
+def test_an_attack_says_first_how_long_it_may_take(
+    tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    """What is kept from before isn't counted, and nothing is said where all is."""
+    said: list[str] = []
+    asked = {"people": [20, 0], "kept": Kept(tmp_path), "announce": said.append}
+    suite(*aux, *strangers, attackers=["ridge"], **asked)
+    suite(*aux, *strangers, attackers=["ridge", "gan"], **asked)
+    suite(*aux, *strangers, attackers=["ridge", "gan"], **asked)
+    first, second = said
+    assert re.fullmatch(r"6 trainings, at most about \d+ s here: ridge 6 of \d+ s", first)
+    assert re.fullmatch(r"3 trainings, at most about \d+ s here: gan 3 of \d+ s", second)
+
+
+def test_the_steps_that_a_training_may_take() -> None:
+    plateau, short = PlateauConfig(max_steps=1000), PlateauConfig(max_steps=50)
+    start = RegressionConfig(views=["raw", "whitened"], widths=[16], lrs=[1e-2, 1e-3], trial_steps=70, plateau=plateau)
+    assert most_steps(start) == 4 * 70 + 1000
+    assert most_steps(replace(start, views=["raw"], lrs=[1e-2])) == 1000  # nothing to race
+    gan = GanConfig(start=start, plateau=short)
+    assert most_steps(gan) == 1280 + 50
+    assert most_steps(cut(gan, 3)) == 4 * 3 + 3 + 3 and cut(gan, 3).start.lrs == start.lrs
+
+    class Slow(Learner):
+        """A tenth of a second to begin with, and a hundredth a step."""
+
+        def learn(self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, **_: object) -> Decoder:
+            time.sleep(0.1 + 0.01 * most_steps(self.config))
+            return cast(Decoder, SimpleNamespace(best=0.0, still_falling=0.0))
+
+        def reconstruct(self, features_MD: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    config, (known, features) = small_config(regression=start), make_people(0, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ATTACKERS, "regression", Slow)
+        found = seconds("regression", config, features, known.images_N3HW, known.pids_N)
+    assert found == pytest.approx(0.1 + 0.01 * 1280, rel=0.2)
 
 
 def test_the_same_features_leak_all(

@@ -30,10 +30,12 @@ class Attacker(ABC):
 
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
-    training: more than hardly any was no plateau. NaN elsewhere.
+    training: more than hardly any was no plateau. NaN elsewhere. ``growth`` is the power of the pictures' number with
+    which the time of :meth:`fit` grows at most.
     """
 
     name: ClassVar[str]
+    growth: ClassVar[int] = 2
     held_out = still_falling = float("nan")
 
     def __init__(self, config: Any):

@@ -5,7 +5,8 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature di
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -56,6 +57,26 @@ class Victim:
 
 
 Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One that may be kept under ``key`` from before."""
+
+    label: str
+    key: str
+    make: Callable[[], Outcome]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """What attackers are trained on: these features, or those of permuted people, and for whom."""
+
+    name: str
+    aux_ND: Tensor
+    query_QD: Tensor
+    reversal: Generator | None = None
+    permuted: bool = False
 
 
 class Bench:
@@ -159,32 +180,46 @@ class Bench:
     def say(self, label: str, line: str) -> None:
         self.progress(f"{label}: {line}")
 
-    def train_all(
-        self, role: str, aux_ND: Tensor, query_QD: Tensor, *, reversal: Generator | None = None, permuted: bool = False
-    ) -> Trained:
-        """Every attacker with every number of people on these features, or on those of permuted people.
-
-        The adaptive one starts from ``reversal``, and is left out without it.
-        """
+    def train_all(self, role: Role) -> Trained:
+        """Every attacker with every number of people."""
         trained: Trained = {}
+        for name, n, draws in self._trainings(role):
+            outcomes = [self.once(training.label, training.key, training.make) for training in draws]
+            # Never by the test: an adversary has his own people to choose by, and no others.
+            best = min(outcomes, key=lambda outcome: outcome.held_out) if len(outcomes) > 1 else outcomes[0]
+            trained[name, n] = replace(best, seconds=sum(outcome.seconds for outcome in outcomes))
+        return trained
+
+    def missing(self, roles: Sequence[Role]) -> Counter[str]:
+        """How many trainings of each attacker aren't kept from before."""
+        return Counter(
+            name
+            for role in roles
+            for name, _, draws in self._trainings(role)
+            for training in draws
+            if self.kept is None or not self.kept.has(training.key)
+        )
+
+    def _trainings(self, role: Role) -> Iterator[tuple[str, int, list[Training]]]:
+        """By attacker and number of people, one for every draw. The adaptive one starts from the role's ``reversal``,
+        and is left out without it."""
+        reversal = role.reversal
         for n in self.people:
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
-            pairs = permute_people(self.groups_N[rows], self.config.seed) if permuted else np.arange(len(rows))
+            pairs = permute_people(self.groups_N[rows], self.config.seed) if role.permuted else np.arange(len(rows))
             for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
                 if name == Adaptive.name and reversal is None:
                     continue
-                parts = (aux_ND[rows], rows, rows[pairs], query_QD)
+                parts = (role.aux_ND[rows], rows, rows[pairs], role.query_QD)
                 start = reversal.state_dict().values() if reversal and name == Adaptive.name else []
-                outcomes = []
+                trainings = []
                 for draw in range(self.config.seeds if issubclass(ATTACKERS[name], Learner) else 1):
-                    label = f"{name}, {n} people, {role}" + (f", seed {draw + 1}" if draw else "")
+                    label = f"{name}, {n} people, {role.name}" + (f", seed {draw + 1}" if draw else "")
                     settings = [name, to_dict(getattr(self.config, name)), self.config.seed, draw]
-                    train = partial(self._train, label, name, draw, *parts, reversal)
-                    outcomes.append(self.once(label, digest(self.world, settings, *parts, *start), train))
-                # Never by the test: an adversary has his own people to choose by, and no others.
-                best = min(outcomes, key=lambda outcome: outcome.held_out) if len(outcomes) > 1 else outcomes[0]
-                trained[name, n] = replace(best, seconds=sum(outcome.seconds for outcome in outcomes))
-        return trained
+                    make = partial(self._train, label, name, draw, *parts, reversal)
+                    key = digest(self.world, settings, *parts, *start)
+                    trainings.append(Training(label=label, key=key, make=make))
+                yield name, n, trainings
 
     def _train(
         self,

@@ -50,6 +50,10 @@ class Kept:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def has(self, key: str) -> bool:
+        """Whether something is kept under ``key``, damaged or not."""
+        return (self.folder / f"{key}.safetensors").is_file()
+
     def get(self, key: str) -> Outcome | None:
         """What was kept under ``key``; None where nothing was, or it is damaged (and will be made again)."""
         file = self.folder / f"{key}.safetensors"

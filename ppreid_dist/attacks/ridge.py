@@ -42,7 +42,7 @@ class RidgeConfig(Settings):
 class Ridge(Attacker):
     """Chooses view, width and ridge on held-out people, then fits all of its people with them."""
 
-    name = "ridge"
+    name, growth = "ridge", 3
     config: RidgeConfig
 
     def fit(

@@ -26,7 +26,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
-from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of
+from ppreid_dist.attacks.victims import Roles, attack_victims, expected, scores_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
@@ -83,11 +83,13 @@ def run_suite(
     found: Progress | None = None,
     kept: Kept | None = None,
     auxiliaries: Sequence[Auxiliary] = (),
+    announce: Progress | None = None,
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
     The pids and camids are those of the gallery pictures that the ``judges`` know. Features and pictures lie on one
     device. Trainings found in ``kept`` are not made again. ``auxiliaries`` is what else attackers learn on.
+    ``announce`` is told first how long the trainings may take, for which some steps of each are tried.
 
     Raises ConfigError naming ``attack.people``, or the variant, where there are too few auxiliary people.
     """
@@ -104,6 +106,8 @@ def run_suite(
         kept=kept,
     )
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
+    if announce is not None and (line := expected(bench, control, protected)):
+        announce(line)
     roles = attack_victims(bench, control, protected)
     return summarise(bench, control, protected, roles, variants)
 
@@ -129,14 +133,16 @@ def summarise(
         notes.append(
             f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
         )
+    all_scores = {axis: _scores(axis, bench, roles) for axis in bench.axes}
     axes = {
-        axis: _axis(axis, bench, control, protected, roles, chance_Q if axis in bench.judges else None)
-        for axis in bench.axes
+        axis: _axis(axis, bench, control, protected, scores, chance_Q if axis in bench.judges else None)
+        for axis, scores in all_scores.items()
     }
+    bootstrap = Bootstrap(bench.query.pids_N, config.resamples, config.seed, 0.95)
     for axis, found_there in axes.items():
         if (reason := found_there["urr"]["reason"] or "").startswith(BROKEN):
             notes.append(f"{axis}: {reason}")
-        notes += [f"{axis}: {line}" for line in _ruined(axis, bench, roles)]
+        notes += [f"{axis}: {line}" for line in ruined_attackers(bootstrap, *all_scores[axis])]
     victims = {control.name: roles["control"], protected.name: roles["protected"]}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
     both = {"control": control, "protected": protected}
@@ -161,7 +167,7 @@ def summarise(
             bench.query,
             {role: (of.aux_ND, of.query_QD) for role, of in both.items()},
             config.attribute,
-            Bootstrap(bench.query.pids_N, config.resamples, config.seed, 0.95),
+            bootstrap,
             seed=config.seed,
             progress=bench.progress,
         ),
@@ -230,15 +236,10 @@ def _best_guesses(bench: Bench, roles: Roles) -> list[str]:
     return lines
 
 
-def _ruined(axis: str, bench: Bench, roles: Roles) -> list[str]:
-    final, by_n = _scores(axis, bench, roles)
-    bootstrap = Bootstrap(bench.query.pids_N, bench.config.resamples, bench.config.seed, 0.95)
-    return ruined_attackers(bootstrap, final, by_n)
+Scores = tuple[dict[str, AttackScores], dict[int, dict[str, AttackScores]]]
 
 
-def _scores(
-    axis: str, bench: Bench, roles: Roles
-) -> tuple[dict[str, AttackScores], dict[int, dict[str, AttackScores]]]:
+def _scores(axis: str, bench: Bench, roles: Roles) -> Scores:
     """By attacker with the most people, and of the curve's attackers by number of people."""
     config, largest = bench.config, bench.people[-1]
     attackers = {
@@ -253,11 +254,11 @@ def _scores(
 
 
 def _axis(
-    axis: str, bench: Bench, control: Victim, protected: Victim, roles: Roles, chance_Q: np.ndarray | None
+    axis: str, bench: Bench, control: Victim, protected: Victim, scores: Scores, chance_Q: np.ndarray | None
 ) -> dict[str, Any]:
     config, pids_Q = bench.config, bench.query.pids_N
     bootstrap = {"resamples": config.resamples, "seed": config.seed}
-    attackers, by_n = _scores(axis, bench, roles)
+    attackers, by_n = scores
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
     whole = urr(pids_Q, protected.utility_ap_Q, control.utility_ap_Q, attackers, broken=broken, **bootstrap)
     curve = attack_curve(pids_Q, by_n, **bootstrap)

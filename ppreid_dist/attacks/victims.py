@@ -4,11 +4,13 @@ Shapes: Q query pictures.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from ppreid_dist.attacks.adaptive import renewed
-from ppreid_dist.attacks.bench import Bench, Trained, Victim
+from ppreid_dist.attacks.bench import Bench, Role, Trained, Victim
+from ppreid_dist.attacks.estimate import estimate
 from ppreid_dist.evaluation.leak import AttackScores
 
 Roles = Mapping[
@@ -16,16 +18,31 @@ Roles = Mapping[
 ]  # "control": on its features; "floor": on its features and strangers' pictures; "protected"
 
 
-def attack_victims(bench: Bench, control: Victim, protected: Victim) -> Roles:
-    """All trainings. Ceilings and floors depend on the control alone, but for the shape of the generator that the
-    protected run was trained against: they serve every protected extractor of the same data."""
+def roles_of(bench: Bench, control: Victim, protected: Victim) -> dict[str, Role]:
+    """What attackers are trained on, by the names of :data:`Roles`.
+
+    Ceilings and floors depend on the control alone, but for the shape of the generator that the protected run was
+    trained against: they serve every protected extractor of the same data.
+    """
     reversal = protected.reversal
+    bare = Role(name="unprotected", aux_ND=control.aux_ND, query_QD=control.query_QD)
     fresh = renewed(reversal, bench.config.seed) if reversal else None
     return {
-        "control": bench.train_all("unprotected", control.aux_ND, control.query_QD),
-        "floor": bench.train_all("prior only", control.aux_ND, control.query_QD, reversal=fresh, permuted=True),
-        "protected": bench.train_all("protected", protected.aux_ND, protected.query_QD, reversal=reversal),
+        "control": bare,
+        "floor": replace(bare, name="prior only", reversal=fresh, permuted=True),
+        "protected": Role(name="protected", aux_ND=protected.aux_ND, query_QD=protected.query_QD, reversal=reversal),
     }
+
+
+def attack_victims(bench: Bench, control: Victim, protected: Victim) -> Roles:
+    """All trainings."""
+    return {name: bench.train_all(role) for name, role in roles_of(bench, control, protected).items()}
+
+
+def expected(bench: Bench, control: Victim, protected: Victim) -> str:
+    """A line on how long those that aren't kept from before may take; empty where there are none."""
+    missing = bench.missing(list(roles_of(bench, control, protected).values()))
+    return estimate(missing, bench.config, control.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N)
 
 
 def scores_of(roles: Roles, axis: str, name: str, n: int) -> AttackScores:

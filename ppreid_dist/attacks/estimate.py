@@ -1,0 +1,92 @@
+"""How long the trainings of an attack may take, before they begin: by some steps of every attacker.
+
+A bound rather than a forecast: most trainings come to their plateau sooner. Shapes: N pictures, D feature dim.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from math import prod
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.base import ATTACKERS
+from ppreid_dist.attacks.config import AttackConfig
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig
+from ppreid_dist.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+FEW, MORE = 1, 4  # steps of the two short trainings: their difference leaves out what a training begins with
+PICTURES = 256  # that an attacker in closed form is tried on
+RACED = ("views", "widths", "lrs", "neighbours", "coordinates")
+
+
+def most_steps(config: Settings) -> int:
+    """Gradient steps of one training, at most: of the races and of what is trained to its plateau."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    steps = sum(most_steps(value) for value in values.values() if isinstance(value, Settings))
+    if isinstance(config, PlateauConfig):
+        return config.max_steps
+    entrants = prod(len(values[name]) for name in RACED if name in values)
+    return steps + (entrants * values["trial_steps"] if "trial_steps" in values and entrants > 1 else 0)
+
+
+def cut(config: S, steps: int) -> S:
+    """The same with every race and every training to a plateau ended after ``steps``."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed: dict[str, Any] = {key: cut(value, steps) for key, value in values.items() if isinstance(value, Settings)}
+    if isinstance(config, PlateauConfig):
+        changed = {"max_steps": steps, "evaluate_every": steps}
+    elif "trial_steps" in values:
+        changed["trial_steps"] = steps
+    return replace(config, **changed)
+
+
+def seconds(
+    name: str, config: AttackConfig, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray
+) -> float | None:
+    """Of one training of this attacker with all of these people, at most; None for one that can't be tried alone."""
+    kind, own = ATTACKERS[name], getattr(config, name)
+    if name == "adaptive":
+        return None
+
+    def timed(settings: Any, rows: np.ndarray) -> float:
+        started = time.monotonic()
+        kind(settings).fit(features_ND[rows], pictures_N3hw[rows], pids_N[rows], seed=config.seed)
+        if features_ND.is_cuda:
+            torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    every = np.arange(len(pids_N))
+    if issubclass(kind, Learner):
+        few, more = cut(own, FEW), cut(own, MORE)
+        began = timed(few, every)
+        each = max(0.0, timed(more, every) - began) / (most_steps(more) - most_steps(few))
+        return began + each * most_steps(own)
+    people = np.unique(pids_N)
+    some = people[: max(8, len(people) * PICTURES // len(pids_N))]
+    rows = np.flatnonzero(np.isin(pids_N, some))
+    timed(own, rows)  # what is done for the first time takes longer
+    return timed(own, rows) * (len(pids_N) / len(rows)) ** kind.growth
+
+
+def estimate(
+    trainings: Counter[str], config: AttackConfig, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray
+) -> str:
+    """A line on so many trainings of each attacker that are still to be made; empty where there are none."""
+    each = {name: seconds(name, config, features_ND, pictures_N3hw, pids_N) for name in trainings}
+    known: Mapping[str, float] = {name: found for name, found in each.items() if found is not None}
+    if not known:
+        return ""
+    total = sum(found * trainings[name] for name, found in known.items())
+    parts = ", ".join(f"{name} {trainings[name]} of {_time(found)}" for name, found in known.items())
+    left_out = "".join(f"; {name} isn't counted" for name in trainings if name not in known)
+    return f"{trainings.total()} trainings, at most about {_time(total)} here: {parts}{left_out}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
