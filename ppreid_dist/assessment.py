@@ -27,8 +27,9 @@ from ppreid_dist.data.dataset import open_split
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
 from ppreid_dist.errors import ConfigError, RunError
-from ppreid_dist.evaluation.export import rank_split, save_features, stored_features
+from ppreid_dist.evaluation.export import rank_split, rerank_split, save_features, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
+from ppreid_dist.evaluation.reranking import Reranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.findings import findings
 from ppreid_dist.judges import check_judges, open_judges
@@ -56,8 +57,11 @@ def _pictures(config: Config, split: str, size: tuple[int, int], device: torch.d
     return load_pictures(open_split(config.data, split), size, backend=backend, device=device, progress=progress)
 
 
-def evaluate(run: Path, *, progress: bool = True) -> dict[str, float]:
-    """mAP, CMC and mINP of a finished run on its query and gallery; writes RUN/evaluation.json and RUN/features/."""
+def evaluate(run: Path, *, reranking: Reranking | None = None, progress: bool = True) -> dict[str, float]:
+    """mAP, CMC and mINP of a finished run on its query and gallery; writes RUN/evaluation.json and RUN/features/.
+
+    With ``reranking`` the same after it too, under names that begin with ``reranked_``.
+    """
     config, device = load_run(run), default_device()
     saved = load_extractor(run / "model", device)
     query, gallery = (_pictures(config, split, saved.size, device, progress) for split in ("query", "gallery"))
@@ -65,6 +69,9 @@ def evaluate(run: Path, *, progress: bool = True) -> dict[str, float]:
     save_features(run / "features", "query", query_QD, query)
     save_features(run / "features", "gallery", gallery_GD, gallery)
     summary = rank_split(query_QD, gallery_GD, query, gallery).summary()
+    if reranking is not None:
+        again = rerank_split(query_QD, gallery_GD, query, gallery, reranking).summary()
+        summary |= {f"reranked_{name}": value for name, value in again.items()}
     write_json(run / "evaluation.json", summary)
     return summary
 

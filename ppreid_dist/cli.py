@@ -90,11 +90,15 @@ def _store(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     parser = _parser("ppreid evaluate", "mAP, CMC and mINP of finished runs on their own query and gallery.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--rerank", action="store_true", help="after k-reciprocal re-ranking too, a protocol of its own"
+    )
     options = parser.parse_args(arguments)
     from ppreid_dist.assessment import evaluate
+    from ppreid_dist.evaluation.reranking import Reranking
 
     for run in options.runs:
-        summary = evaluate(run)
+        summary = evaluate(run, reranking=Reranking() if options.rerank else None)
         _say(f"{run}: " + "  ".join(f"{name} {value:.4f}" for name, value in summary.items()))
     return 0
 

@@ -102,7 +102,8 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
 def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: Path) -> None:
     kept, words = tmp_path / "kept", ["model.store.kind=pca", "model.store.dim=4", "model.store.quantise=int8"]
     ppreid("store", str(runs / "control"), "--out", str(kept), *words)
-    ppreid("evaluate", str(kept))
+    found = ppreid("evaluate", "--rerank", str(kept))
+    assert "reranked_mAP" in found.stdout and "reranked_mAP" in json.loads((kept / "evaluation.json").read_text())
     features = read_tensors(kept / "features" / "query.safetensors")["features"]
     assert features.shape[1] == 4
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), "attack.whitebox.people=0",

@@ -26,6 +26,7 @@ DOORS = {
     "ray": {"sweep/ray_tune.py"},
     "optuna": {"sweep/study.py"},
     "sklearn": {"attacks/isomap.py"},
+    "scipy": {"evaluation/reranking.py"},
     "pickle": set(),
     "torchvision": set(),
     "timm": set(),

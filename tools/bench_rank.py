@@ -12,6 +12,7 @@ import torch
 from bench_process import device, measured
 
 from ppreid_dist.evaluation.ranking import Entries, rank_in_parts
+from ppreid_dist.evaluation.reranking import rerank
 
 # Queries, gallery items, of them distractors, people, cameras: as the data sets of these names have them.
 SIZES = {
@@ -26,6 +27,7 @@ PART = 100_000  # gallery items that are made, or lie in memory, at a time
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="market")
     parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking too")
     parser.add_argument("--twin-queries", type=int, default=300, help="queries that are sorted for; 0: no twin")
 
 
@@ -37,14 +39,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     ours = measured(counting, size, options.dim, queries, **how)
     row = {"size": options.size, "queries": queries, "gallery": gallery, "dim": options.dim, **ours}
     row["gflop_per_second"] = 2e-9 * queries * gallery * options.dim / ours["seconds"]
-    if not options.twin_queries or gallery > PART:
+    if gallery > PART:
         return [{"way": "counting", **row}]
+    extra = []
+    if options.rerank:
+        found = measured(reranking, size, options.dim, repeats=1, warm=0, threads=options.threads)
+        extra = [{**row, "way": "re-ranking", **found, "gflop_per_second": None}]
+    if not options.twin_queries:
+        return [{"way": "counting", **row}, *extra]
     some = min(queries, options.twin_queries)
     twin = measured(sorting, size, options.dim, some, **how)
     # What is sorted grows with the queries, and so does the matrix.
     twin = {name: value * queries / some for name, value in twin.items()}
     return [
         {"way": "counting", **row, "ratio": twin["seconds"] / ours["seconds"]},
+        *({**more, "ratio": twin["seconds"] / more["seconds"]} for more in extra),
         {**row, "way": f"sorting (scaled from {some} queries)", **twin, "gflop_per_second": None, "ratio": 1.0},
     ]
 
@@ -94,6 +103,12 @@ def counting(size: tuple[int, ...], dim: int, queries: int) -> Callable[[], Any]
         whole = parts[0]()
         parts = [lambda: whole]
     return lambda: rank_in_parts(asked, parts)
+
+
+def reranking(size: tuple[int, ...], dim: int) -> Callable[[], Any]:
+    gallery = Gallery(size, dim)
+    asked, whole = gallery.asked(gallery.queries), gallery.parts()[0]()
+    return lambda: rerank(asked, whole)
 
 
 def sorting(size: tuple[int, ...], dim: int, queries: int) -> Callable[[], Any]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.evaluation.ranking import Ranking, rank_queries
+from ppreid_dist.evaluation.ranking import Entries, Ranking, rank_queries
+from ppreid_dist.evaluation.reranking import Reranking, rerank
 from ppreid_dist.storage import write_tensors, write_text
 
 
@@ -30,6 +31,17 @@ def rank_split(query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: P
         gallery_pids=gallery.pids_N,
         query_camids=query.camids_N,
         gallery_camids=gallery.camids_N,
+    )
+
+
+def rerank_split(
+    query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: Pictures, config: Reranking
+) -> Ranking:
+    """The same after k-reciprocal re-ranking."""
+    return rerank(
+        Entries(features_ND=query_QD, pids_N=query.pids_N, camids_N=query.camids_N),
+        Entries(features_ND=gallery_GD, pids_N=gallery.pids_N, camids_N=gallery.camids_N),
+        config,
     )
 
 
