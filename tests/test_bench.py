@@ -1,19 +1,27 @@
 """tools/bench.py: what it says of each part, in JSON and in Markdown. How fast anything is is not tested."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_network
 import pytest
 import torch
 from bench_rank import Gallery, counting, sorting
+
+from ppreid_dist.experiment import Config
+from ppreid_dist.models.extractor import Extractor
+from ppreid_dist.settings import load_settings
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
 PARTS = {
     "rank": ["--size", "small", "--dim", "16", "--twin-queries", "50"],
     "kernels": ["--only", "nearer"],
-    "step": ["--steps", "8", "--only", "plain", "ridge", "privacy.ridge.strangers=16", "privacy.every=2"],
+    "step": ["privacy.ridge.strangers=16", "privacy.every=2", "--steps", "8", "--only", "plain", "ridge"],
+    "shards": ["--people", "20", "--stored", "32", "16", "--planned", "2000"],
+    "scaling": ["--processes", "1", "2", "--steps", "6", "--only", "plain"],
     "input": ["--height", "32", "--width", "16", "--stored", "32", "16"],
 }
 
@@ -30,11 +38,29 @@ def test_every_part_gives_seconds_memory_and_ratios(part: str, tmp_path: Path) -
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["part"] == part and found["machine"]["torch"] == torch.__version__
     assert len(found["rows"]) >= 2 and all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in found["rows"])
-    twin = next(row for row in found["rows"] if row["ratio"] == 1)
-    for row in found["rows"]:
+    compared = [row for row in found["rows"] if "ratio" in row]
+    twin = next(row for row in compared if row["ratio"] == 1)
+    for row in compared:
         assert row["ratio"] == pytest.approx(twin["seconds"] / row["seconds"])
     lines = [line for line in said.stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(found["rows"]) and len({line.count("|") for line in lines}) == 1
+
+
+def test_what_passes_between_many_gpus_by_hand() -> None:
+    """Bytes by the ring, latency by the tree; alone, nothing passes; the game adds its players."""
+    parser = argparse.ArgumentParser()
+    bench_network.arguments(parser)
+    plain = ["privacy.weight=0", "--config", "configs/demo.yaml", "--gpus", "1", "8", "64"]
+    alone, node, nodes = bench_network.measure(parser.parse_args(plain))
+    config = load_settings(Config, "configs/demo.yaml", [])
+    numbers = sum(p.numel() for p in Extractor(config.model, 1000).parameters() if p.requires_grad)
+    assert alone["efficiency"] == 1 and alone["gradients_ms"] == 0
+    assert node["gradients_ms"] == pytest.approx(1e3 * (2 * 7 / 8 * 4 * numbers / 350e9 + 20e-6))
+    assert nodes["gradients_ms"] == pytest.approx(1e3 * (2 * 63 / 64 * 4 * numbers / 45e9 + 20e-6 + 2 * 3 * 5e-6))
+    (game,) = bench_network.measure(
+        parser.parse_args([*plain[:2], "--gpus", "64", "privacy.adversaries=[{kind: gan}]"])
+    )
+    assert game["reversal_ms"] > 0 and game["efficiency"] < nodes["efficiency"] < node["efficiency"] < 1
 
 
 def test_both_ways_of_ranking_find_the_same_and_neither_all_nor_nothing() -> None:

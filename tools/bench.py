@@ -3,6 +3,7 @@
     python tools/bench.py rank [--size market] [--dim 2048]        ranking: seconds, memory, against sorting
     python tools/bench.py step [--config configs/demo.yaml]        a training's steps: plain, and what the game adds
     python tools/bench.py input [--height 256 --width 128]         decoding and the stream: pictures a second
+    python tools/bench.py shards [--people 2000]                   written, checked, and an index planned with
     python tools/bench.py kernels                                  each kernel beside its twin
     python tools/bench.py scaling [--processes 1 2 4]              the same on several processes; bytes between them
     python tools/bench.py network [--gpus 8 64 512]                many GPUs, reckoned by stated assumptions
@@ -24,13 +25,14 @@ import bench_kernels
 import bench_network
 import bench_rank
 import bench_scaling
+import bench_shards
 import bench_step
 import torch
 from bench_process import cores
 
 PARTS = {
     "rank": bench_rank, "step": bench_step, "input": bench_input, "kernels": bench_kernels, "scaling": bench_scaling,
-    "network": bench_network,
+    "network": bench_network, "shards": bench_shards,
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launch", type=float, default=20e-6, help="seconds of a collective without bytes or hops")
     parser.add_argument("--hop", type=float, default=5e-6, help="seconds to another node")
     parser.add_argument("--flops", type=float, default=2e13, help="a second, float64, of the best response's solver")
-    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="before options that take several words")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -31,8 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=48, help="as of the part step")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=["plain", "configured", "gan"])
-    parser.add_argument("settings", nargs="*", metavar="key=value")
+    default = ["plain", "configured", "gan"]
+    parser.add_argument("--only", nargs="+", choices=list(ways(None)), default=default, metavar="WAY")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="before options that take several words")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=96,
         help="of the extractor at least: a third, then whole periods of the game, which count",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="plain, configured, or kinds of adversaries")
-    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--only", nargs="+", choices=list(ways(None)), metavar="WAY", help=", ".join(ways(None)))
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="before options that take several words")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

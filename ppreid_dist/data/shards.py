@@ -23,11 +23,13 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -42,6 +44,23 @@ from ppreid_dist.storage import atomic, write_json
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp"}
 _BLOCK = 512  # a tar header; our names are short enough that it is always one
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _side_by_side(work: Callable[[int], T], count: int, stop: Event | None = None) -> Iterator[T]:
+    """``work(0)`` to ``work(count - 1)``, in that order, on as many threads as there are cores.
+
+    Pillow, zlib and files work beside Python. After an error, or Ctrl-C, nothing more is begun; ``stop`` is set for
+    what runs, and that is waited for.
+    """
+    with ThreadPoolExecutor(max(1, min(count, len(os.sched_getaffinity(0))))) as pool:
+        try:
+            yield from pool.map(work, range(count))
+        except BaseException:
+            if stop is not None:
+                stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # ---- writing
@@ -107,12 +126,16 @@ def _write_split(
     folder: Path, split: str, records: Sequence[Record], first: int, images_per_shard: int, bar: "tqdm[Any]"
 ) -> Index:
     table = np.zeros(len(records), ROW)
-    keys: list[bytes] = []
-    shards: list[str] = []
-    for start in range(0, len(records), images_per_shard):
-        shards.append(f"{split}-{len(shards):06d}.tar")
-        with tarfile.open(folder / shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+    shards = [f"{split}-{number:06d}.tar" for number in range(-(-len(records) // images_per_shard))]
+    stop = Event()
+
+    def write(number: int) -> list[bytes]:
+        keys: list[bytes] = []
+        start = number * images_per_shard
+        with tarfile.open(folder / shards[number], "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, record in enumerate(records[start : start + images_per_shard], start):
+                if stop.is_set():
+                    break
                 key = f"{first + row:06d}_{re.sub(r'[^A-Za-z0-9_-]', '_', record.path.stem)[:60]}"
                 picture, extension, size = _read_picture(record.path)
                 where = _append(tar, f"{key}.{extension}", picture)
@@ -124,9 +147,14 @@ def _write_split(
                     mask_where = _append(tar, f"{key}.mask.png", mask)
                 about = dict(pid=record.pid, camid=record.camid, split=split, attributes=dict(record.attributes))
                 _append(tar, f"{key}.json", json.dumps(about).encode())
-                table[row] = (len(shards) - 1, *where, record.pid, record.camid, *mask_where)
+                table[row] = (number, *where, record.pid, record.camid, *mask_where)
                 keys.append(key.encode())
-                bar.update()
+        return keys
+
+    keys: list[bytes] = []
+    for written in _side_by_side(write, len(shards), stop):
+        keys += written
+        bar.update(len(written))
     names = dict.fromkeys(name for record in records for name, _ in record.attributes)
     known = [dict(record.attributes) for record in records]
     attributes = {name: [each.get(name, "") for each in known] for name in names}
@@ -305,12 +333,17 @@ def check_shards(folder: Path, *, progress: bool = True) -> list[str]:
             problems.append(str(error))
             continue
         problems += found
-        for number, name in enumerate(tqdm(index.shards, unit="shard", desc=split, disable=not progress)):
-            rows = np.flatnonzero(index.table_N["shard"] == number)
-            if (folder / name).is_file():
-                problems += [f"{folder / name}: {problem}" for problem in _check_tar(folder / name, index.take(rows))]
+        check = partial(_check_shard, folder, index)
+        checked = _side_by_side(check, len(index.shards))
+        for found in tqdm(checked, total=len(index.shards), unit="shard", desc=split, disable=not progress):
+            problems += found
     unknown = sorted(file.name for file in folder.iterdir() if file.name not in known)
     return problems + [f"{folder / name}: not in meta.json" for name in unknown]
+
+
+def _check_shard(folder: Path, index: Index, number: int) -> list[str]:
+    file, rows = folder / index.shards[number], np.flatnonzero(index.table_N["shard"] == number)
+    return [f"{file}: {problem}" for problem in _check_tar(file, index.take(rows))] if file.is_file() else []
 
 
 def _check_tar(file: Path, index: Index) -> list[str]:
