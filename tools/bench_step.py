@@ -2,15 +2,19 @@
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from bench_process import alone
+import torch
+from bench_process import alone, device
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
+from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
 
 KINDS = ("ridge", "regression", "gan", "distance_correlation")
@@ -32,6 +36,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of the extractor at least: a third, then whole periods of the game, which count",
     )
     parser.add_argument("--only", nargs="+", choices=list(ways(None)), metavar="WAY", help=", ".join(ways(None)))
+    parser.add_argument(
+        "--count", action="store_true", help="the operations of a step too, and the share of what a product reaches"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="before options that take several words")
 
 
@@ -43,10 +50,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             settings, counted = timed(options.config, [*common, *way, f"output={folder}/{name}"], options.steps)
             found = alone(_steps, options.config, settings, counted, threads=options.threads)
             rows.append({"way": name, **found})
+            if options.count:
+                rows[-1] |= _counted(options, [*common, *way, f"output={folder}/{name}_counted"], found["seconds"])
             if rows[0]["way"] == "plain":
                 rows[-1] |= {"overhead": found["seconds"] / rows[0]["seconds"]}
                 rows[-1] |= {"ratio": rows[0]["seconds"] / found["seconds"]}
+                if options.count:
+                    rows[-1]["counted_overhead"] = rows[-1]["gflop"] / rows[0]["gflop"]
     return rows
+
+
+def _counted(options: argparse.Namespace, settings: list[str], seconds: float) -> dict[str, float]:
+    """A step's operations, ``share`` of those that the machine does in a large matrix product in the same time."""
+    found = alone(_operations, options.config, settings, threads=options.threads)
+    limit = alone(_product, threads=options.threads)["gflop_per_second"]
+    return {"gflop": found["gflop"], "share": found["gflop"] / seconds / limit}
 
 
 def world(file: str, given: list[str], folder: Path) -> list[str]:
@@ -81,6 +99,37 @@ def timed(file: str, settings: list[str], steps: int) -> tuple[list[str], int]:
 def pictures_a_step(config: Config) -> int:
     """Labelled ones, of all processes."""
     return config.data.identities_per_batch * config.data.pictures_per_identity
+
+
+def _operations(file: str, settings: list[str]) -> dict[str, float]:
+    """The mean over a whole period of the game, beside its first step, which trains the generator to begin with."""
+    config = load_settings(Config, file, settings)
+    period, rounds, whole = _period(config), [], Runner._round
+    settings = [*settings, f"training.images={(period + 1) * pictures_a_step(config)}", "reversal.warm_steps=1"]
+
+    def counted(runner: Runner) -> None:
+        with FlopCounterMode(display=False) as mode:
+            whole(runner)
+        rounds.append(mode.get_total_flops())
+
+    Runner._round = counted  # type: ignore[method-assign, assignment]
+    train(load_settings(Config, file, settings), progress=False)
+    return {"gflop": sum(rounds[1:]) / period / 1e9}
+
+
+def _product() -> dict[str, float]:
+    """Float32; on a GPU bfloat16, as a training's precision should be there."""
+    gpu = device().type == "cuda"
+    a = torch.randn(8192 if gpu else 2048, 8192 if gpu else 2048, device=device())
+    a = a.bfloat16() if gpu else a
+    taken = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return {"gflop_per_second": 2e-9 * len(a) ** 3 / min(taken)}
 
 
 def _period(config: Config) -> int:
