@@ -68,7 +68,8 @@ def evaluate(run: Path, *, reranking: Reranking | None = None, progress: bool = 
     query_QD, gallery_GD = (stored_features(saved.extractor, split.images_N3HW) for split in (query, gallery))
     save_features(run / "features", "query", query_QD, query)
     save_features(run / "features", "gallery", gallery_GD, gallery)
-    summary = rank_split(query_QD, gallery_GD, query, gallery).summary()
+    with using(config.kernels, device):
+        summary = rank_split(query_QD, gallery_GD, query, gallery).summary()
     if reranking is not None:
         again = rerank_split(query_QD, gallery_GD, query, gallery, reranking).summary()
         summary |= {f"reranked_{name}": value for name, value in again.items()}

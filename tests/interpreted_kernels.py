@@ -1,11 +1,13 @@
 """Triton's kernels in its interpreter against their plain twins in float64; tests/test_kernels.py runs this file in a
 process of its own, where TRITON_INTERPRET=1 is set before Triton is imported."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ppreid_dist.kernels import batch_hard_triton, choice, ssim_triton
+from ppreid_dist.evaluation.ranking import Entries, rank_in_parts
+from ppreid_dist.kernels import batch_hard_triton, choice, nearer, nearer_triton, ssim_triton
 from ppreid_dist.kernels.batch_hard import hardest_at_once
 from ppreid_dist.kernels.ssim import plain_ssim_map, ssim_map
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
@@ -84,6 +86,36 @@ def test_mining_is_its_twin_s(
         twins = hardest_at_once(given[0].double(), given[1].double(), *given[2:])
         for our, twin in zip(ours, twins, strict=True):
             assert our.dtype == twin.dtype and torch.equal(our, twin)
+
+
+@pytest.mark.parametrize(("queries", "items", "dim", "most"), [(1, 1, 1, 1), (20, 70, 5, 3), (33, 130, 40, 7)])
+def test_counts_are_their_twin_s(queries: int, items: int, dim: int, most: int) -> None:
+    """Few distinct whole numbers, so that ties abound; positives before, within and behind the tile; some lack."""
+    draw = torch.Generator().manual_seed(items)
+    query_QD, gallery_GD = (torch.randint(-2, 3, (n, dim), generator=draw).double() for n in (queries, items))
+    junk_QG = torch.rand(queries, items, generator=draw) < 0.2
+    bar_QM = torch.randint(-6, 7, (queries, most), generator=draw)
+    place_QM = torch.randint(-9, items + 9, (queries, most), generator=draw)
+    for _ in range(2):  # in ascending order, equal bars by falling place
+        order_QM = (bar_QM * 1000 - place_QM).argsort(1)
+        bar_QM, place_QM = bar_QM.gather(1, order_QM), place_QM.gather(1, order_QM)
+    bar_QM[:, most // 2 + 1 :][torch.rand(queries, most - most // 2 - 1, generator=draw) < 0.5] = nearer.NONE
+    bar_QM, order_QM = bar_QM.sort(1)
+    given = query_QD, gallery_GD, junk_QG, bar_QM, place_QM.gather(1, order_QM)
+    ours = nearer_triton.count(*given, none=nearer.NONE, tile=(16, 16))
+    assert torch.equal(ours, nearer.exact(*given)) and (items == 1 or ours.sum() > 0)
+
+
+def test_a_ranking_takes_it_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, taken, honest = torch.Generator().manual_seed(0), [], nearer_triton.count
+    monkeypatch.setattr(nearer_triton, "count", lambda *a, **k: (taken.append(1), honest(*a, **k))[1])
+    pids, cameras = np.arange(60) % 7, np.arange(60) % 3
+    asked = [Entries(features_ND=torch.randn(60, 9, generator=draw), pids_N=pids, camids_N=cameras) for _ in range(2)]
+    plain = rank_in_parts(asked[0], [lambda: asked[1]])
+    with choice.using(choice.KernelsConfig(nearer="triton", strict=True), torch.device("cpu")):
+        ours = rank_in_parts(asked[0], [lambda: asked[1]])
+    assert taken == [1]
+    np.testing.assert_array_equal(ours.ap_Q, plain.ap_Q)
 
 
 def test_losses_take_them_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from ppreid_dist.data.augment import AugmentConfig, augment
 from ppreid_dist.data.decode import Decoder
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.evaluation.ranking import rank_queries
+from ppreid_dist.evaluation.ranking import Entries, rank_in_parts, rank_queries
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.kernels import choice
 from ppreid_dist.kernels.batch_hard import hardest, hardest_at_once
@@ -125,6 +125,20 @@ def test_mining_is_the_cpu_s(rows: int, dim: int, form: str, monkeypatch: pytest
     with using(KernelsConfig(batch_hard=form, strict=True), torch.device("cuda")):
         there = hardest(*(t.cuda() for t in given))
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_ranking_is_the_cpu_s(form: str) -> None:
+    if form == "triton":
+        pytest.importorskip("triton")
+    draw, found = torch.Generator().manual_seed(0), []
+    pids, cameras = np.arange(900) % 40, np.arange(900) % 5
+    features = [torch.randint(-2, 3, (900, 70), generator=draw).float() for _ in range(2)]  # many ties
+    for device, config in (("cpu", KernelsConfig()), ("cuda", KernelsConfig(nearer=form, strict=True))):
+        asked, known = (Entries(features_ND=x.to(device), pids_N=pids, camids_N=cameras) for x in features)
+        with using(config, torch.device(device)):
+            found.append(rank_in_parts(asked, [lambda known=known: known]))
+    np.testing.assert_array_equal(found[0].ap_Q, found[1].ap_Q)
 
 
 @pytest.mark.parametrize("form", ["fused", "foreach", "apex"])

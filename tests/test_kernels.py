@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.experiment import FREE, Config, train
-from ppreid_dist.kernels import choice
+from ppreid_dist.kernels import choice, nearer
 from ppreid_dist.kernels.batch_hard import hardest, hardest_at_once, hardest_by_tiles
 from ppreid_dist.kernels.choice import Choice, KernelsConfig, using
 from ppreid_dist.kernels.clip import clip_, total_norm
@@ -59,10 +59,10 @@ def chosen(device: torch.device, **sizes: int) -> dict[str, str]:
 
 def test_auto_takes_the_first_that_can_run_and_nothing_that_nobody_measured(installed: set[str]) -> None:
     cpu = {"adam": "fused", "clip": "foreach", "cross_entropy": "plain", "ssim": "plain", "batch_hard": "plain"}
-    assert chosen(CPU) == chosen(CUDA) == cpu
+    assert chosen(CPU) == cpu | {"nearer": "screened"} and chosen(CUDA) == cpu | {"nearer": "plain"}
     installed |= {"triton", "apex", "amp_C"}
     choice._choose.cache_clear()
-    assert chosen(CPU) == chosen(CUDA) == cpu
+    assert chosen(CPU) == cpu | {"nearer": "screened"} and chosen(CUDA) == cpu | {"nearer": "plain"}
     assert "Triton only where asked for" in choice.of("ssim", CUDA).why
     assert "Apex only where asked for" in choice.of("adam", CUDA).why
     assert choice.of("batch_hard", CPU, distances=choice.TILED_FROM + 1).implementation == "tiled"
@@ -75,7 +75,7 @@ def test_what_is_asked_for_is_taken_where_it_can_run(installed: set[str]) -> Non
     )
     with using(config, CUDA):
         asked = {"adam": "apex", "clip": "apex", "cross_entropy": "apex", "ssim": "plain", "batch_hard": "tiled"}
-        assert chosen(CUDA) == asked
+        assert chosen(CUDA) == asked | {"nearer": "plain"}
         assert choice.of("clip", CUDA) == Choice("clip", "apex", "asked for by kernels.clip")
     assert chosen(CUDA)["adam"] == "fused"
 
@@ -83,6 +83,7 @@ def test_what_is_asked_for_is_taken_where_it_can_run(installed: set[str]) -> Non
 @pytest.mark.parametrize(
     ("config", "device", "there", "message"),
     [
+        ({"nearer": "screened"}, CUDA, set(), "kernels.nearer: screened can't run here: it is for CPUs"),
         ({"ssim": "triton"}, CPU, {"triton"}, "kernels.ssim: triton can't run here: Triton needs a CUDA device"),
         ({"batch_hard": "triton"}, CUDA, set(), "kernels.batch_hard: triton can't run here: Triton isn't installed"),
         ({"adam": "apex"}, CUDA, {"apex"}, "kernels.adam: apex can't run here: NVIDIA Apex isn't installed"),
@@ -391,15 +392,19 @@ def test_tritons_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.M
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ppreid_dist.kernels import batch_hard_triton, ssim_triton
+    from ppreid_dist.kernels import batch_hard_triton, nearer_triton, ssim_triton
 
     tile = {"TH": 16, "TW": 32, "K": 11}
     for kernel, constants in (
         (ssim_triton._forward, {**tile, "C1": 1e-4, "C2": 9e-4, "SLOPES": True}),
         (ssim_triton._backward, {**tile, "X": True, "Y": False}),
         (batch_hard_triton._mine, {"TB": 16, "TN": 32}),
+        (nearer_triton._count, {"NONE": nearer.NONE, "TQ": 32, "TG": 64}),
     ):
         integers = {"pids_ptr": "*i64", "all_pids_ptr": "*i64", "itself_ptr": "*i64", "found_ptr": "*i32"}
+        if kernel is nearer_triton._count:
+            integers = {"bar_ptr": "*i64", "place_ptr": "*i64", "counts_ptr": "*i64", "junk_ptr": "*i8"}
+            integers |= {"query_ptr": "*fp64", "gallery_ptr": "*fp64"}
         kinds = {
             name: "constexpr" if name in constants else integers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
             for name in kernel.arg_names

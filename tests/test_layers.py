@@ -20,7 +20,7 @@ DOORS = {
     "deepspeed": {"training/zero.py"},
     "diffusers": {"models/denoiser.py"},
     "onnxruntime": {"models/onnx_model.py"},
-    "triton": {"kernels/ssim_triton.py", "kernels/batch_hard_triton.py"},
+    "triton": {"kernels/ssim_triton.py", "kernels/batch_hard_triton.py", "kernels/nearer_triton.py"},
     "apex": {"kernels/nvidia_apex.py"},
     "amp_C": {"kernels/nvidia_apex.py"},
     "ray": {"sweep/ray_tune.py"},

@@ -184,8 +184,15 @@ def nearer_screened() -> Work:
     return lambda: nearer.screened(unit[0], unit[1], *labels, unit=once, whole=lambda: whole, exactly=exactly)
 
 
+def nearer_by_triton() -> Work:
+    with using(KernelsConfig(nearer="triton", strict=True), device()):
+        queries, items, *labels = _tile()
+    whole = [of.whole(slice(None)) for of in (queries, items)]
+    return lambda: nearer.by_triton(whole[0], whole[1], *labels)
+
+
 CHOSEN = {"adam": adam, "clip": clip, "cross_entropy": cross_entropy, "ssim": ssim, "batch_hard": batch_hard}
 TWINS: dict[str, dict[str, Callable[[], Work]]] = {
     "ssim by convolutions": {"convolutions": ssim_by_convolution, "matrix products": ssim_by_products},
-    "nearer": {"whole numbers": nearer_exact, "screened in float32": nearer_screened},
+    "nearer": {"whole numbers": nearer_exact, "screened in float32": nearer_screened, "triton": nearer_by_triton},
 }

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.errors import DataError
-from ppreid_dist.kernels import nearer
+from ppreid_dist.kernels import choice, nearer
 
 ONE = 2**25  # a feature's length in integer units
 TILE = 2**12  # gallery items a tile; ONE² · TILE must stay below 2^63
@@ -161,7 +161,8 @@ def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, ch
     ``positives`` are those of the whole gallery. Junk isn't counted, other positives are.
     """
     device, size = queries.features_ND.device, len(queries.pids_N)
-    screen = nearer.can_screen(queries.features_ND)
+    way = choice.of("nearer", device).implementation
+    screen = way == "screened" and nearer.can_screen(queries.features_ND)
     query_QD = queries.unit(slice(None)) if screen else queries.whole(slice(None))
     query_pids, query_camids, gallery_pids, gallery_camids, item_P, similarity_P = (
         torch.as_tensor(a, dtype=torch.int64, device=device)
@@ -193,6 +194,8 @@ def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, ch
                 whole = partial(_tile, queries, gallery, rows, items)
                 exactly = partial(_similarity, queries, gallery, q, g)
                 counted_QM = nearer.screened(*tile, unit=1 / ONE**2, whole=whole, exactly=exactly)
+            elif way == "triton":
+                counted_QM = nearer.by_triton(*tile)
             else:
                 counted_QM = nearer.exact(*tile)
             nearer_P[pairs] += counted_QM[where]

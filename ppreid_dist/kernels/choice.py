@@ -18,7 +18,7 @@ import torch
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import Settings, option
 
-OPERATIONS = ("adam", "clip", "cross_entropy", "ssim", "batch_hard")
+OPERATIONS = ("adam", "clip", "cross_entropy", "ssim", "batch_hard", "nearer")
 TILED_FROM = 4096 * 4096  # distances: more than 64 MB of them, and as much again for each mask, isn't held at once
 _APEX, _TRITON = "NVIDIA Apex only where asked for", "Triton only where asked for"
 # In order of preference; the last one runs anywhere.
@@ -33,6 +33,10 @@ _AUTO = {
     "batch_hard": (
         ("plain", f"all distances at once, up to {TILED_FROM:,}; more in tiles; {_TRITON}"),
         ("tiled", f"more than {TILED_FROM:,} distances, never all at once; {_TRITON}"),
+    ),
+    "nearer": (
+        ("screened", "float32 first, whole numbers where that can't tell"),
+        ("plain", f"products of whole numbers, sorted into their places; {_TRITON}"),
     ),
 }
 _log = logging.getLogger(__name__)
@@ -62,6 +66,12 @@ class KernelsConfig(Settings):
         "auto",
         "the triplets' mining: a Triton kernel or tiles, which never hold all distances, or all of them at once",
         choices=("auto", "triton", "tiled", "plain"),
+    )
+    nearer: str = option(
+        "auto",
+        "a ranking's count of nearer items: a Triton kernel that never stores similarities, a screen in float32 on a "
+        "CPU, or exact products",
+        choices=("auto", "triton", "screened", "plain"),
     )
     strict: bool = option(False, "stop where what one of these keys asks for can't run, instead of taking another")
 
@@ -133,6 +143,8 @@ def _why_not(operation: str, implementation: str, device: str, partitioned: bool
             return "NVIDIA Apex needs a CUDA device"
         if operation == "adam" and partitioned:
             return "ZeRO keeps its own count of steps, which Apex's FusedAdam can't be given"
+    if implementation == "screened" and device != "cpu":
+        return "it is for CPUs"
     if implementation == "triton":
         if find_spec("triton") is None:
             return "Triton isn't installed"
