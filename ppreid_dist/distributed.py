@@ -26,16 +26,16 @@ def rank_rows(total: int) -> slice:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        ctx.rows = x.shape[0]
-        return torch.cat(parts)
+        whole = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x.contiguous())
+        ctx.shape = x.shape
+        return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous().clone()  # autograd may share it with another branch
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        own = gradients[0].new_empty(ctx.shape)  # a process needs the sum of its own rows only
+        dist.reduce_scatter_tensor(own, gradients[0].contiguous())
+        return own
 
 
 def gather(x: Tensor) -> Tensor:

@@ -57,11 +57,11 @@ def _step(options: argparse.Namespace, config: Config, gpus: int) -> dict[str, A
     waits = {
         "batch norm": collective(0, 2 * norms),
         # The labelled features for the triplet loss, forward and backward.
-        "features": collective(4 * gpus * options.rows * dim, 1, 1) + collective(4 * gpus * options.rows * dim),
+        "features": collective(4 * gpus * options.rows * dim, 2, 1),
     }
     if "ridge" in kinds:
         both = 4 * ridge.strangers * (dim + 3 * math.prod(ridge.target_size))
-        waits["strangers"] = played * (collective(both, 2, 1) + collective(4 * ridge.strangers * dim))
+        waits["strangers"] = played * (collective(both, 2, 1) + collective(4 * ridge.strangers * dim, 1, 1))
         waits["best response, on every GPU alike"] = played * _flops(config) / options.flops
     if kinds & {"gan", "regression"}:
         noise = config.reversal.generator.noise_dim if "gan" in kinds else 0
