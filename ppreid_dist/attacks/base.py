@@ -30,12 +30,10 @@ class Attacker(ABC):
 
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
-    training: more than hardly any was no plateau. NaN elsewhere. ``growth`` is the power of the pictures' number with
-    which the time of :meth:`fit` grows at most.
+    training: more than hardly any was no plateau. NaN elsewhere.
     """
 
     name: ClassVar[str]
-    growth: ClassVar[int] = 2
     held_out = still_falling = float("nan")
 
     def __init__(self, config: Any):
@@ -60,6 +58,10 @@ class Attacker(ABC):
     @abstractmethod
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         """Pictures (M,3,h,w), float in [0,1], of the people whose features these are."""
+
+    def effort(self, pictures: int) -> float:
+        """What the time of :meth:`fit` grows in proportion to, for one that makes no steps."""
+        return float(pictures) ** 2
 
     def guesses(self, features_MD: Tensor) -> Tensor:
         """(S,M,3,h,w): the pictures whose mean :meth:`reconstruct` gives; one for whoever doesn't guess."""

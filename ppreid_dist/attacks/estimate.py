@@ -5,7 +5,7 @@ A bound rather than a forecast: most trainings come to their plateau sooner. Sha
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from math import prod
 from typing import Any, TypeVar
@@ -20,8 +20,9 @@ from ppreid_dist.attacks.plateau import Learner, PlateauConfig
 from ppreid_dist.settings import Settings
 
 S = TypeVar("S", bound=Settings)
-FEW, MORE = 1, 4  # steps of the two short trainings: their difference leaves out what a training begins with
-PICTURES = 256  # that an attacker in closed form is tried on
+# Of the two short trainings, whose difference leaves out what a training begins with: steps, or pictures for an
+# attacker that makes none.
+STEPS, PICTURES = (2, 32), (200, 600)
 RACED = ("views", "widths", "lrs", "neighbours", "coordinates")
 
 
@@ -61,17 +62,25 @@ def seconds(
             torch.cuda.synchronize()
         return time.monotonic() - started
 
-    every = np.arange(len(pids_N))
     if issubclass(kind, Learner):
-        few, more = cut(own, FEW), cut(own, MORE)
-        began = timed(few, every)
-        each = max(0.0, timed(more, every) - began) / (most_steps(more) - most_steps(few))
-        return began + each * most_steps(own)
-    people = np.unique(pids_N)
-    some = people[: max(8, len(people) * PICTURES // len(pids_N))]
-    rows = np.flatnonzero(np.isin(pids_N, some))
-    timed(own, rows)  # what is done for the first time takes longer
-    return timed(own, rows) * (len(pids_N) / len(rows)) ** kind.growth
+        every = np.arange(len(pids_N))
+        short = [cut(own, steps) for steps in (STEPS[0], *STEPS)]  # the first is for what is done only once
+        points = [(float(most_steps(settings)), timed(settings, every)) for settings in short]
+        return _further(points[1:], most_steps(own))
+    people, effort = np.unique(pids_N), kind(own).effort
+    points = []
+    for count in (PICTURES[0], *PICTURES):
+        some = people[: max(8, len(people) * count // len(pids_N))]
+        rows = np.flatnonzero(np.isin(pids_N, some))
+        points.append((effort(len(rows)), timed(own, rows)))
+    return _further(points[1:], effort(len(pids_N)))
+
+
+def _further(points: Sequence[tuple[float, float]], to: float) -> float:
+    """Along the line through two points of effort and seconds, never falling."""
+    (little, first), (more, second) = points
+    slope = max(0.0, second - first) / (more - little) if more > little else 0.0
+    return max(first, second) + slope * (to - more) if to > more else max(first, second)
 
 
 def estimate(

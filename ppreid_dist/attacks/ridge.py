@@ -42,8 +42,13 @@ class RidgeConfig(Settings):
 class Ridge(Attacker):
     """Chooses view, width and ridge on held-out people, then fits all of its people with them."""
 
-    name, growth = "ridge", 3
+    name = "ridge"
     config: RidgeConfig
+
+    def effort(self, pictures: int) -> float:
+        """An eigendecomposition of some pictures for each view and width, and a solution of all."""
+        tried = len(VIEWS) * len(self.config.widths)
+        return 20.0 * tried * min(pictures, self.config.search_pictures) ** 3 + pictures**3 / 3
 
     def fit(
         self,
