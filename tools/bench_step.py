@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from bench_process import alone, device
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from ppreid_dist.data.dataset import prepare_shards
@@ -108,13 +109,28 @@ def _operations(file: str, settings: list[str]) -> dict[str, float]:
     settings = [*settings, f"training.images={(period + 1) * pictures_a_step(config)}", "reversal.warm_steps=1"]
 
     def counted(runner: Runner) -> None:
-        with FlopCounterMode(display=False) as mode:
+        with _Operations() as counts:
             whole(runner)
-        rounds.append(mode.get_total_flops())
+        rounds.append(counts.total)
 
     Runner._round = counted  # type: ignore[method-assign, assignment]
     train(load_settings(Config, file, settings), progress=False)
     return {"gflop": sum(rounds[1:]) / period / 1e9}
+
+
+class _Operations(TorchDispatchMode):
+    """Those of products and convolutions, two for a multiplication and its sum; by torch's own formulas.
+
+    ``torch.utils.flop_counter.FlopCounterMode`` follows modules too, and fails within ``torch.autograd.grad`` (R1).
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(function._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 def _product() -> dict[str, float]:

@@ -77,7 +77,7 @@ class Store(nn.Module):
         setting, axes = {"pca": ("dim", self.dim), "codes": ("axes", config.axes)}.get(config.kind, ("", 0))
         if axes > dim:
             raise ConfigError(f"model.store.{setting}: {axes} is more than the embedding's {dim}")
-        secret_AS = phases_S = torch.empty(0)
+        secret_AS, phases_S = torch.empty(0), torch.empty(0)  # two: who counts buffers counts a shared one once
         if config.kind in ("rotation", "signs", "codes"):
             secret = torch.Generator().manual_seed(config.key)
             secret_AS = torch.randn(axes or dim, self.dim, generator=secret)
