@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppreid_dist.attacks.adaptive import Adaptive
 from ppreid_dist.attacks.base import ATTACKERS
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig
@@ -52,7 +53,7 @@ def seconds(
 ) -> float | None:
     """Of one training of this attacker with all of these people, at most; None for one that can't be tried alone."""
     kind, own = ATTACKERS[name], getattr(config, name)
-    if name == "adaptive":
+    if name == Adaptive.name:
         return None
 
     def timed(settings: Any, rows: np.ndarray) -> float:

@@ -47,7 +47,7 @@ def rerank(queries: Entries, gallery: Entries, config: Reranking = Reranking(), 
     codes_NN = _codes(x_ND, near_NK, farthest_N, config)
     size = len(queries.pids_N)
     of_gallery_NG = codes_NN[size:].T.tocsr()  # by place: who has it in their code
-    parts, nearer = [Positives.join([])], [np.empty(0, np.int64)]
+    found, nearer = [], []  # of each query: its positives' places, and how many items are nearer
     for q in range(0, size, chunk):
         rows = slice(q, min(q + chunk, size))
         own_QG = (_distances(x_ND[rows], x_ND[size:]) / farthest_N[rows, None]).cpu().numpy()
@@ -58,16 +58,12 @@ def rerank(queries: Entries, gallery: Entries, config: Reranking = Reranking(), 
             kept = np.flatnonzero(~(same_G & (gallery.camids_N == queries.camids_N[row])))
             order = kept[np.argsort(mixed_G[kept], kind="stable")]
             nearer.append(np.flatnonzero(same_G[order]))
-            found = order[nearer[-1]]
-            parts.append(
-                Positives(query_P=np.full(len(found), row), item_P=found, similarity_P=np.zeros(len(found), np.int64))
-            )
-    found_P = Positives(
-        query_P=np.concatenate([part.query_P for part in parts]),
-        item_P=np.concatenate([part.item_P for part in parts]),
-        similarity_P=np.concatenate([part.similarity_P for part in parts]),
-    )
-    return ranking(size, found_P, np.concatenate(nearer))
+            found.append(order[nearer[-1]])
+    item_P, nearer_P = (np.concatenate([np.empty(0, np.int64), *each]) for each in (found, nearer))
+    query_P = np.repeat(np.arange(size), [len(each) for each in found])
+    # Their order is that of the mixed distance, which has no whole number to stand here.
+    positives = Positives(query_P=query_P, item_P=item_P, similarity_P=-nearer_P)
+    return ranking(size, positives, nearer_P)
 
 
 def _distances(a_ND: Tensor, b_VD: Tensor) -> Tensor:
