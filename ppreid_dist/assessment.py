@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
+from ppreid_dist.attacks.bench import Opened
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import Victim, run_suite
@@ -120,6 +121,8 @@ def attack(
             }
         extractors[role] = saved
         victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, sizes[saved.size])
+        if config.attack.whitebox.people:
+            victims[role] = replace(victims[role], opened=_opened(saved, victims[role], sizes[saved.size]["aux"]))
     stored = (sizes[saved.size]["aux"], victims["protected"].aux_ND)
     victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device, *stored))
     auxiliaries = []
@@ -225,6 +228,22 @@ def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> 
         Victim(name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q, see=see),
         ranking,
         features["gallery"],
+    )
+
+
+def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | None:
+    """Codes, opened by their key: descent through their waves would get stuck. Other kinds need no such thing."""
+    store: Store = saved.extractor.store
+    if store.config.kind != "codes":
+        return None
+
+    def see(images_B3hw: Tensor) -> Tensor:
+        return store.coded(saved.extractor(resize(images_B3hw, saved.size)).embedding_BD)
+
+    with torch.no_grad():
+        known_NA = torch.cat([see(images_B3HW.float() / 255) for images_B3HW in aux.images_N3HW.split(256)])
+    return Opened(
+        aux_ND=store.opened(victim.aux_ND, known_NA), query_QD=store.opened(victim.query_QD, known_NA), see=see
     )
 
 

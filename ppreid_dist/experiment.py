@@ -24,6 +24,7 @@ from ppreid_dist.losses.identity import IdentityConfig
 from ppreid_dist.losses.triplet import TripletConfig
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.folder import save_extractor
+from ppreid_dist.models.recompute import recompute_blocks
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
@@ -73,7 +74,7 @@ class Config(Settings):
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
 FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
-        "engine.accumulate", "kernels.",
+        "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
         "training.log_every", "training.checkpoint_every", "training.keep", "training.trace.",
         "probe.", "attack.", "report.")  # fmt: skip
 
@@ -137,6 +138,8 @@ def _play(
         network = Extractor(config.model, num_classes=0 if split_head else len(classes))
         head = SplitHead(network.feature_dim, len(classes)) if split_head else None
     network.accumulate(engine.accumulate)
+    if config.engine.gradient_checkpointing:
+        recompute_blocks(network.backbone)
     extractor = Player("extractor", network, config.optimiser, engine)
     heads = Player("head", head, config.optimiser, engine, split_rows=len(classes)) if head is not None else None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import bench_network
 import pytest
 import torch
-from bench_rank import Gallery, counting, sorting
+from bench_rank import Gallery, compiled, counting, sorting
 
 from ppreid_dist.experiment import Config
 from ppreid_dist.models.extractor import Extractor
@@ -62,10 +62,16 @@ def test_what_passes_between_many_gpus_by_hand() -> None:
     assert game["reversal_ms"] > 0 and game["efficiency"] < nodes["efficiency"] < node["efficiency"] < 1
 
 
-def test_both_ways_of_ranking_find_the_same_and_neither_all_nor_nothing() -> None:
+def test_all_ways_of_ranking_find_the_same_and_neither_all_nor_nothing(tmp_path: Path) -> None:
     size = (40, 4000, 1500, 200, 4)
     ours, usual = counting(size, 16, 40)(), sorting(size, 16, 40)()
     torch.testing.assert_close(torch.tensor(usual), torch.from_numpy(ours.ap_Q), rtol=1e-5, atol=1e-6, equal_nan=True)
     assert 0.3 < ours.summary()["mAP"] < 0.999
+    toolbox = tmp_path / "rank_cy.py"
+    toolbox.write_text(f"def evaluate_cy(distance, *labels): return 0, {[float(ap) for ap in usual if ap == ap]}, 0")
+    compiled(str(toolbox), size, 16)()
+    toolbox.write_text("def evaluate_cy(distance, *labels): return 0, [0.1], 0")
+    with pytest.raises(SystemExit, match=r"rank_cy\.py: its mAP is 0\.10000, ours 0\."):
+        compiled(str(toolbox), size, 16)()
     parts = Gallery(size, 16).parts()
     assert len(parts) == 1 and len(parts[0]().pids_N) == 4000

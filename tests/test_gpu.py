@@ -3,6 +3,7 @@
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from ppreid_dist.kernels.ssim import plain_ssim_map, ssim_map
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
+from ppreid_dist.training.step import ExtractorStep
 from ppreid_dist.training.tracking import read_metrics
 
 pytestmark = [
@@ -80,6 +82,23 @@ def test_the_whole_game_trains(world: list[str], tmp_path: Path, precision: str)
     train(load_settings(Config, None, settings), progress=False)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(np.isfinite(row["loss/identity"]) for row in rows if "loss/identity" in row)
+
+
+def test_a_step_never_waits_for_the_gpu(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain steps and steps of the game, from the third on: nothing that the host asks for makes it wait."""
+    honest, calls = ExtractorStep.__call__, []
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) > 2 else "default")
+        try:
+            return honest(*arguments, **named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(ExtractorStep, "__call__", watched)
+    train(load_settings(Config, None, [*world, f"output={tmp_path / 'run'}"]), progress=False)
+    assert len(calls) > 2
 
 
 def test_batchnorm_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """T: the kinds of stored features, and a finished run that is stored otherwise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -
     oracle = sum(8 / math.pi**2 / k**2 * torch.exp(-((k * distance / 0.3) ** 2) / 2) for k in range(1, 4001, 2))
     torch.testing.assert_close((kept @ kept[0]).double(), oracle, rtol=0, atol=0.02)
     assert not torch.allclose(Store(StoreConfig(kind="codes", dim=40_000, width=0.3, key=3), 8)(x), kept)
+
+
+def test_whoever_has_the_key_opens_codes() -> None:
+    config = StoreConfig(kind="codes", dim=1024, axes=8, width=0.35, key=1)
+    known, asked = features(400, seed=1), features(50, seed=2)
+    store, thief = Store(config, 16), Store(replace(config, key=2), 16)
+    store.fit(known)
+    thief.fit(known)
+    kept, truth = store(asked), store.coded(asked)
+    opened = store.opened(kept, store.coded(known))
+    assert (opened * truth).sum(1).min() > 0.98
+    assert (thief.opened(kept, store.coded(known)) * truth).sum(1).mean() < 0.5
+    # Nearer than the nearest whom the thief knows.
+    assert (store.coded(known) @ truth.T).max(0).values.median() < 0.97
 
 
 def test_codes_of_the_main_directions() -> None:

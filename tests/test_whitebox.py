@@ -9,7 +9,7 @@ import torch
 from attack_world import colour_judge, judged_ap, make_people, person_l1, see_colours
 
 from ppreid_dist.attacks.base import permute_people
-from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.bench import Opened, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -95,8 +95,9 @@ def test_wrong_settings_are_named(wrong: dict[str, object]) -> None:
         WhiteBoxConfig(**wrong)  # type: ignore[arg-type]
 
 
-def suite(people: int) -> SuiteResult:
-    """The control stores what it sees, the protected one what is left of a picture that lost nearly all contrast."""
+def suite(people: int, *, locked: bool = False) -> SuiteResult:
+    """The control stores what it sees, the protected one what is left of a picture that lost nearly all contrast;
+    ``locked``, noise that opens to what is seen."""
     known, met = make_people(1000, 24)[0], make_people(0, 20)[0]
     first = met.camids_N == 0
     query = replace(met.only(first), masks_N1HW=None)
@@ -106,6 +107,11 @@ def suite(people: int) -> SuiteResult:
         victims[name] = Victim(
             name=name, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=np.full(20, 0.8), see=see
         )
+    if locked:
+        own = victims["control"]
+        noise = {key: torch.randn_like(getattr(own, key)) for key in ("aux_ND", "query_QD")}
+        opened = Opened(aux_ND=own.aux_ND, query_QD=own.query_QD, see=see_colours)
+        victims["protected"] = replace(own, name="protected", **noise, see=own.see, opened=opened)
     return run_suite(
         aux=known,
         query=query,
@@ -137,3 +143,11 @@ def test_it_stands_beside_the_axes_and_never_enters_them() -> None:
         assert row["status"] == "ok"
         assert row["control"] > row["floor"]
         assert row["r"]["low"] <= row["r"]["value"] <= row["r"]["high"]
+
+
+def test_what_a_key_opens_is_opened_first() -> None:
+    found = suite(12, locked=True).whitebox
+    assert found is not None
+    assert found["matched"]["protected"] == found["matched"]["control"] > 0.95
+    for axis in ("pixel", "identity"):
+        assert found["axes"][axis]["r"]["value"] == pytest.approx(1)

@@ -1,10 +1,12 @@
-"""Ranking a gallery: ours, and the usual way, a matrix of all distances whose rows are sorted.
+"""Ranking a gallery: ours, and the usual way, a matrix of all distances whose rows are sorted; a toolbox's, if named.
 
 Shapes: Q queries, G gallery items, D feature.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking too")
     parser.add_argument("--twin-queries", type=int, default=300, help="queries that are sorted for; 0: no twin")
+    parser.add_argument(
+        "--peer",
+        metavar="FILE",
+        help="the compiled ranking of a ReID toolbox too, as torchreid and FastReID have it: their rank_cy*.so",
+    )
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -41,10 +48,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     row["gflop_per_second"] = 2e-9 * queries * gallery * options.dim / ours["seconds"]
     if gallery > PART:
         return [{"way": "counting", **row}]
-    extra = []
+    others: dict[str, dict[str, float]] = {}
     if options.rerank:
-        found = measured(reranking, size, options.dim, repeats=1, warm=0, threads=options.threads)
-        extra = [{**row, "way": "re-ranking", **found, "gflop_per_second": None}]
+        others["re-ranking"] = measured(reranking, size, options.dim, repeats=1, warm=0, threads=options.threads)
+    if options.peer:
+        others["toolbox, compiled"] = measured(compiled, options.peer, size, options.dim, **how)
+    extra = [{**row, "way": way, **found, "gflop_per_second": None} for way, found in others.items()]
     if not options.twin_queries:
         return [{"way": "counting", **row}, *extra]
     some = min(queries, options.twin_queries)
@@ -109,6 +118,28 @@ def reranking(size: tuple[int, ...], dim: int) -> Callable[[], Any]:
     gallery = Gallery(size, dim)
     asked, whole = gallery.asked(gallery.queries), gallery.parts()[0]()
     return lambda: rerank(asked, whole)
+
+
+def compiled(file: str, size: tuple[int, ...], dim: int) -> Callable[[], Any]:
+    """A toolbox's: the matrix of all distances, which its compiled function sorts and reads."""
+    spec = importlib.util.spec_from_file_location("rank_cy", Path(file))
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"error: {file}: not a compiled module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    gallery = Gallery(size, dim)
+    asked, whole = gallery.asked(gallery.queries), gallery.parts()[0]()
+    ours = rank_in_parts(asked, [lambda: whole]).summary()["mAP"]
+    query, known = (torch.nn.functional.normalize(of.features_ND) for of in (asked, whole))
+
+    def work() -> Any:
+        distance = (1 - query @ known.T).cpu().numpy()
+        _, aps, _ = module.evaluate_cy(distance, asked.pids_N, whole.pids_N, asked.camids_N, whole.camids_N, 50)
+        if abs(float(np.mean(aps)) - ours) > 1e-4:
+            raise SystemExit(f"error: {file}: its mAP is {np.mean(aps):.5f}, ours {ours:.5f}")
+        return aps
+
+    return work
 
 
 def sorting(size: tuple[int, ...], dim: int, queries: int) -> Callable[[], Any]:

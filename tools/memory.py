@@ -2,6 +2,7 @@
 
     python tools/memory.py head --identities 100000 --dim 2048     identity.head=split, on 1, 2 and 4 processes
     python tools/memory.py pieces --batch 64                       engine.accumulate, on one process
+    python tools/memory.py blocks --batch 32                       engine.gradient_checkpointing, on one process
 
 Two optimiser steps of the part alone, on random numbers, each in new processes. The peak is a process's resident
 memory, less what it was before the part was made (on a GPU: the allocator's peak).
@@ -25,6 +26,7 @@ from torch import nn
 from ppreid_dist import distributed
 from ppreid_dist.losses.identity import IdentityConfig, split_identity_loss
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
+from ppreid_dist.models.recompute import recompute_blocks
 from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.training.engine import Engine, EngineConfig, open_engine
 from ppreid_dist.training.optimiser import OptimiserConfig
@@ -56,6 +58,18 @@ def in_pieces(engine: Engine, options: argparse.Namespace) -> dict[str, float]:
         Path(folder, "config.json").write_text(json.dumps(vit))
         network = Extractor(ExtractorConfig(backbone=folder))
     network.accumulate(options.pieces)
+    return _two_steps(engine, network, options)
+
+
+def in_blocks(engine: Engine, options: argparse.Namespace) -> dict[str, float]:
+    """Two steps of a ResNet-50, its blocks made again if ``options.recomputed``."""
+    network = Extractor(ExtractorConfig())
+    if options.recomputed:
+        recompute_blocks(network.backbone)
+    return _two_steps(engine, network, options)
+
+
+def _two_steps(engine: Engine, network: Extractor, options: argparse.Namespace) -> dict[str, float]:
     extractor = Player("extractor", network, OptimiserConfig(), engine)
     x_B3HW = torch.rand(options.batch, 3, 256, 128, device=engine.device)
     for _ in range(2):
@@ -104,6 +118,8 @@ def main() -> None:
     pieces = parts.add_parser("pieces")
     pieces.add_argument("--batch", type=int, default=64)
     pieces.add_argument("--each", type=int, nargs="+", default=[1, 2, 4, 8])
+    blocks = parts.add_parser("blocks")
+    blocks.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     if options.part == "head":
         print("| processes | weights of each, millions | peak of each, GB |\n| --- | --- | --- |")
@@ -111,13 +127,16 @@ def main() -> None:
             found = measure(split_head, processes, options)
             print(f"| {processes} | {found['weights']:.1f} | {found['peak'] / 1e9:.2f} |", flush=True)
         return
-    print("| pieces | peak, GB | time of a step |\n| --- | --- | --- |")
+    key, work, each = (
+        ("pieces", in_pieces, options.each) if options.part == "pieces" else ("recomputed", in_blocks, [False, True])
+    )
+    print(f"| {key} | peak, GB | time of a step |\n| --- | --- | --- |")
     whole = 0.0
-    for pieces in options.each:
-        options.pieces = pieces
-        found = measure(in_pieces, 1, options)
+    for value in each:
+        setattr(options, key, value)
+        found = measure(work, 1, options)
         whole = whole or found["seconds"]
-        print(f"| {pieces} | {found['peak'] / 1e9:.2f} | {found['seconds'] / whole:.2f} |", flush=True)
+        print(f"| {value} | {found['peak'] / 1e9:.2f} | {found['seconds'] / whole:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

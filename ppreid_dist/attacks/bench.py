@@ -40,12 +40,22 @@ SHOWN = 12  # identities whose reconstructions are kept
 
 
 @dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What white-box attackers make of stored features by whatever key the extractor has, and what they compare with
+    it: pictures of the attackers' size to the same, differentiable."""
+
+    aux_ND: Tensor
+    query_QD: Tensor
+    see: See
+
+
+@dataclass(frozen=True, kw_only=True)
 class Victim:
     """An extractor as its attackers meet it: stored features of the auxiliary and the query pictures.
 
     ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
-    extractor itself, for white-box attackers: pictures of the attackers' size to stored features. ``reversal`` is the
-    generator that it was trained against, for the adaptive one.
+    extractor itself, for white-box attackers: pictures of the attackers' size to stored features; where those can be
+    ``opened``, they first are. ``reversal`` is the generator that it was trained against, for the adaptive one.
     """
 
     name: str
@@ -53,6 +63,7 @@ class Victim:
     query_QD: Tensor
     utility_ap_Q: np.ndarray
     see: See
+    opened: Opened | None = None
     reversal: Generator | None = None
 
 

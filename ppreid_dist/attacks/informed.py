@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ppreid_dist.attacks.base import Outcome, to_uint8
-from ppreid_dist.attacks.bench import Bench, Victim
+from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
 from ppreid_dist.evaluation.bootstrap import Bootstrap
@@ -28,8 +28,9 @@ from ppreid_dist.settings import to_dict
 def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any] | None:
     """White-box inversion of "control" and "protected", JSON-ready; None where the configuration asks for nobody.
 
-    ``axes`` holds scores and own ratio as an attacker's, ``matched`` the mean cosine between what is stored and what
-    the extractor makes of the reconstruction: where it is low the descent failed, and the scores say little.
+    ``axes`` holds scores and own ratio as an attacker's, ``matched`` the mean cosine between what is stored (or found
+    behind it by the key) and what the extractor makes of the reconstruction: where it is low the descent failed, and
+    the scores say little.
     """
     people = np.unique(bench.query.pids_N)
     people = np.random.default_rng([bench.config.seed, 0x3B]).permutation(people)[: bench.config.whitebox.people]
@@ -48,30 +49,31 @@ def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any]
     return {
         "people": len(people),
         "seconds": round(sum(outcome.seconds for outcome in found.values()), 1),
-        "matched": {role: _matched(victim, found[role], asked) for role, victim in victims.items()},
+        "matched": {role: _matched(victim.opened or victim, found[role], asked) for role, victim in victims.items()},
         "axes": axes,
     }
 
 
 def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Outcome:
-    config, stored_QD, label = bench.config, victim.query_QD[torch.from_numpy(asked)], f"white-box inversion, {role}"
+    config, label, met = bench.config, f"white-box inversion, {role}", victim.opened or victim
+    asked_QD = met.query_QD[torch.from_numpy(asked)]
 
     def train() -> Outcome:
         started = time.monotonic()
         attacker = Inversion(config.whitebox, config.ridge)
-        attacker.see(victim.see)
+        attacker.see(met.see)
         say = partial(bench.say, label)
-        attacker.fit(victim.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, seed=config.seed, progress=say)
-        drawn_Q3hw = to_uint8(attacker.reconstruct(stored_QD))
+        attacker.fit(met.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, seed=config.seed, progress=say)
+        drawn_Q3hw = to_uint8(attacker.reconstruct(asked_QD))
         return bench.judged(drawn_Q3hw, asked, seconds=time.monotonic() - started)
 
     # The features stand for the extractor: another one doesn't give the same of all those pictures.
     settings = ["white-box", to_dict(config.whitebox), to_dict(config.ridge), config.seed]
-    return bench.once(label, digest(bench.world, settings, victim.aux_ND, victim.query_QD, asked), train)
+    return bench.once(label, digest(bench.world, settings, met.aux_ND, met.query_QD, asked), train)
 
 
 @torch.no_grad()
-def _matched(victim: Victim, outcome: Outcome, asked: np.ndarray) -> float:
-    stored_QD = victim.query_QD[torch.from_numpy(asked)]
-    seen_QD = victim.see(outcome.shown.to(stored_QD.device).float() / 255)
+def _matched(met: Victim | Opened, outcome: Outcome, asked: np.ndarray) -> float:
+    stored_QD = met.query_QD[torch.from_numpy(asked)]
+    seen_QD = met.see(outcome.shown.to(stored_QD.device).float() / 255)
     return float(torch.nn.functional.cosine_similarity(seen_QD, stored_QD).mean())

@@ -141,9 +141,44 @@ class Store(nn.Module):
         elif self.config.kind == "signs":
             stored_BS = self._signs(stored_BS @ self.secret_AS)
         elif self.config.kind == "codes":
-            main_BA = F.normalize(stored_BS @ self.main_DA, dim=1) if self.config.axes else stored_BS
-            stored_BS = self._signs(torch.cos(main_BA @ self.secret_AS / self.config.width + self.phases_S))
+            stored_BS = self._signs(self._waves(self.coded(stored_BS)))
         return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+
+    def coded(self, embedding_BD: Tensor) -> Tensor:
+        """Of ``codes``: what is coded of an embedding, its main directions at unit norm, (B, A)."""
+        unit_BD = F.normalize(embedding_BD, dim=1)
+        return F.normalize(unit_BD @ self.main_DA, dim=1) if self.config.axes else unit_BD
+
+    def _waves(self, coded_BA: Tensor) -> Tensor:
+        return torch.cos(coded_BA @ self.secret_AS / self.config.width + self.phases_S)
+
+    @torch.no_grad()
+    def opened(self, stored_BS: Tensor, known_KA: Tensor, *, starts: int = 4, steps: int = 60) -> Tensor:
+        """Of ``codes``: what whoever has the key finds behind them, (B, A) at unit norm; :meth:`coded` was the truth.
+
+        Where a code's signs agree best with the waves: sought from the best ``starts`` of what is ``known_KA`` of
+        others and of as many random directions, by ascent. That takes a start within about twice the waves' width.
+        """
+        random_KA = torch.randn(known_KA.shape, generator=torch.Generator().manual_seed(self.config.key))
+        known_KA = F.normalize(torch.cat([known_KA, random_KA.to(known_KA)]), dim=1)
+        waves_KS, found = self._waves(known_KA), []
+        for signs_BS in stored_BS.sign().split(256):
+            best_BT = (signs_BS @ waves_KS.mT).topk(min(starts, len(known_KA)), dim=1).indices
+            place_BTA = known_KA[best_BT].requires_grad_()
+            optimiser = torch.optim.Adam([place_BTA], self.config.width / 10)
+            with torch.enable_grad():
+                for step in range(steps):
+                    optimiser.param_groups[0]["lr"] = self.config.width / 10 * (1 - step / steps)
+                    optimiser.zero_grad()
+                    agree_BT = self._agreement(signs_BS, place_BTA)
+                    (-agree_BT.sum()).backward()
+                    optimiser.step()
+            first_B = self._agreement(signs_BS, place_BTA).argmax(1)
+            found.append(F.normalize(place_BTA[torch.arange(len(first_B)), first_B], dim=1))
+        return torch.cat(found)
+
+    def _agreement(self, signs_BS: Tensor, place_BTA: Tensor) -> Tensor:
+        return (self._waves(F.normalize(place_BTA, dim=2)) * signs_BS[:, None]).mean(2)
 
     def _signs(self, smooth_BS: Tensor) -> Tensor:
         """At unit norm. 0 has a sign too: a bit that was left out would tell."""

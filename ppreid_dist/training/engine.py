@@ -30,6 +30,7 @@ from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.kernels import clip
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
+from ppreid_dist.training.finite import FiniteWatch
 from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched, meet_again
 from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
 
@@ -64,6 +65,11 @@ class EngineConfig(Settings):
         "gradient_accumulation_steps, else 1",
         at_least=0,
     )
+    gradient_checkpointing: bool = option(
+        False,
+        "the extractor's blocks make their activations again in the backward: less memory, a forward more of time, the "
+        "same gradient; not compiled",
+    )
     timeout: float = option(
         1800.0, "seconds after which a process that waits for another gives it up; a probe must end sooner", more_than=0
     )
@@ -76,10 +82,6 @@ class EngineConfig(Settings):
             if getattr(self, key) == "False":
                 setattr(self, key, "no")  # YAML reads a bare no as false
         super().__post_init__()
-
-
-class NotFinite(Exception):
-    """A gradient is NaN or infinite; raised on all ranks alike, before the optimiser's step."""
 
 
 class Held(ABC):
@@ -97,7 +99,8 @@ class Held(ABC):
 
     @abstractmethod
     def step(self, loss: Tensor, lr: float, beside: "Sequence[Held]" = ()) -> Tensor:
-        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite before anything is updated.
+        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite, of this step or, on a GPU, of
+        the one before; nothing was updated by either.
 
         ``beside`` are split players of the same loss, clipped and updated as if all were one.
         """
@@ -171,8 +174,7 @@ class _Whole(Held):
         for held in together[1:]:
             norm = (norm.square() + distributed.sum_over_ranks(held._norm().square())).sqrt()
         # The reduced gradient is the same on every rank, so all of them stop here together.
-        if not torch.isfinite(norm):
-            raise NotFinite(f"the gradient of the {self.name}")
+        self._engine.watch.see(self.name, norm, [held._optimiser for held in together])
         for held in together:
             clip.clip_(held.parameters, self.config.clip or float("inf"), norm)
             for group in held._optimiser.param_groups:
@@ -276,6 +278,7 @@ class Engine:
                 f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU "
                 "use `accelerate launch --multi_gpu --num_processes N`"
             )
+        self.watch = FiniteWatch(self.device)
 
     def _options(self, timeout: float) -> dict[str, Any]:
         """What Accelerate is to be opened with."""
@@ -339,6 +342,8 @@ def open_engine(config: EngineConfig, *, run_folder: Path, loggers: Sequence[Any
     kind, precision, accumulate = launched.agreed(config.kind, config.precision, config.accumulate)
     if accumulate > 1 and config.compile != "no":
         raise ConfigError(f"engine.accumulate: {accumulate} isn't compiled; use engine.compile=no")
+    if config.gradient_checkpointing and config.compile != "no":
+        raise ConfigError("engine.gradient_checkpointing: isn't compiled; use engine.compile=no")
     made = Engine
     if kind != "ddp":
         if find_spec("deepspeed") is None:

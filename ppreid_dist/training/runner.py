@@ -28,8 +28,9 @@ from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary, View
-from ppreid_dist.training.engine import Engine, NotFinite
+from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import Feed, FeedBatch
+from ppreid_dist.training.finite import NotFinite
 from ppreid_dist.training.player import Player
 from ppreid_dist.training.state import GameState, Position
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
@@ -153,6 +154,7 @@ class Runner:
         return self._finish(done_before)
 
     def _round(self) -> None:
+        self.engine.watch.step = self.step
         strength, strangers = self.strength(self.step), None
         if self.step >= self.game_from and not self.at.prepared:
             for adversary in self.adversaries:
@@ -251,7 +253,8 @@ class Runner:
     # --- stops and resumes ----------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint of this step."""
+        """A checkpoint of this step. NotFinite if its gradients weren't."""
+        self.engine.watch.settle()
         self.state.save(replace(self.at, waited=self._waited()))
 
     def resume(self) -> bool:
@@ -264,8 +267,9 @@ class Runner:
         return found is not None
 
     def _not_finite(self, error: NotFinite) -> RunError:
-        """Keep the batch, the loss terms and all weights from before the step, and say where."""
-        batch = self.labelled[self.step]
-        seen = {"terms": self.extractor_step.terms, "batch": batch.x_B3HW, "labels": batch.labels_B}
-        target = self.state.keep_failed(self.at, seen)
-        return RunError(f"step {self.step}: {error} is not finite; nothing was updated; look at {target}")
+        """Keep the batch, the loss terms and all weights from before the step that failed, and say where."""
+        batch = self.labelled[error.step]
+        terms = self.extractor_step.terms.get(error.step, {})
+        seen = {"terms": terms, "batch": batch.x_B3HW, "labels": batch.labels_B}
+        target = self.state.keep_failed(replace(self.at, step=error.step), seen)
+        return RunError(f"step {error.step}: {error} is not finite; nothing was updated; look at {target}")

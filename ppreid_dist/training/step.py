@@ -67,7 +67,7 @@ class ExtractorStep:
         self.extractor, self.adversaries, self.engine = extractor, adversaries, engine
         self.identity, self.triplet, self.reversal_size = identity, triplet, reversal_size
         self.beside = [] if head is None else [head]
-        self.terms: dict[str, Tensor] = {}  # of the latest step, for the log and for a look at a NaN
+        self.terms: dict[int, dict[str, Tensor]] = {}  # of the latest step and the one before, for a look at a NaN
 
     def __call__(
         self, labelled: FeedBatch, strangers: FeedBatch | None, *, step: int, strength: float, progress: float
@@ -79,10 +79,11 @@ class ExtractorStep:
         with self.extractor.active() as forward, self._heads() as heads, self.engine.autocast():
             with part("extractor forward"):
                 out = forward(x)
-            self.terms = terms = {
+            terms = {
                 "identity": self._identity(out, rows, labelled.labels_B, heads),
                 "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
             }
+            self.terms = {step - 1: self.terms.get(step - 1, {}), step: terms}
             loss = terms["identity"] + terms["triplet"]
             if strength > 0:
                 shown = self._expose(out.stored_BD[:rows], labelled)

@@ -24,7 +24,8 @@ from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels import choice
 from ppreid_dist.models.batchnorm import convert_batchnorm
-from ppreid_dist.training.engine import Engine, Held, NotFinite, one_step
+from ppreid_dist.training.engine import Engine, Held, one_step
+from ppreid_dist.training.finite import FiniteWatch, NotFinite
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -96,7 +97,7 @@ class ZeroEngine(Engine):
         stage = min(2, self.stage) if twice else self.stage
         state.deepspeed_plugins[key] = self._plugin(stage, config.clip)
         state.select_deepspeed_plugin(key)
-        return _Partitioned(name, self.place(module), config, stage=stage)
+        return _Partitioned(name, self.place(module), config, stage=stage, watch=self.watch)
 
     def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
         raise ConfigError(f"identity.head: a split head trains under engine.kind=ddp, not under {self.kind}")
@@ -112,9 +113,9 @@ class _Partitioned(Held):
 
     parameters: list[Any]  # to which DeepSpeed adds attributes
 
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, *, stage: int):
+    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, *, stage: int, watch: FiniteWatch):
         super().__init__(name, module, config)
-        self._partitioned = stage == 3
+        self._partitioned, self._watch = stage == 3, watch
         self._device = next(module.parameters()).device
         # What DeepSpeed has taken over can't be copied: it holds hooks, groups and, in stage 3, empty weights.
         self._shape = copy.deepcopy(module).to("meta")
@@ -135,7 +136,7 @@ class _Partitioned(Held):
         self.forward.backward(loss)
         self.forward.step()
         if not self.forward.was_step_applied():
-            raise NotFinite(f"the gradient of the {self.name}")
+            raise NotFinite(self.name, self._watch.step)
         self._steps += 1
         return torch.as_tensor(self.forward.get_global_grad_norm())
 
