@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import bench_network
+import energy
 import pytest
 import torch
 from bench_rank import Gallery, compiled, counting, sorting
@@ -19,7 +20,7 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "bench.py"
 PARTS = {
     "rank": ["--size", "small", "--dim", "16", "--twin-queries", "50"],
     "kernels": ["--only", "nearer"],
-    "step": ["privacy.ridge.strangers=16", "privacy.every=2", "--steps", "8", "--only", "plain", "ridge"],
+    "step": ["privacy.ridge.strangers=16", "privacy.every=2", "--steps", "8", "--count", "--only", "plain", "ridge"],
     "shards": ["--people", "20", "--stored", "32", "16", "--planned", "2000"],
     "scaling": ["--processes", "1", "2", "--steps", "6", "--only", "plain"],
     "input": ["--height", "32", "--width", "16", "--stored", "32", "16"],
@@ -44,6 +45,19 @@ def test_every_part_gives_seconds_memory_and_ratios(part: str, tmp_path: Path) -
         assert row["ratio"] == pytest.approx(twin["seconds"] / row["seconds"])
     lines = [line for line in said.stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(found["rows"]) and len({line.count("|") for line in lines}) == 1
+
+
+def test_energy_of_the_packages_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert energy.joules() is None and energy.spent(None, 3) == {}
+    # Two packages; a core's share of the first is in it already.
+    for name, level in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 7_000_000), ("intel-rapl:0:0", 1_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{level}\n")
+    assert energy.joules() == 12
+    assert energy.spent(3.0, 3) == {"joules": 3.0}
+    assert energy.spent(20.0, 3) == {}  # begun anew
 
 
 def test_what_passes_between_many_gpus_by_hand() -> None:

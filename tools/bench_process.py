@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+from energy import joules, spent
 
 Prepare = Callable[..., Callable[[], Any]]  # arguments to work that can be repeated
 
@@ -25,8 +26,8 @@ def device() -> torch.device:
 
 
 def measured(prepare: Prepare, *arguments: Any, repeats: int, threads: int, warm: int = 1) -> dict[str, float]:
-    """``seconds`` (median) of the work that ``prepare(*arguments)`` returns, and ``peak_mb``: the process's memory at
-    its highest less what it had at first (on a GPU, what was allocated there).
+    """``seconds`` (median) of the work that ``prepare(*arguments)`` returns, ``joules`` where they can be read, and
+    ``peak_mb``: the process's memory at its highest less what it had at first (on a GPU, what was allocated there).
 
     ``prepare`` is a module's own function, called in a new process. ``warm`` calls of the work are not counted.
     """
@@ -49,15 +50,18 @@ def _alone(work: Callable[..., dict[str, float]], arguments: tuple[Any, ...], th
 
 def _measure(prepare: Prepare, arguments: tuple[Any, ...], repeats: int, warm: int) -> dict[str, float]:
     work = prepare(*arguments)
-    taken = []
+    taken: list[float] = []
+    before: float | None = None
     for repeat in range(warm + repeats):
+        if repeat == warm:
+            before = joules()
         begun = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if repeat >= warm:
             taken.append(time.perf_counter() - begun)
-    return {"seconds": statistics.median(taken)}
+    return {"seconds": statistics.median(taken), **spent(before, repeats)}
 
 
 def _peak() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from bench_process import alone, device
+from energy import joules, spent
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
@@ -40,6 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--count", action="store_true", help="the operations of a step too, and the share of what a product reaches"
     )
+    parser.add_argument("--count-only", action="store_true", help="no seconds, only the operations")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="before options that take several words")
 
 
@@ -48,22 +50,25 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         common = world(options.config, options.settings, Path(folder))
         for name, way in tqdm(ways(options.only).items(), unit="training"):
-            settings, counted = timed(options.config, [*common, *way, f"output={folder}/{name}"], options.steps)
-            found = alone(_steps, options.config, settings, counted, threads=options.threads)
-            rows.append({"way": name, **found})
-            if options.count:
-                rows[-1] |= _counted(options, [*common, *way, f"output={folder}/{name}_counted"], found["seconds"])
-            if rows[0]["way"] == "plain":
-                rows[-1] |= {"overhead": found["seconds"] / rows[0]["seconds"]}
-                rows[-1] |= {"ratio": rows[0]["seconds"] / found["seconds"]}
-                if options.count:
-                    rows[-1]["counted_overhead"] = rows[-1]["gflop"] / rows[0]["gflop"]
+            row: dict[str, Any] = {"way": name}
+            if not options.count_only:
+                settings, counted = timed(options.config, [*common, *way, f"output={folder}/{name}"], options.steps)
+                row |= alone(_steps, options.config, settings, counted, threads=options.threads)
+            if options.count or options.count_only:
+                row |= _counted(options, [*common, *way, f"output={folder}/{name}_counted"], row.get("seconds"))
+            rows.append(row)
+            if rows[0]["way"] == "plain" and "seconds" in row:
+                row |= {"overhead": row["seconds"] / rows[0]["seconds"], "ratio": rows[0]["seconds"] / row["seconds"]}
+            if rows[0]["way"] == "plain" and "gflop" in row:
+                row |= {"counted_overhead": row["gflop"] / rows[0]["gflop"]}
     return rows
 
 
-def _counted(options: argparse.Namespace, settings: list[str], seconds: float) -> dict[str, float]:
+def _counted(options: argparse.Namespace, settings: list[str], seconds: float | None) -> dict[str, float]:
     """A step's operations, ``share`` of those that the machine does in a large matrix product in the same time."""
     found = alone(_operations, options.config, settings, threads=options.threads)
+    if seconds is None:
+        return {"gflop": found["gflop"]}
     limit = alone(_product, threads=options.threads)["gflop_per_second"]
     return {"gflop": found["gflop"], "share": found["gflop"] / seconds / limit}
 
@@ -158,8 +163,9 @@ def _period(config: Config) -> int:
 
 def _steps(file: str, settings: list[str], counted: int) -> dict[str, float]:
     config = load_settings(Config, file, settings)
-    train(config, progress=False)
-    return step_times(config, counted)
+    before = joules()
+    steps = train(config, progress=False)["steps"]
+    return {**step_times(config, counted), **spent(before, steps)}
 
 
 def step_times(config: Config, counted: int) -> dict[str, float]:
