@@ -53,12 +53,13 @@ class Entries:
     def length(self) -> Tensor:
         """(N,1) float64; of a zero feature next to nothing, so that divided by it, it stays zero."""
         # A part at a time: the norm makes a copy in float64.
-        norms = [torch.linalg.vector_norm(some, dim=1, dtype=torch.float64) for some in self.features_ND.split(TILE)]
+        norms = [torch.linalg.vector_norm(some, dim=1, dtype=torch.float64) for some in self.features_ND.split(1024)]
         return torch.cat(norms)[:, None].clamp_min_(1e-12)
 
     def whole(self, rows: Any) -> Tensor:
         """Features of length ONE, of whole numbers, in float64."""
-        return (self.features_ND[rows].double() / (self.length[rows] / ONE)).round_()
+        # In place, in a copy of its own: a tile of these is the largest thing there is beside the features.
+        return self.features_ND[rows].to(torch.float64, copy=True).div_(self.length[rows] / ONE).round_()
 
     def unit(self, rows: Any) -> Tensor:
         """Features of length 1, in float32."""
