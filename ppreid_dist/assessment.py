@@ -232,7 +232,7 @@ def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> 
 
 
 def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | None:
-    """Codes, opened by their key: descent through their waves would get stuck. Other kinds need no such thing."""
+    """Codes, opened by their key. Of the other kinds there is nothing to open."""
     store: Store = saved.extractor.store
     if store.config.kind != "codes":
         return None

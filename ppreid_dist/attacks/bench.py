@@ -54,8 +54,9 @@ class Victim:
     """An extractor as its attackers meet it: stored features of the auxiliary and the query pictures.
 
     ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
-    extractor itself, for white-box attackers: pictures of the attackers' size to stored features; where those can be
-    ``opened``, they first are. ``reversal`` is the generator that it was trained against, for the adaptive one.
+    extractor itself, for white-box attackers: pictures of the attackers' size to stored features; ``opened``, where its
+    key uncovers something behind those, that. ``reversal`` is the generator that it was trained against, for the
+    adaptive one.
     """
 
     name: str
