@@ -53,7 +53,7 @@ class Entries:
     def length(self) -> Tensor:
         """(N,1) float64; of a zero feature next to nothing, so that divided by it, it stays zero."""
         # A part at a time: the norm makes a copy in float64.
-        norms = [torch.linalg.vector_norm(some, dim=1, dtype=torch.float64) for some in self.features_ND.split(1024)]
+        norms = [torch.linalg.vector_norm(some, dim=1, dtype=torch.float64) for some in self.features_ND.split(TILE)]
         return torch.cat(norms)[:, None].clamp_min_(1e-12)
 
     def whole(self, rows: Any) -> Tensor:
