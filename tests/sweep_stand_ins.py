@@ -11,11 +11,20 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 STEPS = 12
 SECONDS = float(os.environ.get("STEP_SECONDS", "0.05"))
 HERE = str(Path(__file__).resolve())
+
+
+def until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for it; an assertion fails where it doesn't come."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
 
 
 def train(arguments: list[str]) -> int:

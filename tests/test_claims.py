@@ -1,0 +1,91 @@
+"""Who does what in a sweep, among processes that share a folder and may be killed."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from conftest import ROOT
+from sweep_stand_ins import until
+
+from ppreid_dist.sweep import claims as claims_module
+from ppreid_dist.sweep.claims import Claims
+from ppreid_dist.sweep.guard import MARK, guarded, marked
+
+# --- who does what ----------------------------------------------------------------------------------------------
+
+
+def _take(folder: str, start: Any, taken: Any) -> None:
+    start.wait()
+    if Claims(Path(folder)).take("a name") is not None:
+        with taken.get_lock():
+            taken.value += 1
+
+
+def test_of_many_processes_one_gets_the_claim(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start, taken = context.Event(), context.Value("i", 0)
+    tasks = [context.Process(target=_take, args=(str(tmp_path), start, taken)) for _ in range(12)]
+    for task in tasks:
+        task.start()
+    start.set()
+    for task in tasks:
+        task.join()
+    assert taken.value == 1
+    assert list(Claims(tmp_path).held()) == ["a name"]
+
+
+def test_a_claim_is_free_when_given_back_or_silent_and_its_old_owner_learns_it(tmp_path: Path) -> None:
+    claims = Claims(tmp_path)
+    first = claims.take("x")
+    assert first is not None and claims.take("x") is None and first.beat()
+    silent = time.time() - claims_module.STALE - 1
+    os.utime(first.file, (silent, silent))
+    second = claims.take("x")
+    assert second is not None and first.outdone() and not first.beat()
+    second.give_back()
+    second.beat()  # a guard's, come too late
+    assert claims.held() == {}
+    assert claims.take("x") is not None
+
+
+OWNER = """
+import subprocess, sys, time
+from pathlib import Path
+from ppreid_dist.sweep.claims import Claims
+from ppreid_dist.sweep.guard import guarded
+folder = Path(sys.argv[1])
+with guarded(Claims(folder).take("x")) as environment:
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+    child += " start_new_session=True); time.sleep(60)"
+    subprocess.Popen([sys.executable, "-c", child], env=environment, start_new_session=True)
+    (folder / "ready").touch()
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_owner_started_ends_and_its_claim_is_free(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], cwd=ROOT)
+    claims = Claims(tmp_path)
+    until(lambda: (tmp_path / "ready").exists())
+    mark = str(tmp_path / "x.0001")
+    until(lambda: len(marked(mark)) == 2)
+    owner.kill()
+    owner.wait()
+    assert claims.take("x") is None or not marked(mark)
+    until(lambda: not claims.held())
+    assert not marked(mark)
+
+
+def test_a_claim_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
+    claim = Claims(tmp_path).take("x")
+    assert claim is not None
+    with guarded(claim) as environment:
+        child = subprocess.Popen(["sleep", "60"], env=environment)
+        until(lambda: marked(environment[MARK]) == {child.pid})
+    assert child.wait(timeout=5) == -signal.SIGTERM
+    assert Claims(tmp_path).held() == {}
