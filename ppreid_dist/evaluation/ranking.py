@@ -164,7 +164,6 @@ def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, ch
     device, size = queries.features_ND.device, len(queries.pids_N)
     way = choice.of("nearer", device).implementation
     screen = way == "screened" and nearer.can_screen(queries.features_ND)
-    query_QD = queries.unit(slice(None)) if screen else queries.whole(slice(None))
     query_pids, query_camids, gallery_pids, gallery_camids, item_P, similarity_P = (
         torch.as_tensor(a, dtype=torch.int64, device=device)
         for a in (queries.pids_N, queries.camids_N, gallery.pids_N, gallery.camids_N, positives.item_P,
@@ -190,7 +189,9 @@ def count_nearer(queries: Entries, gallery: Entries, positives: Positives, *, ch
             bar_QM = torch.full((stop - q, width), nearer.NONE, device=device)
             place_QM = torch.zeros_like(bar_QM)
             bar_QM[where], place_QM[where] = similarity_P[pairs], place_P[pairs]  # ascending along M, as the pairs are
-            tile = (query_QD[rows], gallery_GD, junk_QG, bar_QM, place_QM)
+            # Anew for each tile, cheap beside their product: a copy of all queries would be the largest thing here.
+            query_QD = queries.unit(rows) if screen else queries.whole(rows)
+            tile = (query_QD, gallery_GD, junk_QG, bar_QM, place_QM)
             if screen:
                 whole = partial(_tile, queries, gallery, rows, items)
                 exactly = partial(_similarity, queries, gallery, q, g)
