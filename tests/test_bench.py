@@ -39,6 +39,10 @@ def test_every_part_gives_seconds_memory_and_ratios(part: str, tmp_path: Path) -
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["part"] == part and found["machine"]["torch"] == torch.__version__
     assert len(found["rows"]) >= 2 and all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in found["rows"])
+    if part == "step":
+        plain, game = found["rows"]
+        assert 0 < plain["gflop"] < game["gflop"] and 0 < plain["share"] < 1.5
+        assert plain["counted_overhead"] == 1 and game["counted_overhead"] == game["gflop"] / plain["gflop"]
     compared = [row for row in found["rows"] if "ratio" in row]
     twin = next(row for row in compared if row["ratio"] == 1)
     for row in compared:
@@ -51,10 +55,13 @@ def test_energy_of_the_packages_where_it_can_be_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert energy.joules() is None and energy.spent(None, 3) == {}
-    # Two packages; a core's share of the first is in it already.
-    for name, level in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 7_000_000), ("intel-rapl:0:0", 1_000_000)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "energy_uj").write_text(f"{level}\n")
+    # Two packages; a core's share of the first is in it already, and the platform's holds both.
+    levels = {"0": ("package-0", 5), "1": ("package-1", 7), "0:0": ("core", 1), "2": ("psys", 30)}
+    for number, (name, level) in levels.items():
+        zone = tmp_path / f"intel-rapl:{number}"
+        zone.mkdir()
+        (zone / "name").write_text(f"{name}\n")
+        (zone / "energy_uj").write_text(f"{level * 1_000_000}\n")
     assert energy.joules() == 12
     assert energy.spent(3.0, 3) == {"joules": 3.0}
     assert energy.spent(20.0, 3) == {}  # begun anew

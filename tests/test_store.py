@@ -71,10 +71,11 @@ def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -
     assert not torch.allclose(Store(StoreConfig(kind="codes", dim=40_000, width=0.3, key=3), 8)(x), kept)
 
 
-def test_whoever_has_the_key_opens_codes() -> None:
-    config = StoreConfig(kind="codes", dim=1024, axes=8, width=0.35, key=1)
-    known, asked = features(400, seed=1), features(50, seed=2)
-    store, thief = Store(config, 16), Store(replace(config, key=2), 16)
+@pytest.mark.parametrize(("axes", "dim", "width"), [(16, 2048, 0.5), (8, 1024, 0.35)])
+def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float) -> None:
+    config = StoreConfig(kind="codes", dim=dim, axes=axes, width=width, key=1)
+    known, asked = features(400, 2 * axes, seed=1), features(50, 2 * axes, seed=2)
+    store, thief = Store(config, 2 * axes), Store(replace(config, key=2), 2 * axes)
     store.fit(known)
     thief.fit(known)
     kept, truth = store(asked), store.coded(asked)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
-from ppreid_dist.training.finite import FiniteWatch
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
@@ -161,43 +159,6 @@ def test_no_whole_checkpoint_is_one_line(world: list[str], whole: Path, tmp_path
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(RunError, match=r"tensors\.safetensors: not as it was written; no other checkpoint is left"):
         run(world, tmp_path / "run", resume=True)
-
-
-@pytest.mark.parametrize("failing", [1, 4, "last"])
-def test_not_a_number_stops_before_the_update(
-    failing: int | str, world: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the warm-up, in the game, in the last step; found at once, or, as on a GPU, with the next gradient."""
-    from ppreid_dist.training import engine as engine_module
-    from ppreid_dist.training import step as step_module
-
-    honest, steps = step_module.triplet_loss, json.loads((whole / "result.json").read_text())["steps"]
-    step = steps - 1 if failing == "last" else failing
-    kept = []
-    for late in (False, True):
-        calls: list[int] = []
-
-        def poisoned(*arguments: object, calls: list[int] = calls) -> Tensor:
-            calls.append(1)
-            return honest(*arguments) * (float("nan") if len(calls) == step + 1 else 1)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(step_module, "triplet_loss", poisoned)
-        monkeypatch.setattr(engine_module, "FiniteWatch", partial(FiniteWatch, late=late))
-        with pytest.raises(RunError, match=rf"step {step}: the gradient of the extractor is not finite") as error:
-            run(world, tmp_path / f"late_{late}")
-        assert len(calls) == step + (2 if late and failing == 1 else 1)  # in the game the generator's is the next
-        kept.append(load_file(Path(str(error.value).split("look at ")[1]) / "tensors.safetensors"))
-        assert torch.isnan(kept[-1]["/terms/triplet"]) and torch.isfinite(kept[-1]["/terms/identity"])
-        assert kept[-1]["/batch"].shape == (16, 3, 32, 16)
-        assert all(torch.isfinite(t).all() for n, t in kept[-1].items() if n.startswith("/modules"))
-    # The statistics of batch norm have seen another batch. No weight, no moment has moved.
-    moved = ("running_mean", "running_var", "num_batches_tracked")
-    at_once, later = (
-        {n: t for n, t in some.items() if n.startswith(("/modules", "/optimisers")) and not n.endswith(moved)}
-        for some in kept
-    )
-    assert any("exp_avg" in name for name in later)
-    assert_same(at_once, later)
 
 
 @pytest.mark.faults

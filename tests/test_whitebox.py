@@ -145,9 +145,8 @@ def test_it_stands_beside_the_axes_and_never_enters_them() -> None:
         assert row["r"]["low"] <= row["r"]["value"] <= row["r"]["high"]
 
 
-def test_what_a_key_opens_is_taken_where_it_does_better() -> None:
+def test_what_a_key_opens_counts_where_it_finds_more() -> None:
     found = suite(12, locked=True).whitebox
     assert found is not None
-    assert found["matched"]["control"] > 0.95 and abs(found["matched"]["protected"]) < 0.5
     for axis in ("pixel", "identity"):
         assert found["axes"][axis]["r"]["value"] == pytest.approx(1)

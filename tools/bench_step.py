@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from bench_process import alone, device
-from energy import joules, spent
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
@@ -163,9 +162,8 @@ def _period(config: Config) -> int:
 
 def _steps(file: str, settings: list[str], counted: int) -> dict[str, float]:
     config = load_settings(Config, file, settings)
-    before = joules()
-    steps = train(config, progress=False)["steps"]
-    return {**step_times(config, counted), **spent(before, steps)}
+    train(config, progress=False)
+    return step_times(config, counted)
 
 
 def step_times(config: Config, counted: int) -> dict[str, float]:

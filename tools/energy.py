@@ -16,7 +16,8 @@ def joules() -> float | None:
     if torch.cuda.is_available():
         return _gpu()
     try:
-        counters = [file for file in POWERCAP.glob("*-rapl:[0-9]*/energy_uj") if file.parent.name.count(":") == 1]
+        zones = [file.parent for file in POWERCAP.glob("*-rapl:*/name") if file.read_text().startswith("package")]
+        counters = [zone / "energy_uj" for zone in zones]  # other zones are parts of these, or hold them
         return sum(float(file.read_text()) for file in counters) / 1e6 if counters else None
     except OSError:  # for root only, on many machines
         return None

@@ -9,7 +9,7 @@ Shapes: Q query pictures asked for, D feature dim, B the statistic itself, then 
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any]
     """White-box inversion of "control" and "protected", JSON-ready; None where the configuration asks for nobody.
 
     ``axes`` holds scores and own ratio as an attacker's, ``matched`` the mean cosine between what is stored and what
-    the extractor makes of the reconstruction: where it is low the descent failed, and the scores say little.
+    the extractor makes of the reconstruction by it: where it is low that descent failed, and the scores say little.
     """
     people = np.unique(bench.query.pids_N)
     people = np.random.default_rng([bench.config.seed, 0x3B]).permutation(people)[: bench.config.whitebox.people]
@@ -54,22 +54,25 @@ def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any]
 
 
 def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Outcome:
-    """By what is stored or, where a key opens it, by what that uncovers: the attacker takes what does better on people
-    of its own. Neither always does: fewer numbers are matched sooner, and by more pictures."""
+    """By what is stored and, where a key opens it, by what that uncovers: on each axis what finds more. Neither always
+    does: fewer numbers are matched sooner, and by more pictures."""
     config, label = bench.config, f"white-box inversion, {role}"
     ways: list[Victim | Opened] = [victim] if victim.opened is None else [victim, victim.opened]
 
     def train() -> Outcome:
-        started, tried = time.monotonic(), []
+        started, found = time.monotonic(), []
         for met in ways:
             attacker = Inversion(config.whitebox, config.ridge)
             attacker.see(met.see)
             say = partial(bench.say, label if met is victim else f"{label}, opened")
             attacker.fit(met.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, seed=config.seed, progress=say)
-            tried.append((attacker, met.query_QD[torch.from_numpy(asked)]))
-        attacker, asked_QD = min(tried, key=lambda one: one[0].held_out)
-        drawn_Q3hw = to_uint8(attacker.reconstruct(asked_QD))
-        return bench.judged(drawn_Q3hw, asked, seconds=time.monotonic() - started)
+            drawn_Q3hw = to_uint8(attacker.reconstruct(met.query_QD[torch.from_numpy(asked)]))
+            found.append(bench.judged(drawn_Q3hw, asked, seconds=0.0))
+        scores = {
+            axis: max((outcome.scores[axis] for outcome in found), key=lambda score_Q: float(np.nanmean(score_Q)))
+            for axis in bench.axes
+        }
+        return replace(found[0], scores=scores, seconds=time.monotonic() - started)
 
     # The features stand for the extractor: another one doesn't give the same of all those pictures.
     settings = ["white-box", to_dict(config.whitebox), to_dict(config.ridge), config.seed]

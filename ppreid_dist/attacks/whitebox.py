@@ -91,7 +91,6 @@ class Inversion(WhiteBox):
             drawn_B3hw = self._invert(features_ND[tried], smoothness, self.config.steps)
             errors[smoothness] = held_out_error(drawn_B3hw, pictures_N3hw[tried])
         self.smoothness = min(errors, key=errors.__getitem__)
-        self.held_out = errors[self.smoothness]
         self._learn_starts(features_ND, pictures_N3hw, pids_N)
         if progress is not None:
             progress(f"smoothness {self.smoothness:g}: held-out error {errors[self.smoothness]:.4f}")

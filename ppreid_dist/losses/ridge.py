@@ -86,12 +86,15 @@ def prepare_targets(clean_B3HW: Tensor, config: RidgeConfig) -> Tensor:
 
 def centre_by_camera(targets_NM: Tensor, cameras_N: Tensor) -> Tensor:
     """Targets (N, M) less the mean picture of their camera in this batch; cameras are known even of strangers."""
-    places_N = torch.unique(cameras_N, return_inverse=True)[1]
+    # The cameras' places in order, as torch.unique would give them, which makes the host wait for their number.
+    sorted_N, order_N = cameras_N.sort()
+    places_N = torch.empty_like(order_N)
+    places_N[order_N] = torch.cat([order_N.new_zeros(1), (sorted_N.diff() != 0).cumsum(0)])
     ones_N = torch.ones_like(places_N, dtype=targets_NM.dtype)
-    sums_CM = torch.zeros(len(places_N), targets_NM.shape[1], dtype=targets_NM.dtype, device=targets_NM.device)
-    counts_C = torch.zeros_like(sums_CM[:, 0]).index_add(0, places_N, ones_N)
-    means_CM = sums_CM.index_add(0, places_N, targets_NM) / counts_C.clamp_min(1)[:, None]
-    return targets_NM - means_CM[places_N]
+    sums_NM = torch.zeros_like(targets_NM)  # of as many cameras as there are rows, at the most
+    counts_N = torch.zeros_like(sums_NM[:, 0]).index_add(0, places_N, ones_N)
+    means_NM = sums_NM.index_add(0, places_N, targets_NM) / counts_N.clamp_min(1)[:, None]
+    return targets_NM - means_NM[places_N]
 
 
 def ridge_best_response(

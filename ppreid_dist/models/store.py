@@ -141,7 +141,7 @@ class Store(nn.Module):
         elif self.config.kind == "signs":
             stored_BS = self._signs(stored_BS @ self.secret_AS)
         elif self.config.kind == "codes":
-            stored_BS = self._signs(self._waves(self.coded(stored_BS)))
+            stored_BS = self._signs(self._waves(self.coded(embedding_BD)))
         return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
 
     def coded(self, embedding_BD: Tensor) -> Tensor:

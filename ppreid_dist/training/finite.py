@@ -1,9 +1,9 @@
 """Whether gradients are finite, without a wait for the device.
 
 To look at a gradient's norm is to wait until the device has done all that it was asked for, and to let it stand idle
-until the host has caught up. So on a GPU a step's answer is read in the step after, when it has long come. Until then
-the optimisers themselves see to it that nothing changes: from the first norm on that isn't finite they leave every
-player as it was.
+until the host has caught up. So on a GPU an answer is read when the next gradient has been asked for, and has long come
+by then. Until it is read the optimisers see to it that nothing is lost: from the first norm on that isn't finite they
+leave the weights and moments of every player as they were.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 class NotFinite(Exception):
-    """A gradient of extractor step ``step`` is NaN or infinite; raised on all ranks alike. No player was updated by it,
-    nor since."""
+    """A gradient of extractor step ``step`` is NaN or infinite; raised on all ranks alike. No weight and no moment of
+    any player was changed by it, nor since."""
 
     def __init__(self, player: str, step: int):
         super().__init__(f"the gradient of the {player}")
@@ -25,7 +25,7 @@ class FiniteWatch:
     """One for all players of an engine."""
 
     def __init__(self, device: torch.device, *, late: bool | None = None):
-        """``late``: whether answers are read in the step after; so they are on a GPU, if nothing is said."""
+        """``late``: whether answers are read with the next gradient; so they are on a GPU, if nothing is said."""
         self.step = 0  # the extractor's, as the runner says
         self._late = device.type == "cuda" if late is None else late
         self._failed = torch.zeros((), device=device)  # 1 from the first failure on
@@ -53,7 +53,7 @@ class FiniteWatch:
         self._pending = player, self.step, host, asked
 
     def settle(self) -> None:
-        """Wait for the latest answer; NotFinite. Before anything is kept of the players."""
+        """Wait for the latest answer; NotFinite. Before anything is kept or told of the players."""
         if self._pending is None:
             return
         player, step, host, asked = self._pending

@@ -249,7 +249,7 @@ class ReversalAdversary(Adversary):
             return None
         total = rows * distributed.world_size()
         noise = np.random.default_rng([self.seed, *key]).standard_normal((total, self.noise_dim), dtype=np.float32)
-        return torch.from_numpy(noise[distributed.rank_rows(total)]).to(device)
+        return torch.from_numpy(noise[distributed.rank_rows(total)]).to(device, non_blocking=True)
 
     # --- step B ---------------------------------------------------------------------------------------------
 

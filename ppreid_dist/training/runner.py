@@ -209,6 +209,7 @@ class Runner:
     # --- what is seen of it ---------------------------------------------------------------------------------
 
     def _log(self) -> dict[str, str]:
+        self.engine.watch.settle()  # the means are waited for anyway
         means = self.averages.take()
         speed = {"images_per_second": self.step * self.batch_rows / self.at.elapsed, "data_wait": self._data_wait()}
         self.engine.accelerator.log({"images": self.step * self.batch_rows, **means, **speed}, step=self.step)
@@ -230,6 +231,7 @@ class Runner:
 
     def _run_probe(self) -> None:
         assert self.probe is not None
+        self.engine.watch.settle()
         extractor, views = self.finished(), [adversary.view() for adversary in self.adversaries]
         if self.engine.is_main:
             found = self.probe(extractor, [view for view in views if view is not None], self.step)

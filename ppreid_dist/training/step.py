@@ -83,7 +83,6 @@ class ExtractorStep:
                 "identity": self._identity(out, rows, labelled.labels_B, heads),
                 "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
             }
-            self.terms = {step - 1: self.terms.get(step - 1, {}), step: terms}
             loss = terms["identity"] + terms["triplet"]
             if strength > 0:
                 shown = self._expose(out.stored_BD[:rows], labelled)
@@ -93,9 +92,11 @@ class ExtractorStep:
                     with part(f"{adversary.kind} loss"):
                         terms[adversary.kind] = adversary.loss(shown, step)
                     loss = loss + strength * weight * terms[adversary.kind]
+            seen = {name: term.detach() for name, term in terms.items()}
+            self.terms = {step - 1: self.terms.get(step - 1, {}), step: seen}
             with part("extractor backward, update"):
                 norm = self.extractor.step(loss, progress, beside=self.beside)
-        return {f"loss/{name}": term.detach() for name, term in terms.items()} | {"extractor/gradient": norm}
+        return {f"loss/{name}": term for name, term in seen.items()} | {"extractor/gradient": norm}
 
     @contextmanager
     def _heads(self) -> Iterator[list[Any]]:
