@@ -46,7 +46,7 @@ from ppreid_dist.storage import read_json, read_tensors, write_json, write_tenso
 from ppreid_dist.training.reversal import resize
 
 # Control and protected must be the same training but for these.
-METHOD = ("privacy.", "reversal.", "data.strangers_split", "training.warm", "model.store.")
+METHOD = ("privacy.", "neighbourhood.", "reversal.", "data.strangers_split", "training.warm", "model.store.")
 
 
 def default_device() -> torch.device:

@@ -21,6 +21,7 @@ from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictur
 from ppreid_dist.errors import ConfigError, RunError, Stopped
 from ppreid_dist.kernels.choice import KernelsConfig, using
 from ppreid_dist.losses.identity import IdentityConfig
+from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
 from ppreid_dist.losses.triplet import TripletConfig
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.folder import save_extractor
@@ -61,6 +62,7 @@ class Config(Settings):
     model: ExtractorConfig = option(ExtractorConfig(), "")
     identity: IdentityConfig = option(IdentityConfig(), "")
     triplet: TripletConfig = option(TripletConfig(), "")
+    neighbourhood: NeighbourhoodConfig = option(NeighbourhoodConfig(), "")
     optimiser: OptimiserConfig = option(OptimiserConfig(warmup=0.08, decay="steps"), "")
     privacy: PrivacyConfig = option(PrivacyConfig(), "")
     reversal: ReversalConfig = option(ReversalConfig(), "")
@@ -177,6 +179,7 @@ def _play(
             engine=engine,
             identity=config.identity,
             triplet=config.triplet,
+            neighbourhood=config.neighbourhood,
             reversal_size=config.reversal.size,
             head=heads,
         ),

@@ -82,10 +82,20 @@ def findings(
             "people": max(result.people),
             "notes": result.notes,
         },
-        "notes": []
-        if "perceptual" in result.axes
-        else ["The axis perceptual is left out: attack.perceptual.lpips names no weights."],
+        "notes": _notes(control, protected, result),
     }
+
+
+def _notes(control: Path, protected: Path, result: SuiteResult) -> list[str]:
+    notes = []
+    if "perceptual" not in result.axes:
+        notes.append("The axis perceptual is left out: attack.perceptual.lpips names no weights.")
+    if load_run(protected).neighbourhood != load_run(control).neighbourhood:
+        notes.append(
+            "Control and protected differ in the neighbourhood loss, which makes people easier to match by itself: u "
+            "counts what it buys. Attack with a control that was trained by it, too, to see what the protection costs."
+        )
+    return notes
 
 
 def _protocol(
@@ -110,6 +120,8 @@ def _training(run: Path) -> dict[str, Any]:
     config, result = load_run(run), read_json(run / "result.json")
     names = " + ".join(f"{a.kind} × {a.weight:g}" for a in config.privacy.adversaries)
     method = f"λ {config.privacy.weight:g}: {names}" if config.privacy.weight else "unprotected"
+    if config.neighbourhood.weight:
+        method += f", neighbourhood × {config.neighbourhood.weight:g}"
     if (kept := config.model.store) != StoreConfig():
         method += f", stored as {kept.kind}" + (", int8" if kept.quantise == "int8" else "")
     wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")

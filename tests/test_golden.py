@@ -45,6 +45,7 @@ PLAYED = ["reversal.warm_steps=250", "reversal.lazy={period: 25, catch_up: 60, p
 METHODS = {
     "control": ["privacy.weight=0"],
     "distance correlation": ["privacy.weight=5", "privacy.adversaries=[{kind: distance_correlation}]"],
+    "neighbourhood": ["privacy.weight=0", "neighbourhood.weight=2"],
     "ridge": ["privacy.weight=10", "privacy.adversaries=[{kind: ridge}]"],
     "ridge+gan": ["privacy.weight=10", "privacy.adversaries=[{kind: ridge}, {kind: gan, weight: 0.3}]", *PLAYED],
     "regression": ["privacy.weight=20", "privacy.adversaries=[{kind: regression}]", *PLAYED],
@@ -281,6 +282,18 @@ def test_golden_adversarial_features_mislead_the_decoder_they_know(golden: World
 
 def test_golden_distance_correlation_makes_pictures_and_features_less_dependent(golden: World) -> None:
     assert golden.dependence("distance correlation") < 0.94 * golden.dependence("control")  # 0.80, 0.83, 0.87
+
+
+def kept_by_narrow_codes(golden: World, method: str) -> float:
+    """Of the control's mAP."""
+    store = Store(StoreConfig(kind="codes", dim=2048, axes=8, width=0.3), golden.features(method, "aux").shape[1])
+    store.fit(golden.features(method, "aux"))
+    return golden.mean_ap(method, store) / golden.mean_ap("control")
+
+
+def test_golden_neighbourhoods_keep_people_together_under_narrow_codes(golden: World) -> None:
+    # 2.1, 1.8, 2.1
+    assert kept_by_narrow_codes(golden, "neighbourhood") > 1.4 * kept_by_narrow_codes(golden, "control")
 
 
 def test_golden_best_response_is_harder_to_reverse(golden: World) -> None:

@@ -19,6 +19,7 @@ from ppreid_dist.kernels.ssim import ssim_map
 from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
 from ppreid_dist.losses.distance_correlation import distance_correlation
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss
+from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig, neighbourhood_loss
 from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance, reconstruction_loss
 from ppreid_dist.losses.ridge import RidgeConfig, ridge_best_response
@@ -80,6 +81,53 @@ def test_triplet_gradient_is_finite_for_equal_rows_and_zero_without_valid_anchor
     features.grad = None
     triplet_loss(features, torch.tensor([0, 0, 0, 0]), TripletConfig()).backward()
     assert not features.grad.any()
+
+
+# --- neighbourhood
+
+
+def neighbourhood_oracle(features: Tensor, pids: list[int], config: NeighbourhoodConfig) -> float:
+    losses = []
+    for i, pid in enumerate(pids):
+        near, far = [], 0.0
+        for j, row in enumerate(features):
+            similarity = math.exp(-(math.dist(features[i].tolist(), row.tolist()) ** 2) / (2 * config.width**2))
+            if pids[j] != pid:
+                far += similarity
+            elif j != i:
+                near.append(similarity)
+        if near:
+            p = sum(near) / len(near)
+            losses.append(-math.log(p / (p + far + config.chance)))
+    return sum(losses) / max(len(losses), 1)
+
+
+@given(
+    pids=st.lists(st.integers(0, 3), min_size=1, max_size=10),
+    width=st.floats(0.2, 2),
+    chance=st.floats(1e-3, 1),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_neighbourhood_equals_plain_loops(pids: list[int], width: float, chance: float, seed: int) -> None:
+    stored, config = F.normalize(random(len(pids), 3, seed=seed)), NeighbourhoodConfig(width=width, chance=chance)
+    expected = neighbourhood_oracle(stored.double(), pids, config)
+    assert neighbourhood_loss(stored, torch.tensor(pids), config).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = neighbourhood_loss(stored, torch.tensor(pids), config).item()
+    assert inside == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_neighbourhood_gradient_is_finite_for_equal_rows_far_rows_and_nobody() -> None:
+    config, pids = NeighbourhoodConfig(width=0.01), torch.tensor([0, 0, 1, 2])
+    for rows in (torch.ones(4, 3), 1e3 * random(4, 3)):
+        rows.requires_grad_()
+        loss = neighbourhood_loss(rows, pids, config)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(rows.grad).all()
+    alone = random(3, 3).requires_grad_()
+    neighbourhood_loss(alone, torch.arange(3), config).backward()
+    assert not alone.grad.any()
 
 
 # --- reconstruction
@@ -258,6 +306,8 @@ def objectives(weight: Tensor, x: Tensor, pictures: Tensor, pids: Tensor, rows: 
         bounded(absolute(recon, pictures[rows]), 2 * floor),
         ridge_best_response(everyone, targets, pids.numpy(), RidgeConfig(), seed=3, step=1).loss,
         distance_correlation(everyone, targets),
+        neighbourhood_loss(F.normalize(features), pids[rows], NeighbourhoodConfig()),
+        neighbourhood_loss(F.normalize(features), alone[rows], NeighbourhoodConfig(width=1.0)),
     ]
 
 
@@ -265,7 +315,7 @@ def losses_and_gradients(rows: slice) -> list[tuple[Tensor, Tensor]]:
     x, pictures = random(16, 6), random(16, 3, 4, 4, seed=1).sigmoid()
     x = x + 3 * pictures.flatten(1)[:, :6]
     pids, results = torch.arange(4).repeat_interleave(4), []
-    for number in range(5):
+    for number in range(7):
         weight = random(6, 6, seed=2).requires_grad_()
         loss = objectives(weight, x, pictures, pids, rows)[number]
         loss.backward()

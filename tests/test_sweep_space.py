@@ -48,6 +48,14 @@ def test_what_a_trial_says_a_run_understands(weight: float, lr: float, mode: str
     assert [(adversary.kind, adversary.weight) for adversary in run.privacy.adversaries] == [("ridge", 0.25)]
 
 
+def test_a_method_without_a_game_is_one_where_something_else_is_trained() -> None:
+    method = {"privacy.weight": 0, "neighbourhood.weight": 2.0}
+    assert config(grid={}, methods={"near": method}).methods["near"] == method
+    for refused in ({"privacy.weight": 0}, {"privacy.weight": -1, "neighbourhood.weight": 2.0}):
+        with pytest.raises(ConfigError, match=r"^methods.near.privacy.weight: λ"):
+            config(grid={}, methods={"near": refused})
+
+
 def test_keys_of_the_command_line_are_those_of_the_file() -> None:
     assert config("grid.privacy.weight=[3]").grid == {"privacy.weight": [3]}
     found = config("search.privacy.weight={low: 1, high: 2}", grid={})

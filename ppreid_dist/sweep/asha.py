@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
 from ppreid_dist.training.step import PrivacyConfig
 from ppreid_dist.training.tracking import read_metrics
 
@@ -14,8 +15,9 @@ EVERY = 2.0  # seconds between looks at a training's log
 class Losses:
     """Of one training, which all trials share the objective of (see ``SweepConfig.asha``)."""
 
-    def __init__(self, privacy: PrivacyConfig):
+    def __init__(self, privacy: PrivacyConfig, neighbourhood: NeighbourhoodConfig):
         self._weights = {adversary.kind: adversary.weight for adversary in privacy.adversaries}
+        self._neighbourhood = neighbourhood.weight
         self._step, self._looked = -1, 0.0
 
     def new(self, run: Path) -> list[dict[str, float]]:
@@ -29,6 +31,8 @@ class Losses:
         return found
 
     def loss(self, row: Mapping[str, Any]) -> float:
-        """Identity, triplet, and λ as it is at this step times the adversaries'."""
+        """Identity, triplet, neighbourhood, and λ as it is at this step times the adversaries'."""
         private = sum(weight * row.get(f"loss/{kind}", 0.0) for kind, weight in self._weights.items())
-        return float(row["loss/identity"] + row["loss/triplet"] + row["privacy/strength"] * private)
+        matching = row["loss/identity"] + row["loss/triplet"]
+        matching += self._neighbourhood * row.get("loss/neighbourhood", 0.0)
+        return float(matching + row["privacy/strength"] * private)

@@ -87,6 +87,8 @@ class SweepConfig(Settings):
                     raise ConfigError(f"{kind}.{key}: can't be varied: it must be the same for all trials")
                 if key in given:
                     raise ConfigError(f"{kind}.{key}: contradicts settings, which fix {key}")
+                if key == WEIGHT and values == 0 and kind.startswith("methods.") and _trains_else(space):
+                    continue
                 checks.get(kind, _check_weight)(f"{kind}.{key}", key, values)
         objective = (*METHOD, "identity.", "triplet.")
         varying = [key for space in (self.grid, self.search, *self.methods.values()) for key in space]
@@ -107,6 +109,11 @@ def _method(name: str, settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict) or not settings:
         raise ConfigError(f"methods.{name}: {settings!r} is not run keys with their values")
     return dict(_flat(settings))
+
+
+def _trains_else(method: dict[str, Any]) -> bool:
+    """Whether it is not the control at λ 0 either."""
+    return any(key.startswith("neighbourhood.") for key in method)
 
 
 def _check_values(where: str, key: str, values: Any) -> None:

@@ -183,7 +183,8 @@ def _reporter(folder: Folder) -> Look:
     """Tells Ray the training loss as it comes, for its scheduler."""
     from ray import tune
 
-    losses = Losses(folder.run_config([]).privacy)
+    run = folder.run_config([])
+    losses = Losses(run.privacy, run.neighbourhood)
 
     def look(run: Path) -> None:
         for known in losses.new(run):

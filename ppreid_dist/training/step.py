@@ -14,6 +14,7 @@ from torch import Tensor
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss, split_identity_loss
+from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig, neighbourhood_loss
 from ppreid_dist.losses.ridge import RidgeConfig
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
 from ppreid_dist.models.extractor import ExtractorOutput
@@ -60,12 +61,14 @@ class ExtractorStep:
         engine: Engine,
         identity: IdentityConfig,
         triplet: TripletConfig,
+        neighbourhood: NeighbourhoodConfig,
         reversal_size: tuple[int, int],
         head: Player | None = None,
     ):
         """``head``: a :class:`SplitHead`, where the extractor has no head of its own."""
         self.extractor, self.adversaries, self.engine = extractor, adversaries, engine
-        self.identity, self.triplet, self.reversal_size = identity, triplet, reversal_size
+        self.identity, self.triplet, self.neighbourhood = identity, triplet, neighbourhood
+        self.reversal_size = reversal_size
         self.beside = [] if head is None else [head]
         self.terms: dict[int, dict[str, Tensor]] = {}  # of the latest step and the one before, for a look at a NaN
 
@@ -84,6 +87,9 @@ class ExtractorStep:
                 "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
             }
             loss = terms["identity"] + terms["triplet"]
+            if self.neighbourhood.weight:
+                terms["neighbourhood"] = neighbourhood_loss(out.stored_BD[:rows], labelled.labels_B, self.neighbourhood)
+                loss = loss + self.neighbourhood.weight * terms["neighbourhood"]
             if strength > 0:
                 shown = self._expose(out.stored_BD[:rows], labelled)
                 if strangers is not None:
