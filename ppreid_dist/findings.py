@@ -119,9 +119,10 @@ def _protocol(
 def _training(run: Path) -> dict[str, Any]:
     config, result = load_run(run), read_json(run / "result.json")
     names = " + ".join(f"{a.kind} × {a.weight:g}" for a in config.privacy.adversaries)
-    method = f"λ {config.privacy.weight:g}: {names}" if config.privacy.weight else "unprotected"
+    methods = [f"λ {config.privacy.weight:g}: {names}"] if config.privacy.weight else []
     if config.neighbourhood.weight:
-        method += f", neighbourhood × {config.neighbourhood.weight:g}"
+        methods.append(f"neighbourhood × {config.neighbourhood.weight:g}")
+    method = ", ".join(methods) or "unprotected"
     if (kept := config.model.store) != StoreConfig():
         method += f", stored as {kept.kind}" + (", int8" if kept.quantise == "int8" else "")
     wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")

@@ -1,10 +1,22 @@
-"""A world for attackers: people of two colours, features that tell them, a judge that looks at them."""
+"""A world for attackers: people of two colours, features that tell them, a judge that looks at them; and attackers of
+seconds for it."""
+
+from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ppreid_dist.attacks.base import ATTACKERS, Attacker
+from ppreid_dist.attacks.config import AttackConfig
+from ppreid_dist.attacks.diffusion import DiffusionConfig
+from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.isomap import IsomapConfig
 from ppreid_dist.attacks.judging import Judge, Look
+from ppreid_dist.attacks.plateau import PlateauConfig
+from ppreid_dist.attacks.regression import RegressionConfig
+from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.evaluation.ranking import rank_queries
@@ -75,3 +87,52 @@ def see_colours(images_B3hw: Tensor) -> Tensor:
     fields_BC = torch.nn.functional.avg_pool2d(images_B3hw, 4).flatten(1) - 0.5
     mixing_CD = torch.from_numpy(np.random.default_rng(98).standard_normal((fields_BC.shape[1], FEATURE_DIM))).float()
     return torch.nn.functional.normalize(fields_BC @ mixing_CD, dim=1)
+
+
+NAMES = ["retrieval", "ridge", "regression", "isomap", "gan"]
+if find_spec("diffusers"):
+    NAMES.append("diffusion")
+
+
+def small_config(steps: int = 60, **changes: object) -> AttackConfig:
+    start = RegressionConfig(
+        widths=[16],
+        lrs=[1e-2],
+        trial_steps=max(1, steps // 3),
+        batch=16,
+        ema=0.9,
+        plateau=PlateauConfig(max_steps=steps, evaluate_every=20, patience=2, falls=1),
+    )
+    config = AttackConfig(
+        people=[0],
+        curve_attackers=["ridge"],
+        resamples=200,
+        ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
+        regression=start,
+        isomap=IsomapConfig(
+            neighbours=[8, 20],
+            coordinates=[6, 12],
+            widths=start.widths,
+            lrs=start.lrs,
+            batch=start.batch,
+            ema=start.ema,
+            plateau=start.plateau,
+        ),
+        diffusion=DiffusionConfig(
+            views=["raw"],
+            widths=[16],
+            lrs=[4e-3],
+            batch=32,
+            ema=0.95,
+            looks=4,
+            samples=2,
+            sampling_steps=6,
+            plateau=PlateauConfig(max_steps=10 * steps // 3, evaluate_every=50, patience=2, falls=1),
+        ),
+        gan=GanConfig(start=start, noise_dim=4, plateau=PlateauConfig(max_steps=steps // 2, evaluate_every=15)),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def make(name: str, steps: int = 60) -> Attacker:
+    return ATTACKERS[name](getattr(small_config(steps), name))

@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("here")
 torch.set_num_threads(1)  # tiny tensors, and the tests must not depend on how sums are split over threads
 
 # Files that take more than half a minute, the longest first: with these begun, the short ones fill what is left.
-LONG = ("stopping", "engines", "commands", "training", "sweep", "slurm", "accumulate", "split_head")
+LONG = ("stopping", "engines", "commands", "training", "sweep", "slurm_jobs", "slurm", "accumulate", "split_head")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,7 +58,7 @@ def demo(world: list[str], out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def runs(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """judge, control and protected, trained by the demo's commands, and attacked."""
+    """judge, control, trained and protected, made by the demo's commands, and attacked."""
     folder = tmp_path_factory.mktemp("demo") / "runs"
     said = demo(world, folder)
     assert [line.split()[0] for line in said.strip().splitlines()[-5:]] == [
@@ -69,7 +69,7 @@ def runs(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_demo_uses_what_is_there(world: list[str], runs: Path) -> None:
     files = {file: file.stat().st_mtime_ns for file in runs.rglob("*.safetensors")}
-    assert demo(world, runs).count("used again") == 4
+    assert demo(world, runs).count("used again") == 5
     assert files == {file: file.stat().st_mtime_ns for file in runs.rglob("*.safetensors")}
 
 
@@ -90,6 +90,7 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
     assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression", "adaptive"}
     assert report["whitebox"]["people"] == 6
     assert report["attributes"]["each"]["sleeve"]["classes"] == 2
+    assert any("differ in the neighbourhood loss" in note for note in report["notes"])
     assert report["probe"]["history"] and report["training"]["protected"]["steps"] == 10
     page = (tmp_path / "report.html").read_text()
     assert report["protocol"] in page and "data:image/png" in page
@@ -109,7 +110,7 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), "attack.whitebox.people=0",
            "attack.attackers=[ridge]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
-    assert found["training"]["protected"]["method"] == "unprotected, stored as pca, int8"
+    assert found["training"]["protected"]["method"] == "neighbourhood × 0.5, stored as pca, int8"
     for arguments, message in (
         ([str(runs / "control"), "--out", str(kept), *words], "is there already"),
         ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),
@@ -174,7 +175,7 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
 def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     words = ["model.store.kind=signs", "model.store.dim=24"]
-    ppreid("store", str(runs / "protected"), "--out", str(kept), *words)
+    ppreid("store", str(runs / "trained"), "--out", str(kept), *words)
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0",
            "attack.attackers=[ridge,adaptive]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
@@ -269,11 +270,11 @@ PROVEN = {
     "accelerate launch": "test_from_pictures_to_the_report",
     "cp slurm/site.example.sh": "tests/test_slurm.py",
     "source slurm/site.sh": "tests/test_slurm.py",
-    "sbatch slurm/train.sh": "tests/test_slurm.py",
+    "sbatch slurm/train.sh": "tests/test_slurm_jobs.py",
     "ppreid sweep": "tests/test_sweep.py",
     "ppreid bench-privacy": "tests/test_sweep.py",
     "ppreid store": "test_a_finished_run_is_stored_otherwise_and_attacked",
-    "sbatch --": "tests/test_slurm.py",
+    "sbatch --": "tests/test_slurm_jobs.py",
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attacks import NAMES, make, small_config
+from attack_world import NAMES, make, small_config
 from test_training import last, run
 from torch import Tensor
 

@@ -1,6 +1,7 @@
 """`make demo`: the whole way on synthetic people, by the commands that a user would type, in runs/demo.
 
-    runs/demo/judge/  control/  protected/      three runs of `accelerate launch train.py`
+    runs/demo/judge/  control/  trained/        three runs of `accelerate launch train.py`
+    runs/demo/protected/                        what was trained for it, storing codes: `ppreid store`
     runs/demo/attack.json, report.html, …       `ppreid attack`, `ppreid report`
 
 What is there already and was made by the same settings is used again.
@@ -22,7 +23,8 @@ from ppreid_dist.settings import load_settings
 
 CONTROL = ["privacy.weight=0"]
 JUDGE = [*CONTROL, "seed=1", "model.backbone=configs/backbones/resnet_tiny_b", "data.train_splits=[train,aux]"]
-RUNS = {"judge": JUDGE, "control": CONTROL, "protected": []}
+RUNS = {"judge": JUDGE, "control": CONTROL, "trained": ["neighbourhood.weight=2"]}
+CODES = [f"model.store.{key}" for key in ("kind=codes", "axes=16", "dim=2048", "width=0.32")]
 
 
 def processes() -> int:
@@ -44,14 +46,21 @@ def call(title: str, *command: str) -> None:
     print(f"=== {time.perf_counter() - started:.0f} s", flush=True)
 
 
+def finished(run: Path, config: str, arguments: list[str]) -> bool:
+    """Whether it is there already; the demo ends where other settings made it."""
+    if not (run / "model" / "extractor.json").is_file():
+        return False
+    if load_run(run) != load_settings(Config, config, arguments):
+        sys.exit(f"error: {run}: was made by other settings; remove {run.parent} to begin anew")
+    print(f"\n=== {run} is finished, used again", flush=True)
+    return True
+
+
 def train(name: str, config: str, settings: list[str], out: Path) -> bool:
     """One run, unless it is finished (False); a run that was stopped goes on."""
     run = out / name
     arguments = [*settings, *RUNS[name], f"output={run}"]
-    if (run / "model" / "extractor.json").is_file():
-        if load_run(run) != load_settings(Config, config, arguments):
-            sys.exit(f"error: {run}: was made by other settings; remove {out} to begin anew")
-        print(f"\n=== {run} is finished, used again", flush=True)
+    if finished(run, config, arguments):
         return False
     several = ["--multi_gpu"] if processes() > 1 else []
     call(
@@ -60,6 +69,15 @@ def train(name: str, config: str, settings: list[str], out: Path) -> bool:
         *["--mixed_precision", "no", "--dynamo_backend", "no"],
         *["train.py", "--config", config, "--resume", *arguments],
     )
+    return True
+
+
+def store(config: str, settings: list[str], out: Path) -> bool:
+    """Codes of what was trained, unless they are there (False)."""
+    run = out / "protected"
+    if finished(run, config, [*settings, *RUNS["trained"], *CODES, f"output={run}"]):
+        return False
+    call("what a gallery keeps", "ppreid", "store", str(out / "trained"), "--out", str(run), *CODES)
     return True
 
 
@@ -72,12 +90,12 @@ def main() -> None:
     config, out, settings = options.config, options.out, options.settings
     started = time.perf_counter()
     call("synthetic pedestrians and their shards", "ppreid", "shards", "--config", config, *settings)
-    trained = [train(name, config, settings, out) for name in RUNS]
-    runs = {name: str(out / name) for name in RUNS}
-    if (out / "attack.json").is_file() and not any(trained):
+    made = [*(train(name, config, settings, out) for name in RUNS), store(config, settings, out)]
+    runs = {name: str(out / name) for name in ("judge", "control", "trained", "protected")}
+    if (out / "attack.json").is_file() and not any(made):
         print(f"\n=== {out / 'attack.json'} is there, used again", flush=True)
     else:
-        call("utility of all three", "ppreid", "evaluate", *runs.values())
+        call("utility", "ppreid", "evaluate", *runs.values())
         call(
             "fresh attackers",
             *["ppreid", "attack", "--config", config, "--control", runs["control"]],

@@ -1,0 +1,265 @@
+"""The suite of attackers against two victims: what it calls a leak, what it announces, keeps and says beside it."""
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from attack_world import SIZE, colour_judge, colours, make_people, see_colours, small_config
+from torch import Tensor
+
+from ppreid_dist.attacks.base import (
+    ATTACKERS,
+    Progress,
+)
+from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.estimate import cut, most_steps, seconds
+from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.judging import Look, chance_ap
+from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
+from ppreid_dist.attacks.regression import Decoder, RegressionConfig
+from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.attacks.suite import SuiteResult, run_suite
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.errors import ConfigError, MissingExtra
+from ppreid_dist.storage import write_json
+
+
+@pytest.fixture(scope="module")
+def aux() -> tuple[Pictures, Tensor]:
+    return make_people(1000, 60)
+
+
+@pytest.fixture(scope="module")
+def strangers() -> tuple[Pictures, Tensor]:
+    return make_people(0, 40)
+
+
+def test_chance_ap_is_that_of_all_orders() -> None:
+    for positives, candidates in ((1, 1), (1, 5), (2, 6), (4, 4)):
+        rng, total, draws = np.random.default_rng(0), 0.0, 4000
+        for _ in range(draws):
+            ranks = np.sort(rng.permutation(candidates)[:positives]) + 1
+            total += sum((i + 1) / rank for i, rank in enumerate(ranks)) / positives
+        exact = chance_ap(np.array([positives]), np.array([candidates]))[0]
+        assert total / draws == pytest.approx(exact, abs=0.02)
+
+
+def suite(
+    known: Pictures,
+    known_features: Tensor,
+    met: Pictures,
+    features: Tensor,
+    *,
+    blind: bool = False,
+    kept: Kept | None = None,
+    announce: Progress | None = None,
+    looks: dict[str, Look] | None = None,
+    **changes: object,
+) -> SuiteResult:
+    """The suite against a second victim whose features are the first's or, if ``blind``, random."""
+    first = met.camids_N == 0
+    query = met.only(first)
+    control = Victim(
+        name="unprotected",
+        aux_ND=known_features,
+        query_QD=features[first],
+        utility_ap_Q=np.full(first.sum(), 0.8),
+        see=see_colours,
+    )
+    rng = torch.Generator().manual_seed(1)
+    protected = replace(
+        control,
+        name="protected",
+        aux_ND=torch.randn(control.aux_ND.shape, generator=rng) if blind else control.aux_ND,
+        query_QD=torch.randn(control.query_QD.shape, generator=rng) if blind else control.query_QD,
+    )
+    return run_suite(
+        aux=known,
+        query=query,
+        gallery_pids=met.pids_N[~first],
+        gallery_camids=met.camids_N[~first],
+        control=control,
+        protected=protected,
+        judges=[colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
+        config=small_config(**changes),
+        progress=lambda line: None,
+        kept=kept,
+        announce=announce,
+    )
+
+
+def test_too_few_people_is_one_line_about_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"^attack\.people: [^\n]*$"):
+        suite(*make_people(0, 7), *make_people(0, 10))
+    with pytest.raises(ConfigError, match=r"^attack\.people: 3 is [^\n]*$"):
+        suite(*make_people(0, 20), *make_people(50, 10), people=[3, 0])
+
+
+def test_an_attack_says_first_how_long_it_may_take(
+    tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    """What is kept from before isn't counted, and nothing is said where all is."""
+    said: list[str] = []
+    asked = {"people": [20, 0], "kept": Kept(tmp_path), "announce": said.append}
+    suite(*aux, *strangers, attackers=["ridge"], **asked)
+    suite(*aux, *strangers, attackers=["ridge", "gan"], **asked)
+    suite(*aux, *strangers, attackers=["ridge", "gan"], **asked)
+    first, second = said
+    assert re.fullmatch(r"6 trainings, at most about \d+ s here: ridge 6 of \d+ s", first)
+    assert re.fullmatch(r"3 trainings, at most about \d+ s here: gan 3 of \d+ s", second)
+
+
+def test_the_steps_that_a_training_may_take() -> None:
+    plateau, short = PlateauConfig(max_steps=1000), PlateauConfig(max_steps=50)
+    start = RegressionConfig(views=["raw", "whitened"], widths=[16], lrs=[1e-2, 1e-3], trial_steps=70, plateau=plateau)
+    assert most_steps(start) == 4 * 70 + 1000
+    assert most_steps(replace(start, views=["raw"], lrs=[1e-2])) == 1000  # nothing to race
+    gan = GanConfig(start=start, plateau=short)
+    assert most_steps(gan) == 1280 + 50
+    assert most_steps(cut(gan, 3)) == 4 * 3 + 3 + 3 and cut(gan, 3).start.lrs == start.lrs
+
+    class Slow(Learner):
+        """A tenth of a second to begin with, and a hundredth a step."""
+
+        def learn(self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, **_: object) -> Decoder:
+            time.sleep(0.1 + 0.01 * most_steps(self.config))
+            return cast(Decoder, SimpleNamespace(best=0.0, still_falling=0.0))
+
+        def reconstruct(self, features_MD: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    config, (known, features) = small_config(regression=start), make_people(0, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ATTACKERS, "regression", Slow)
+        found = seconds("regression", config, features, known.images_N3HW, known.pids_N)
+    assert found == pytest.approx(0.1 + 0.01 * 1280, rel=0.2)
+
+
+def test_the_same_features_leak_all(
+    tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    result = suite(*aux, *strangers, people=[20, 900, 0], attackers=["retrieval", "ridge"])
+    assert result.people == [20, 60]
+    assert any("900" in note for note in result.notes)
+    for axis in ("pixel", "identity"):
+        found = result.axes[axis]
+        assert found["leak"]["value"] == pytest.approx(1)
+        assert found["urr"]["value"] == pytest.approx(1)
+        assert found["urr"]["status"] == "ok"
+        assert set(found["attackers"]) == {"retrieval", "ridge"}
+        assert [point["n"] for point in found["curve"]] == [20, 60]
+        assert found["curve"][0]["attackers"]["ridge"]["value"] == pytest.approx(1)
+    assert result.judges["identity"]["mAP"] > 0.5
+    assert result.shown.shape == (12,)
+    assert set(result.reconstructions) == {(v, a) for v in ("unprotected", "protected") for a in ("retrieval", "ridge")}
+    assert result.reconstructions["protected", "ridge"].dtype == torch.uint8
+    assert result.reconstructions["protected", "ridge"].shape == (12, 3, *SIZE)
+    assert set(result.strongest) == {"unprotected", "protected"}
+    assert result.per_query["identity", "ridge", "floor"].shape == (40,)
+    assert all(seconds > 0 for seconds in result.seconds.values())
+    write_json(tmp_path / "axes.json", result.axes)  # strict: NaN or a numpy number would raise
+
+
+def test_random_features_leak_nothing(aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]) -> None:
+    result = suite(*aux, *strangers, blind=True, attackers=["retrieval", "ridge"])
+    for axis in ("pixel", "identity"):
+        found = result.axes[axis]
+        assert {a["status"] for a in found["attackers"].values()} == {"ok"}
+        assert found["leak"]["low"] <= 0.1
+        assert found["leak"]["value"] < 0.1
+        assert found["n50"]["value"] is None
+    assert result.notes == []
+
+
+def test_every_judge_has_its_axis_and_one_that_sees_nothing_is_called_weak(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    noise = torch.Generator().manual_seed(0)
+    looks = {
+        "colours": colours,
+        "blind": lambda x: torch.randn(len(x), 4, generator=noise),
+        "above": lambda x: colours(x)[:, :3],
+    }
+    alone = suite(*aux, *strangers, attackers=["ridge"])
+    result = suite(*aux, *strangers, attackers=["ridge"], looks=looks)
+    assert list(result.axes) == ["pixel", "identity", "identity_2", "identity_3"]
+    assert list(result.judges) == ["identity", "identity_2", "identity_3"]
+    assert result.axes["identity_3"]["metric"] == "mAP of the judge above"
+    note, broken = result.notes
+    assert broken.startswith("identity_2: attack broken"), broken
+    assert note.startswith("the judge blind is weak: mAP 0.") and note.endswith("the axis identity_2 says little")
+    # The others neither hinder nor help: half of the colours tell less than all, and the first judge is as alone.
+    assert result.axes["identity"] == alone.axes["identity"]
+    seen = [result.axes[axis]["attackers"]["ridge"]["control"] for axis in ("identity", "identity_3")]
+    assert seen[0] > seen[1] > 2 * result.judges["identity_3"]["chance"]
+    assert result.axes["identity_2"]["attackers"]["ridge"]["status"] == "broken"
+
+
+def test_an_attacker_without_its_library_is_one_line_before_anybody_trains(
+    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(ATTACKERS["ridge"], "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(MissingExtra, match=r"^the attacker diffusion needs the extra 'diffusion': pip [^\n]*$"):
+        suite(*aux, *strangers, attackers=["ridge", "diffusion"])
+
+
+def test_the_mean_of_guesses_counts_and_the_best_is_noted(
+    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    class Unsure(ATTACKERS["ridge"]):  # type: ignore[misc]
+        def guesses(self, features_MD: Tensor) -> Tensor:
+            drawn = self.reconstruct(features_MD)
+            return torch.stack([drawn, 0.5 * drawn + 0.5])
+
+    sure = suite(*aux, *strangers, attackers=["ridge"])
+    monkeypatch.setitem(ATTACKERS, "ridge", Unsure)
+    unsure = suite(*aux, *strangers, attackers=["ridge"])
+    (note,) = unsure.notes
+    mean, best = (float(x) for x in re.findall(r"(\S+) and (\S+) \(protected\)", note)[0])
+    assert mean == pytest.approx(unsure.axes["pixel"]["attackers"]["ridge"]["protected"], abs=1e-3)
+    assert mean < sure.axes["pixel"]["attackers"]["ridge"]["protected"] - 0.01
+    assert best > sure.axes["pixel"]["attackers"]["ridge"]["protected"] - 1e-3
+    assert sure.notes == []
+
+
+def test_what_is_kept_is_not_trained_again_unless_something_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    fitted: list[str] = []
+
+    class Counted(ATTACKERS["ridge"]):  # type: ignore[misc]
+        def fit(self, features_ND: Tensor, *others: object, **more: object) -> None:
+            fitted.append(self.name)
+            super().fit(features_ND, *others, **more)
+
+    monkeypatch.setitem(ATTACKERS, "ridge", Counted)
+    kept = Kept(tmp_path / "trained")
+
+    def attack(**changes: object) -> SuiteResult:
+        fitted.clear()
+        return suite(*aux, *strangers, blind=True, kept=kept, attackers=["ridge"], **changes)
+
+    first = attack()
+    assert len(fitted) == 3  # ceiling, floor, protected
+    again = attack()
+    assert fitted == []
+    assert again.axes == first.axes and again.pixels == first.pixels and again.seconds == first.seconds
+    for key, shown in first.reconstructions.items():
+        assert torch.equal(again.reconstructions[key], shown)
+    attack(ridge=RidgeConfig(widths=[1.0], ridges=[1.0]))
+    assert len(fitted) == 3
+    for file in (tmp_path / "trained").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert attack().axes == first.axes
+    assert len(fitted) == 3  # what is damaged is made again
+    monkeypatch.setattr("ppreid_dist.attacks.bench.source_digest", lambda: "an attacker was changed")
+    attack()
+    assert len(fitted) == 3
