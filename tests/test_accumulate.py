@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbone_families import FAMILIES
 from ranks import finish, start_ranks
-from test_backbone import FAMILIES
 from test_engines import FLAG, STAGE, STEPS, assert_close, deepspeed
 from test_training import last, run
 from torch import Tensor

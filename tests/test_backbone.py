@@ -1,13 +1,14 @@
 """Backbones of every family, on tiny configurations made here, and what pooling they allow."""
 
-import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_families import write_backbone
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,29 +17,12 @@ from ppreid_dist.models.backbone import Backbone, build_backbone
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.seeding import seeded
 
-FAMILIES: dict[str, dict[str, object]] = {
-    "resnet": dict(embedding_size=8, hidden_sizes=[8, 16, 16, 24], depths=[1, 1, 1, 2], layer_type="basic"),
-    "mobilenet_v2": dict(depth_multiplier=0.1, min_depth=4, depth_divisible_by=4),
-    "vit": dict(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8
-    ),
-    "dinov2": dict(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
-    ),
-    "swin": dict(embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=7, image_size=56, patch_size=4),
-}
 Folder = Callable[..., str]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    def make(family: str, **changes: object) -> str:
-        place = tmp_path / family
-        place.mkdir(exist_ok=True)
-        (place / "config.json").write_text(json.dumps({"model_type": family, **FAMILIES.get(family, {}), **changes}))
-        return str(place)
-
-    return make
+    return partial(write_backbone, tmp_path)
 
 
 def _backbone(name: str, *, pretrained: bool = False, last_stride: int = 1, ibn: bool = False) -> Backbone:

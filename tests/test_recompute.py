@@ -1,11 +1,12 @@
 """Gradient checkpointing: to the bit the same training, with less kept for the backward."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from backbone_families import write_backbone
 from ranks import finish, start_ranks
-from test_backbone import Folder, folder  # noqa: F401  (a fixture)
 from test_training import assert_same, last, run
 from torch import Tensor, nn
 
@@ -39,18 +40,16 @@ def _passed(backbone: str, recomputed: bool) -> tuple[dict[str, Tensor], int]:
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2", "vit", "dinov2", "swin"])
-def test_the_same_gradients_and_statistics_with_less_kept(folder: Folder, family: str) -> None:  # noqa: F811
-    backbone = folder(family)
+def test_the_same_gradients_and_statistics_with_less_kept(tmp_path: Path, family: str) -> None:
+    backbone = write_backbone(tmp_path, family)
     (whole, large), (again, small) = _passed(backbone, False), _passed(backbone, True)
     assert_same(whole, again)
     assert small < 0.75 * large
 
 
-def test_copies_are_independent_and_names_stay(folder: Folder) -> None:  # noqa: F811
-    import copy
-
+def test_copies_are_independent_and_names_stay(tmp_path: Path) -> None:
     with seeded(1):
-        net = Extractor(ExtractorConfig(backbone=folder("resnet"))).train()
+        net = Extractor(ExtractorConfig(backbone=write_backbone(tmp_path, "resnet"))).train()
     names = list(net.state_dict())
     recompute_blocks(net.backbone)
     assert list(net.state_dict()) == names
