@@ -49,7 +49,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "reversal.lazy={period: 3, catch_up: 4, window: 2}", "privacy.ridge={strangers: 16, target_size: [8, 4]}",
         "privacy.adversaries=[{kind: gan}, {kind: ridge}]", "training.images=160", "training.warm=0.4",
         "training.log_every=2", "training.checkpoint_every=3", "probe.every=3", "optimiser.lr=0.002",
-        "neighbourhood.weight=0.5",
     ]  # fmt: skip
     prepare_shards(load_settings(Config, None, settings).data, progress=False)
     return settings

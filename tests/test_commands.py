@@ -110,7 +110,7 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), "attack.whitebox.people=0",
            "attack.attackers=[ridge]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
-    assert found["training"]["protected"]["method"] == "neighbourhood × 0.5, stored as pca, int8"
+    assert found["training"]["protected"]["method"] == "unprotected, stored as pca, int8"
     for arguments, message in (
         ([str(runs / "control"), "--out", str(kept), *words], "is there already"),
         ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),

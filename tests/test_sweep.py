@@ -21,13 +21,17 @@ from sweep_stand_ins import HERE, STEPS, stand_ins, until
 
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError, Stopped
 from ppreid_dist.experiment import Config
+from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
 from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.storage import read_json, write_json
 from ppreid_dist.sweep import driver
+from ppreid_dist.sweep.asha import Losses
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import sweep_in_array, write_again
 from ppreid_dist.sweep.folder import open_folder
+from ppreid_dist.training.adversary import AdversaryConfig
+from ppreid_dist.training.step import PrivacyConfig
 
 # --- a whole sweep, of stand-ins --------------------------------------------------------------------------------
 
@@ -310,6 +314,15 @@ def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_pat
     front = assert_whole(tmp_path / "out", controls=1, trials=3)
     assert begun <= {row["name"] for row in front["trials"]}
     assert len({row["weight"] for row in front["trials"]}) == 3
+
+
+def test_asha_compares_the_whole_objective() -> None:
+    privacy = PrivacyConfig(adversaries=[AdversaryConfig(kind="ridge", weight=2.0)])
+    losses = Losses(privacy, NeighbourhoodConfig(weight=3.0))
+    row = {"loss/identity": 1.0, "loss/triplet": 0.5, "loss/neighbourhood": 0.25, "loss/ridge": 0.1}
+    assert losses.loss({**row, "privacy/strength": 4.0}) == pytest.approx(1.5 + 3 * 0.25 + 4 * 2 * 0.1)
+    del row["loss/neighbourhood"]
+    assert losses.loss({**row, "privacy/strength": 4.0}) == pytest.approx(1.5 + 4 * 2 * 0.1)
 
 
 @needs_ray

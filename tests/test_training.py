@@ -326,6 +326,7 @@ def test_every_adversary_plays(world: list[str], tmp_path: Path, adversary: str)
     [
         ["reversal.adversarial={kind: hinge, regulariser: spectral_norm}"],
         ["training.ema=0.5"],
+        ["neighbourhood.weight=0.5"],
         ["privacy.bounded=false", "privacy.ridge.centre=batch"],
         ["reversal.reconstruction.perceptual=0.5", "reversal.reconstruction.perceptual_backbone={weights}"],
     ],
