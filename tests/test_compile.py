@@ -17,7 +17,10 @@ def without_moments(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: t for name, t in tensors.items() if not name.startswith("/optimisers")}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+SLOW = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("inductor", "reduce-overhead")]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", *SLOW])
 def test_a_compiled_game_is_the_plain_one(world: list[str], tmp_path: Path, backend: str) -> None:
     plain = run(world, tmp_path / "plain")
     compiled = run([*world, f"engine.compile={backend}"], tmp_path / "compiled")
@@ -39,6 +42,12 @@ def test_a_player_that_is_not_trained_is_noticed(
     monkeypatch.setattr(Extractor, "_pool", lambda self, features: stored(self, features).detach())
     with pytest.raises(RunError, match=r"the extractor is not trained: backbone.* more have no gradient"):
         run([*world, "privacy.weight=0"], tmp_path / "run")
+
+
+def test_cuda_graphs_are_for_one_process(world: list[str], tmp_path: Path) -> None:
+    ended = finish(start_ranks(2, *world, "engine.compile=reduce-overhead", f"output={tmp_path / 'two'}"))
+    assert [status for status, _ in ended] == [2, 2], ended
+    assert all("engine.compile: reduce-overhead is for one process, not for 2; use inductor" in said for _, said in ended)
 
 
 def test_zero_is_not_compiled(world: list[str], tmp_path: Path) -> None:

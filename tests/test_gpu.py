@@ -84,6 +84,17 @@ def test_the_whole_game_trains(world: list[str], tmp_path: Path, precision: str)
     assert all(np.isfinite(row["loss/identity"]) for row in rows if "loss/identity" in row)
 
 
+def test_the_game_by_cuda_graphs_is_the_plain_one(world: list[str], tmp_path: Path) -> None:
+    losses = []
+    for compile in ("no", "reduce-overhead"):
+        settings = [*world, f"output={tmp_path / compile}", f"engine.compile={compile}", "privacy.every=2"]
+        train(load_settings(Config, None, settings), progress=False)
+        rows = read_metrics(tmp_path / compile / "metrics.jsonl")
+        losses.append([row["loss/identity"] for row in rows if "loss/identity" in row])
+    assert len(losses[0]) > 2
+    np.testing.assert_allclose(*losses, rtol=2e-2)
+
+
 def test_a_step_never_waits_for_the_gpu(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain steps and steps of the game, from the third on: nothing that the host asks for makes it wait."""
     honest, calls = ExtractorStep.__call__, []

@@ -55,8 +55,8 @@ class EngineConfig(Settings):
     compile: str = option(
         "no",
         "torch.compile of each player's forward, by this backend (under ddp; not of a critic under R1, which is "
-        "differentiated twice)",
-        choices=("no", "inductor", "aot_eager"),
+        "differentiated twice); reduce-overhead is inductor with CUDA graphs, for one process",
+        choices=("no", "inductor", "reduce-overhead", "aot_eager"),
     )
     accumulate: int = option(
         0,
@@ -144,7 +144,11 @@ class _Whole(Held):
         self.forward = self._wrap()
         if compiled:
             # A function of its own for each phase: the frozen player is called bare, and never by this graph.
-            self.forward = torch.compile(self.forward, backend=engine.compile)
+            # A graph that the GPU replays is of one shape: steps of the game, which add strangers, have their own.
+            how: dict[str, Any] = {"backend": engine.compile}
+            if engine.compile == "reduce-overhead":
+                how = {"mode": engine.compile, "dynamic": False}
+            self.forward = torch.compile(self.forward, **how)
         self._optimiser = make_optimiser(self.parameters, config)
 
     def _wrap(self) -> nn.Module:
@@ -278,6 +282,9 @@ class Engine:
                 f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU "
                 "use `accelerate launch --multi_gpu --num_processes N`"
             )
+        if compile == "reduce-overhead" and seen > 1:
+            self.forget()
+            raise ConfigError(f"engine.compile: {compile} is for one process, not for {seen}; use inductor")
         self.watch = FiniteWatch(self.device)
 
     def _options(self, timeout: float) -> dict[str, Any]:
