@@ -118,10 +118,13 @@ def attack(
         saved = load_extractor(run / "model", device)
         if saved.size not in sizes:
             sizes[saved.size] = {
-                split: _pictures(config, split, saved.size, device, progress) for split in ("aux", "query", "gallery")
+                split: _pictures(config, split, saved.size, device, progress)
+                for split in dict.fromkeys(["aux", "query", "gallery", *config.attack.leaked])
             }
         extractors[role] = saved
-        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, sizes[saved.size])
+        victims[role], rankings[role], galleries_GD[role] = _victim(
+            role, saved, sizes[saved.size], config.attack.leaked
+        )
         if config.attack.whitebox.people:
             victims[role] = replace(victims[role], opened=_opened(saved, victims[role], sizes[saved.size]["aux"]))
     stored = (sizes[saved.size]["aux"], victims["protected"].aux_ND)
@@ -216,7 +219,9 @@ def _strangers(
     return Auxiliary(variant="other_domain", pictures=pictures, features_ND=features)
 
 
-def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> tuple[Victim, Ranking, Tensor]:
+def _victim(
+    role: str, saved: SavedExtractor, pictures: dict[str, Pictures], leaked: Sequence[str]
+) -> tuple[Victim, Ranking, Tensor]:
     """The victim, how well it ranks, and its features of the gallery."""
     features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
     ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
@@ -225,11 +230,15 @@ def _victim(role: str, saved: SavedExtractor, pictures: dict[str, Pictures]) -> 
         stored_BD: Tensor = saved.extractor(resize(images_B3hw, saved.size)).stored_BD
         return stored_BD
 
-    return (
-        Victim(name=role, aux_ND=features["aux"], query_QD=features["query"], utility_ap_Q=ranking.ap_Q, see=see),
-        ranking,
-        features["gallery"],
+    victim = Victim(
+        name=role,
+        aux_ND=features["aux"],
+        query_QD=features["query"],
+        utility_ap_Q=ranking.ap_Q,
+        see=see,
+        leaked_LD=torch.cat([features[split] for split in leaked]) if leaked else None,
     )
+    return victim, ranking, features["gallery"]
 
 
 def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | None:

@@ -80,6 +80,7 @@ def findings(
         "attack": {
             "seconds": round(sum(result.seconds.values()), 1),
             "people": max(result.people),
+            "leaked": result.leaked,
             "notes": result.notes,
         },
         "notes": _notes(control, protected, result),
@@ -108,7 +109,8 @@ def _protocol(
     return " · ".join(
         [
             f"{data}, {trained['about']['identities']} training identities, seed {load_run(control).seed}",
-            f"attackers: {max(result.people)} other people, {dim}-d L2-normalised features, pictures {height}×{width}",
+            f"attackers: {max(result.people)} other people, {dim}-d L2-normalised features, pictures {height}×{width}; "
+            f"and the features of all {result.leaked} entries of the stolen database",
             *(f"judge {judge['name']}, mAP {judge['mAP']:.2f} on real queries" for judge in judges.values()),
             f"{len(pids_Q)} queries of {len(np.unique(pids_Q))} identities",
             f"identity bootstrap {config.attack.resamples} × 95 %",

@@ -46,7 +46,7 @@ def good_report() -> dict[str, Any]:
         "method": "none",
     }  # fmt: skip
     return {
-        "schema": "ppreid-report/4",
+        "schema": "ppreid-report/5",
         "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
         "name": "a run",
         "created": "2026-03-02T14:05:11+00:00",
@@ -100,7 +100,7 @@ def good_report() -> dict[str, Any]:
             ],
         },
         "training": {"control": training, "protected": {**training, "seconds": 981.36, "method": "ridge λ 0.4"}},
-        "attack": {"seconds": 318.45, "people": 1120, "notes": ["a width was chosen"]},
+        "attack": {"seconds": 318.45, "people": 1120, "leaked": 2048, "notes": ["a width was chosen"]},
         "notes": ["dropped 12 junk images"],
     }  # fmt: skip
 

@@ -198,6 +198,23 @@ def test_a_rolled_sheet_is_unrolled() -> None:
     torch.testing.assert_close(Manifold(features[::2], 6, 1)(features[7:8]), unrolled[7:8], atol=1e-3, rtol=0)
 
 
+def test_a_stolen_database_unrolls_what_few_pictures_cannot() -> None:
+    """A spiral again, along which a picture goes from dark to bright: the few known points are further from each other
+    than from the next turn, and all that lies between them comes from the database."""
+    angle = torch.linspace(2, 20, 600)
+    features = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1)
+    bright = torch.cat([torch.zeros(1), features.diff(dim=0).norm(dim=1).cumsum(0)])
+    pictures = (bright / bright[-1] * 255).round().to(torch.uint8)[:, None, None, None].expand(-1, 3, 16, 8)
+    own = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:24]
+    errors = []
+    for leaked in (None, features):
+        attacker = make("isomap", 100)
+        attacker.leaked_LD = leaked
+        attacker.fit(features[own], pictures[own], np.arange(24), seed=0)
+        errors.append(float((attacker.reconstruct(features) - pictures / 255).abs().mean()))
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_a_graph_in_pieces_is_joined() -> None:
     near, far = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
     features = torch.cat([near, far + 100])

@@ -61,6 +61,7 @@ def suite(
     kept: Kept | None = None,
     announce: Progress | None = None,
     looks: dict[str, Look] | None = None,
+    leaked: Tensor | None = None,
     **changes: object,
 ) -> SuiteResult:
     """The suite against a second victim whose features are the first's or, if ``blind``, random."""
@@ -72,6 +73,7 @@ def suite(
         query_QD=features[first],
         utility_ap_Q=np.full(first.sum(), 0.8),
         see=see_colours,
+        leaked_LD=leaked,
     )
     rng = torch.Generator().manual_seed(1)
     protected = replace(
@@ -228,6 +230,27 @@ def test_the_mean_of_guesses_counts_and_the_best_is_noted(
     assert mean < sure.axes["pixel"]["attackers"]["ridge"]["protected"] - 0.01
     assert best > sure.axes["pixel"]["attackers"]["ridge"]["protected"] - 1e-3
     assert sure.notes == []
+
+
+def test_attackers_have_the_whole_stolen_database(
+    monkeypatch: pytest.MonkeyPatch, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    """Of the victim that they attack: the queries' features first, then those of the other entries."""
+    met: list[Tensor | None] = []
+
+    class Thief(ATTACKERS["ridge"]):  # type: ignore[misc]
+        def fit(self, *data: object, **more: object) -> None:
+            met.append(self.leaked_LD)
+            super().fit(*data, **more)
+
+    monkeypatch.setitem(ATTACKERS, "ridge", Thief)
+    features, first = strangers[1], strangers[0].camids_N == 0
+    result = suite(*aux, *strangers, leaked=features[~first], attackers=["ridge"])
+    stolen = torch.cat([features[first], features[~first]])
+    assert len(met) == 3 and all(torch.equal(of, stolen) for of in met if of is not None) and None not in met
+    assert result.leaked == len(stolen)
+    suite(*aux, *strangers, attackers=["ridge"])
+    assert met[-1] is not None and torch.equal(met[-1], features[first])
 
 
 def test_what_is_kept_is_not_trained_again_unless_something_changed(

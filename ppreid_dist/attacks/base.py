@@ -1,10 +1,10 @@
 """What every attacker is, and what all of them share: a split by people, views of the features, one error.
 
-An attacker owns exported features and the pictures of its own auxiliary people, nothing else: no weights, no
-gradients, nobody it is tested on. An attacker that is too weak makes everything look private, so each chooses its
-capacity and its view of the features on people it held out of its own pool.
+An attacker owns exported features, and the pictures of its own auxiliary people among them, nothing else: no weights,
+no gradients, no picture of anybody it is tested on. An attacker that is too weak makes everything look private, so each
+chooses its capacity and its view of the features on people it held out of its own pool.
 
-Shapes: N its own pictures, M features to reverse, B batch, D feature dim, K view dim, h w pixels.
+Shapes: N its own pictures, M features to reverse, L leaked entries, B batch, D feature dim, K view dim, h w pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -28,6 +28,8 @@ ERROR = ReconstructionConfig(l1=1.0, ssim=0.5)
 class Attacker(ABC):
     """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings.
 
+    ``leaked_LD``, set before :meth:`fit` by whoever has them, are the features of a stolen database: whom it is to
+    reconstruct, and all others in it, without pictures. Most attackers make nothing of them.
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
     training: more than hardly any was no plateau. NaN elsewhere.
@@ -35,6 +37,7 @@ class Attacker(ABC):
 
     name: ClassVar[str]
     held_out = still_falling = float("nan")
+    leaked_LD: Tensor | None = None
 
     def __init__(self, config: Any):
         self.config = config

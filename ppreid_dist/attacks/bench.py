@@ -1,6 +1,6 @@
 """Attackers trained and tested: the subsets of people, and one attacker's scores on the query pictures.
 
-Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature dim, h w pixels.
+Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, L leaked entries, D feature dim, h w pixels.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Victim:
     ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
     extractor itself, for white-box attackers: pictures of the attackers' size to stored features; ``opened``, where its
     key uncovers something behind those, that. ``reversal`` is the generator that it was trained against, for the
-    adaptive one.
+    adaptive one. ``leaked_LD`` are the other entries of the stolen database, of which attackers have no pictures.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Victim:
     see: See
     opened: Opened | None = None
     reversal: Generator | None = None
+    leaked_LD: Tensor | None = None
 
 
 Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
@@ -82,11 +83,13 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """What attackers are trained on: these features, or those of permuted people, and for whom."""
+    """What attackers are trained on: these features, or those of permuted people, and for whom; ``leaked_LD`` is the
+    whole stolen database, the queries' features first."""
 
     name: str
     aux_ND: Tensor
     query_QD: Tensor
+    leaked_LD: Tensor
     reversal: Generator | None = None
     permuted: bool = False
 
@@ -222,7 +225,7 @@ class Bench:
             for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
                 if name == Adaptive.name and reversal is None:
                     continue
-                parts = (role.aux_ND[rows], rows, rows[pairs], role.query_QD)
+                parts = (role.aux_ND[rows], rows, rows[pairs], role.query_QD, role.leaked_LD)
                 start = reversal.state_dict().values() if reversal and name == Adaptive.name else []
                 trainings = []
                 for draw in range(self.config.seeds if issubclass(ATTACKERS[name], Learner) else 1):
@@ -242,10 +245,12 @@ class Bench:
         rows: np.ndarray,
         pictured: np.ndarray,
         query_QD: Tensor,
+        leaked_LD: Tensor,
         reversal: Generator | None,
     ) -> Outcome:
         started = time.monotonic()
         attacker = self.attacker(name)
+        attacker.leaked_LD = leaked_LD
         if isinstance(attacker, Adaptive) and reversal is not None:
             attacker.start_from(reversal)
         if isinstance(attacker, Learner):

@@ -31,6 +31,12 @@ class AttackConfig(Settings):
     people: list[int] = option(
         [80, 160, 320, 0], "numbers of the attackers' own people; 0 is all, and more than there are is all", at_least=0
     )
+    leaked: list[str] = option(
+        ["gallery"],
+        "splits whose stored features attackers have beside the queries', without pictures, as whoever steals a "
+        "database has",
+        choices=("gallery", "unlabelled", "train"),
+    )
     resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
     seed: int = option(0, "everything is drawn from it", at_least=0)
     seeds: int = option(

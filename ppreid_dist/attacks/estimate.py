@@ -1,6 +1,7 @@
 """How long the trainings of an attack may take, before they begin: by some steps of every attacker.
 
-A bound rather than a forecast: most trainings come to their plateau sooner. Shapes: N pictures, D feature dim.
+A bound rather than a forecast: most trainings come to their plateau sooner. Shapes: N pictures, L leaked entries, D
+feature dim.
 """
 
 import time
@@ -49,7 +50,12 @@ def cut(config: S, steps: int) -> S:
 
 
 def seconds(
-    name: str, config: AttackConfig, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray
+    name: str,
+    config: AttackConfig,
+    features_ND: Tensor,
+    pictures_N3hw: Tensor,
+    pids_N: np.ndarray,
+    leaked_LD: Tensor | None = None,
 ) -> float | None:
     """Of one training of this attacker with all of these people, at most; None for one that can't be tried alone."""
     kind, own = ATTACKERS[name], getattr(config, name)
@@ -58,7 +64,9 @@ def seconds(
 
     def timed(settings: Any, rows: np.ndarray) -> float:
         started = time.monotonic()
-        kind(settings).fit(features_ND[rows], pictures_N3hw[rows], pids_N[rows], seed=config.seed)
+        attacker = kind(settings)
+        attacker.leaked_LD = leaked_LD
+        attacker.fit(features_ND[rows], pictures_N3hw[rows], pids_N[rows], seed=config.seed)
         if features_ND.is_cuda:
             torch.cuda.synchronize()
         return time.monotonic() - started
@@ -85,10 +93,15 @@ def _further(points: Sequence[tuple[float, float]], to: float) -> float:
 
 
 def estimate(
-    trainings: Counter[str], config: AttackConfig, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray
+    trainings: Counter[str],
+    config: AttackConfig,
+    features_ND: Tensor,
+    pictures_N3hw: Tensor,
+    pids_N: np.ndarray,
+    leaked_LD: Tensor | None = None,
 ) -> str:
     """A line on so many trainings of each attacker that are still to be made; empty where there are none."""
-    each = {name: seconds(name, config, features_ND, pictures_N3hw, pids_N) for name in trainings}
+    each = {name: seconds(name, config, features_ND, pictures_N3hw, pids_N, leaked_LD) for name in trainings}
     known: Mapping[str, float] = {name: found for name, found in each.items() if found is not None}
     if not known:
         return ""

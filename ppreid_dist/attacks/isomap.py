@@ -3,9 +3,10 @@
 Stored features that keep near distances and scramble far ones (``model.store.kind: codes``, or an extractor that has
 learned to fold) leave a decoder to learn every neighbourhood by itself: with few people it finds little. But matching
 lives by near distances, and summed along shortest paths they give the far ones back (Isomap; Tenenbaum, de Silva and
-Langford, Science 2000), by the features alone: no key is needed and no picture. docs/LOG.md has what that uncovers.
+Langford, Science 2000), by the features alone: no key is needed and no picture. So a stolen database's own entries make
+the paths denser, and the more there are, the further narrow codes are unrolled. docs/LOG.md has what that uncovers.
 
-Shapes: N its own pictures, M features to reverse, D feature dim, K coordinates.
+Shapes: N its own pictures, M features to reverse, L leaked entries, D feature dim, K coordinates.
 """
 
 import warnings
@@ -31,7 +32,10 @@ class IsomapConfig(RegressionConfig):
     lrs: list[float] = option([3e-3], "learning rates to try", more_than=0)
     neighbours: list[int] = option([15, 60], "neighbours of a feature in the graph, to try", at_least=2)
     coordinates: list[int] = option([16, 64], "numbers of coordinates to try", at_least=1)
-    pictures: int = option(4000, "at most this many make the graph, the others are put into it", at_least=16)
+    pictures: int = option(
+        4000, "at most this many of its own features make the graph, the others are put into it", at_least=16
+    )
+    entries: int = option(4000, "and at most this many entries of the stolen database", at_least=0)
 
 
 class Manifold:
@@ -79,9 +83,13 @@ class UnrolledRegression(Regression):
     ) -> Decoder:
         config, entrants = self.config, []
         # Features are no secret to whoever has them: those of the people held out are in the graph too.
-        some = np.random.default_rng([split.seed, 0x150]).permutation(len(features_ND))[: config.pictures]
+        known = [(features_ND, config.pictures)]
+        if self.leaked_LD is not None:
+            known.append((self.leaked_LD, config.entries))
+        draw = np.random.default_rng([split.seed, 0x150])
+        graph = torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
         for neighbours in config.neighbours:
-            manifold = Manifold(features_ND[torch.from_numpy(some)], neighbours, max(config.coordinates))
+            manifold = Manifold(graph, neighbours, max(config.coordinates))
             enter = partial(
                 UnrolledDecoder, manifold(features_ND), pictures_N3hw, split,
                 manifold=manifold, noise_dim=0, config=config, seed=seed,

@@ -26,7 +26,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
-from ppreid_dist.attacks.victims import Roles, attack_victims, expected, scores_of
+from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
@@ -48,7 +48,8 @@ class SuiteResult:
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
     axes, by (axis, attacker, "control" | "protected" | "floor"), ``pixels`` the mean "l1" and "psnr" by
     attacker and role, ``kid`` kernel distances by attacker and role (None where there is none), all at the largest
-    number of people. ``seconds`` is the training time of each attacker, over all trainings.
+    number of people. ``seconds`` is the training time of each attacker, over all trainings, ``leaked`` the number of
+    the stolen database's entries.
     """
 
     axes: dict[str, dict[str, Any]]
@@ -59,6 +60,7 @@ class SuiteResult:
     judges: dict[str, dict[str, float]]
     notes: list[str]
     people: list[int]
+    leaked: int
     seconds: dict[str, float]
     shown: np.ndarray
     reconstructions: dict[tuple[str, str], Tensor]
@@ -183,6 +185,7 @@ def summarise(
         judges=quality,
         notes=notes,
         people=bench.people,
+        leaked=len(leaked_by(protected)),
         seconds={
             name: sum(o.seconds for runs in roles.values() for (who, _), o in runs.items() if who == name)
             for name in config.attackers

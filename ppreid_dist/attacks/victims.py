@@ -1,12 +1,14 @@
 """Both victims attacked alike, and one attacker's scores against them.
 
-Shapes: Q query pictures.
+Shapes: Q query pictures, L leaked entries, D feature dim.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import renewed
 from ppreid_dist.attacks.bench import Bench, Role, Trained, Victim
@@ -25,13 +27,23 @@ def roles_of(bench: Bench, control: Victim, protected: Victim) -> dict[str, Role
     trained against: they serve every protected extractor of the same data.
     """
     reversal = protected.reversal
-    bare = Role(name="unprotected", aux_ND=control.aux_ND, query_QD=control.query_QD)
+    bare = _role("unprotected", control)
     fresh = renewed(reversal, bench.config.seed) if reversal else None
     return {
         "control": bare,
         "floor": replace(bare, name="prior only", reversal=fresh, permuted=True),
-        "protected": Role(name="protected", aux_ND=protected.aux_ND, query_QD=protected.query_QD, reversal=reversal),
+        "protected": replace(_role("protected", protected), reversal=reversal),
     }
+
+
+def leaked_by(victim: Victim) -> Tensor:
+    """All features of the stolen database, (L, D), the queries' first."""
+    others = [] if victim.leaked_LD is None else [victim.leaked_LD]
+    return torch.cat([victim.query_QD, *others])
+
+
+def _role(name: str, victim: Victim) -> Role:
+    return Role(name=name, aux_ND=victim.aux_ND, query_QD=victim.query_QD, leaked_LD=leaked_by(victim))
 
 
 def attack_victims(bench: Bench, control: Victim, protected: Victim) -> Roles:
@@ -42,7 +54,8 @@ def attack_victims(bench: Bench, control: Victim, protected: Victim) -> Roles:
 def expected(bench: Bench, control: Victim, protected: Victim) -> str:
     """A line on how long those that aren't kept from before may take; empty where there are none."""
     missing = bench.missing(list(roles_of(bench, control, protected).values()))
-    return estimate(missing, bench.config, control.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N)
+    of = control.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, leaked_by(control)
+    return estimate(missing, bench.config, *of)
 
 
 def scores_of(roles: Roles, axis: str, name: str, n: int) -> AttackScores:

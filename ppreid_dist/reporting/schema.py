@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/4"
+SCHEMA = "ppreid-report/5"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ SHAPE = {
         }
     ),
     "training": {"control": TRAINING, "protected": TRAINING},
-    "attack": {"seconds": NUMBER, "people": WHOLE, "notes": [TEXT]},
+    "attack": {"seconds": NUMBER, "people": WHOLE, "leaked": WHOLE, "notes": [TEXT]},
     "notes": [TEXT],
 }
 
