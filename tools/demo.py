@@ -1,7 +1,7 @@
 """`make demo`: the whole way on synthetic people, by the commands that a user would type, in runs/demo.
 
     runs/demo/judge/  control/  trained/        three runs of `accelerate launch train.py`
-    runs/demo/protected/                        what was trained for it, storing codes: `ppreid store`
+    runs/demo/protected/                        what played against the best response, storing codes: `ppreid store`
     runs/demo/attack.json, report.html, …       `ppreid attack`, `ppreid report`
 
 What is there already and was made by the same settings is used again.
@@ -23,8 +23,8 @@ from ppreid_dist.settings import load_settings
 
 CONTROL = ["privacy.weight=0"]
 JUDGE = [*CONTROL, "seed=1", "model.backbone=configs/backbones/resnet_tiny_b", "data.train_splits=[train,aux]"]
-RUNS = {"judge": JUDGE, "control": CONTROL, "trained": ["neighbourhood.weight=2"]}
-CODES = [f"model.store.{key}" for key in ("kind=codes", "axes=16", "dim=2048", "width=0.32")]
+RUNS = {"judge": JUDGE, "control": CONTROL, "trained": []}
+CODES = [f"model.store.{key}" for key in ("kind=codes", "axes=16", "dim=2048", "width=0.45")]
 
 
 def processes() -> int:
