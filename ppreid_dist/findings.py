@@ -121,10 +121,9 @@ def _protocol(
 def _training(run: Path) -> dict[str, Any]:
     config, result = load_run(run), read_json(run / "result.json")
     names = " + ".join(f"{a.kind} × {a.weight:g}" for a in config.privacy.adversaries)
-    methods = [f"λ {config.privacy.weight:g}: {names}"] if config.privacy.weight else []
+    method = f"λ {config.privacy.weight:g}: {names}" if config.privacy.weight else "unprotected"
     if config.neighbourhood.weight:
-        methods.append(f"neighbourhood × {config.neighbourhood.weight:g}")
-    method = ", ".join(methods) or "unprotected"
+        method += f", neighbourhood × {config.neighbourhood.weight:g}"
     if (kept := config.model.store) != StoreConfig():
         method += f", stored as {kept.kind}" + (", int8" if kept.quantise == "int8" else "")
     wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")

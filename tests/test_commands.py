@@ -15,7 +15,9 @@ import pytest
 from conftest import ROOT
 
 from ppreid_dist.cli import main
+from ppreid_dist.experiment import Config
 from ppreid_dist.reporting.page import load_report
+from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.storage import read_tensors
 
 ATTACK = [
@@ -90,7 +92,10 @@ def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
     assert set(report["axes"]["pixel"]["attackers"]) == {"ridge", "regression", "adaptive"}
     assert report["whitebox"]["people"] == 6
     assert report["attributes"]["each"]["sleeve"]["classes"] == 2
-    assert any("differ in the neighbourhood loss" in note for note in report["notes"])
+    stolen = [read_tensors(runs / f"protected/features/{split}.safetensors") for split in ("query", "gallery")]
+    strangers = 32  # of the world, a picture each
+    assert report["attack"]["leaked"] == sum(len(split["features"]) for split in stolen) + strangers
+    assert not any("neighbourhood" in note for note in report["notes"])
     assert report["probe"]["history"] and report["training"]["protected"]["steps"] == 10
     page = (tmp_path / "report.html").read_text()
     assert report["protocol"] in page and "data:image/png" in page
@@ -107,10 +112,13 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     assert "reranked_mAP" in found.stdout and "reranked_mAP" in json.loads((kept / "evaluation.json").read_text())
     features = read_tensors(kept / "features" / "query.safetensors")["features"]
     assert features.shape[1] == 4
+    other = load_settings(Config, kept / "config.yaml", ["neighbourhood.weight=0.25"])
+    save_settings(other, kept / "config.yaml")
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), "attack.whitebox.people=0",
            "attack.attackers=[ridge]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
-    assert found["training"]["protected"]["method"] == "unprotected, stored as pca, int8"
+    assert found["training"]["protected"]["method"] == "unprotected, neighbourhood × 0.25, stored as pca, int8"
+    assert any("differ in the neighbourhood loss" in note for note in found["notes"])
     for arguments, message in (
         ([str(runs / "control"), "--out", str(kept), *words], "is there already"),
         ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),
