@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.bench import Opened
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception
-from ppreid_dist.attacks.suite import Victim, run_suite
+from ppreid_dist.attacks.suite import Victim, run_suite, train_ahead
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
@@ -90,12 +91,13 @@ def attack(
     out: Path,
     *,
     trained: Path | None = None,
+    ahead: bool = False,
     progress: bool = True,
 ) -> None:
     """Attack two runs' stored features and write attack.json, per_query and pictures into ``out``.
 
     ``trained`` is where trainings are kept, ``out / "trained"`` by default: several runs of the same control share its
-    ceilings and floors there.
+    ceilings and floors there. ``ahead``: only train the protected run's attackers, for a later call to find there.
     ``judges`` are runs and .onnx files; the first one's axis is ``identity``.
 
     Raises RunError where the runs can't be compared: control and protected must be the same training but for the
@@ -141,19 +143,24 @@ def attack(
             bar.update()
             tqdm.write(f"  {line}")
 
+        asked: dict[str, Any] = {
+            "aux": aux,
+            "query": query,
+            "gallery_pids": real.pids_N,
+            "gallery_camids": real.camids_N,
+            "control": victims["control"],
+            "protected": victims["protected"],
+            "judges": judging,
+            "config": config.attack,
+            "progress": bar.set_postfix_str,
+            "perception": perception,
+            "found": found,
+            "kept": Kept(trained or out / "trained"),
+        }
+        if ahead:
+            return train_ahead(**asked)
         result = run_suite(
-            aux=aux,
-            query=query,
-            gallery_pids=real.pids_N,
-            gallery_camids=real.camids_N,
-            control=victims["control"],
-            protected=victims["protected"],
-            judges=judging,
-            config=config.attack,
-            progress=bar.set_postfix_str,
-            perception=perception,
-            found=found,
-            kept=Kept(trained or out / "trained"),
+            **asked,
             auxiliaries=auxiliaries,
             announce=(lambda line: tqdm.write(f"attack: {line}")) if progress else None,
         )

@@ -124,6 +124,11 @@ def _attack(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--trained", type=Path, metavar="DIR", help="where attackers' trainings are kept (default: trained in --out)"
     )
+    parser.add_argument(
+        "--ahead",
+        action="store_true",
+        help="only train the protected run's attackers, for a later attack to go on from",
+    )
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.assessment import attack
@@ -134,8 +139,9 @@ def _attack(arguments: Sequence[str]) -> int:
     if options.config is None:
         load_run(options.protected)
     config, runs = load_settings(Config, base, options.settings), (options.control, options.protected, options.judge)
-    attack(config, *runs, options.out, trained=options.trained)
-    _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
+    attack(config, *runs, options.out, trained=options.trained, ahead=options.ahead)
+    if not options.ahead:
+        _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0
 
 

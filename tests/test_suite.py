@@ -4,6 +4,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from types import SimpleNamespace
 from typing import cast
 
@@ -25,7 +26,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
-from ppreid_dist.attacks.suite import SuiteResult, run_suite
+from ppreid_dist.attacks.suite import SuiteResult, run_suite, train_ahead
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.storage import write_json
@@ -62,9 +63,11 @@ def suite(
     announce: Progress | None = None,
     looks: dict[str, Look] | None = None,
     leaked: Tensor | None = None,
+    ahead: bool = False,
     **changes: object,
 ) -> SuiteResult:
-    """The suite against a second victim whose features are the first's or, if ``blind``, random."""
+    """The suite against a second victim whose features are the first's or, if ``blind``, random; ``ahead`` trains that
+    one's attackers before."""
     first = met.camids_N == 0
     query = met.only(first)
     control = Victim(
@@ -82,19 +85,21 @@ def suite(
         aux_ND=torch.randn(control.aux_ND.shape, generator=rng) if blind else control.aux_ND,
         query_QD=torch.randn(control.query_QD.shape, generator=rng) if blind else control.query_QD,
     )
-    return run_suite(
-        aux=known,
-        query=query,
-        gallery_pids=met.pids_N[~first],
-        gallery_camids=met.camids_N[~first],
-        control=control,
-        protected=protected,
-        judges=[colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
-        config=small_config(**changes),
-        progress=lambda line: None,
-        kept=kept,
-        announce=announce,
-    )
+    asked: dict[str, Any] = {
+        "aux": known,
+        "query": query,
+        "gallery_pids": met.pids_N[~first],
+        "gallery_camids": met.camids_N[~first],
+        "control": control,
+        "protected": protected,
+        "judges": [colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
+        "config": small_config(**changes),
+        "progress": lambda line: None,
+        "kept": kept,
+    }
+    if ahead:
+        train_ahead(**asked)
+    return run_suite(**asked, announce=announce)
 
 
 def test_too_few_people_is_one_line_about_the_setting() -> None:
@@ -274,6 +279,10 @@ def test_what_is_kept_is_not_trained_again_unless_something_changed(
     assert len(fitted) == 3  # ceiling, floor, protected
     again = attack()
     assert fitted == []
+    elsewhere = Kept(tmp_path / "ahead")
+    suite(*aux, *strangers, blind=True, kept=elsewhere, attackers=["ridge"], ahead=True)
+    assert len(fitted) == 3  # the protected one's was there when its turn came
+    fitted.clear()
     assert again.axes == first.axes and again.pixels == first.pixels and again.seconds == first.seconds
     for key, shown in first.reconstructions.items():
         assert torch.equal(again.reconstructions[key], shown)

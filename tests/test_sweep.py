@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,30 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
     before = {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
     array(asked, resume=True)
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(asked: Path, tmp_path: Path) -> None:
+    change(asked, grid={"privacy.weight": [1]}, seeds=[0])
+    array(asked)
+    trained = tmp_path / "out/trained"
+    assert not (trained / "ahead.txt").exists()  # nobody to wait for
+    (ceilings,) = trained.glob("*.done")
+    for file in (ceilings, *(tmp_path / "out/trials").glob("*/trial.json")):
+        file.unlink()
+    claim = open_folder(load_settings(SweepConfig, asked, []), resume=True).claims.take(ceilings.name)
+    assert claim is not None
+
+    def make_ceilings() -> None:
+        until((trained / "ahead.txt").exists)
+        ceilings.touch()
+        claim.give_back()
+
+    with ThreadPoolExecutor(1) as another:
+        another.submit(make_ceilings)
+        array(asked, resume=True)
+    assert len((trained / "ahead.txt").read_text().splitlines()) == 1
+    assert_whole(tmp_path / "out", controls=1, trials=1)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -26,7 +26,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import linkage_of
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
-from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of
+from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, roles_of, scores_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
@@ -112,6 +112,12 @@ def run_suite(
         announce(line)
     roles = attack_victims(bench, control, protected)
     return summarise(bench, control, protected, roles, variants)
+
+
+def train_ahead(*, control: Victim, protected: Victim, **bench: Any) -> None:
+    """Train the protected victim's attackers only, for a suite to find in what is kept; ``bench`` is what makes one."""
+    of = Bench(**bench)
+    of.train_all(roles_of(of, control, protected)["protected"])
 
 
 def summarise(

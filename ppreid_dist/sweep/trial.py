@@ -122,14 +122,17 @@ class Worker:
         def attack(claim: Claim, environment: dict[str, str]) -> None:
             self._start(command, out / "attack.json", "attack", claim, environment, place / "log.txt")
 
-        ceilings = trained / f"{control.name}.done"
-        while not ceilings.exists():  # they and the floors are the first one's to make, and the others' to wait for
-            if (first := self.folder.claims.take(ceilings.name)) is None:
+        ceilings, ahead = trained / f"{control.name}.done", False
+        while not ceilings.exists():  # they and the floors are the first one's to make
+            if (first := self.folder.claims.take(ceilings.name)) is not None:
+                with guarded(first) as its_environment:
+                    attack(first, its_environment)
+                    ceilings.touch()
+            elif not ahead:  # the others see to what is theirs alone meanwhile
+                ahead, log = True, place / "log.txt"
+                self._start([*command, "--ahead"], trained, "attack", claim, environment, log)
+            else:
                 time.sleep(self.wait)
-                continue
-            with guarded(first) as its_environment:
-                attack(first, its_environment)
-                ceilings.touch()
         if not (out / "attack.json").is_file():
             attack(claim, environment)
 
