@@ -4,9 +4,8 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
