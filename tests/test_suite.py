@@ -20,7 +20,7 @@ from ppreid_dist.attacks.base import (
 from ppreid_dist.attacks.bench import Victim
 from ppreid_dist.attacks.estimate import cut, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig
-from ppreid_dist.attacks.judging import Look, chance_ap
+from ppreid_dist.attacks.judging import Look, chance_ap, weak_judges
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
@@ -206,6 +206,16 @@ def test_every_judge_has_its_axis_and_one_that_sees_nothing_is_called_weak(
     seen = [result.axes[axis]["attackers"]["ridge"]["control"] for axis in ("identity", "identity_3")]
     assert seen[0] > seen[1] > 2 * result.judges["identity_3"]["chance"]
     assert result.axes["identity_2"]["attackers"]["ridge"]["status"] == "broken"
+
+
+def test_a_judge_that_knows_fewer_people_than_the_control_is_named(strangers: tuple[Pictures, Tensor]) -> None:
+    judges = {"identity": colour_judge(strangers[0], np.arange(8))}
+    quality = {"identity": {"mAP": 0.5, "rank1": 0.6, "chance": 0.02}}
+    assert weak_judges(judges, quality, control_mAP=0.4) == []
+    (line,) = weak_judges(judges, quality, control_mAP=0.7)
+    assert line.startswith(
+        "the judge colours is weaker than the control: mAP 0.500 on real pictures, 0.700 the control"
+    )
 
 
 def test_an_attacker_without_its_library_is_one_line_before_anybody_trains(

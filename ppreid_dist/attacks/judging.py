@@ -77,11 +77,22 @@ def judge_quality(judge: Judge, query: Pictures, gallery: Labels, chance_Q: np.n
     return {"mAP": summary["mAP"], "rank1": summary["rank1"], "chance": float(np.nanmean(chance_Q))}
 
 
-def weak_judges(judges: Mapping[str, Judge], quality: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for every judge that hardly does better on real pictures than chance; both by axis."""
-    return [
-        f"the judge {judges[axis].name} is weak: mAP {found['mAP']:.3f} on real pictures, chance is "
-        f"{found['chance']:.3f}; the axis {axis} says little"
-        for axis, found in quality.items()
-        if found["mAP"] < WEAK_JUDGE * found["chance"]
-    ]
+def weak_judges(
+    judges: Mapping[str, Judge], quality: Mapping[str, Mapping[str, float]], control_mAP: float
+) -> list[str]:
+    """A line for every judge that hardly does better on real pictures than chance, and for one that does worse than the
+    control: it overlooks people whom the extractor itself still knows. ``judges`` and ``quality`` by axis."""
+    lines = []
+    for axis, found in quality.items():
+        reached = f"mAP {found['mAP']:.3f} on real pictures"
+        if found["mAP"] < WEAK_JUDGE * found["chance"]:
+            lines.append(
+                f"the judge {judges[axis].name} is weak: {reached}, chance is {found['chance']:.3f}; the axis {axis} "
+                "says little"
+            )
+        elif found["mAP"] < control_mAP:
+            lines.append(
+                f"the judge {judges[axis].name} is weaker than the control: {reached}, {control_mAP:.3f} the control; "
+                "a better one may find more"
+            )
+    return lines

@@ -127,7 +127,7 @@ def summarise(
     config, largest = bench.config, bench.people[-1]
     chance_Q = chance_of(bench.query, *bench.gallery)
     quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
-    notes = weak_judges(bench.judges, quality)
+    notes = weak_judges(bench.judges, quality, float(np.nanmean(control.utility_ap_Q)))
     if dropped := sorted(n for n in config.people if n > largest):
         notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
     if config.seeds > 1:
