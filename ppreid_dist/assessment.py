@@ -105,6 +105,7 @@ def attack(
     """
     device, other = default_device(), _other_domain(config)
     _check_comparable(control, protected, judges)
+    _check_leaked(config)
     perception = Perception(config.attack.perceptual, device)
     size = config.reversal.size
 
@@ -285,6 +286,12 @@ def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) ->
         if "aux" in settings[run]["data.train_splits"]:
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")
     check_judges(judges, protected)
+
+
+def _check_leaked(config: Config) -> None:
+    splits = read_meta(Path(config.data.shards))["splits"]
+    if absent := [split for split in config.attack.leaked if split not in splits]:
+        raise ConfigError(f"attack.leaked: {config.data.shards} has no split {absent[0]}, only {', '.join(splits)}")
 
 
 # --- report -----------------------------------------------------------------------------------------------------

@@ -148,6 +148,9 @@ def test_attackers_with_other_pictures(world: list[str], runs: Path, tmp_path: P
     ):
         assert message in attack(runs, tmp_path / "out", *variants, *settings, expect=2).stderr
     ppreid("shards", "--config", str(other))
+    elsewhere = [*quick, f"data.shards={tmp_path / 'shards'}", "attack.leaked=[unlabelled]"]
+    said = attack(runs, tmp_path / "out", *elsewhere, expect=2).stderr
+    assert f"attack.leaked: {tmp_path / 'shards'} has no split unlabelled, only " in said
     attack(runs, tmp_path / "out", *variants, f"attack.auxiliary.data={other}")
     ppreid("report", str(tmp_path / "out"))
     found = load_report(tmp_path / "out" / "report.json")["auxiliary"]
