@@ -62,7 +62,7 @@ def seconds(
     if name == Adaptive.name:
         return None
 
-    def timed(settings: Any, rows: np.ndarray) -> float:
+    def timed(settings: Any, rows: np.ndarray, leaked_LD: Tensor | None = leaked_LD) -> float:
         started = time.monotonic()
         attacker = kind(settings)
         attacker.leaked_LD = leaked_LD
@@ -71,12 +71,13 @@ def seconds(
             torch.cuda.synchronize()
         return time.monotonic() - started
 
+    people = np.unique(pids_N)
     if issubclass(kind, Learner):
-        every = np.arange(len(pids_N))
-        short = [cut(own, steps) for steps in (STEPS[0], *STEPS)]  # the first is for what is done only once
-        points = [(float(most_steps(settings)), timed(settings, every)) for settings in short]
-        return _further(points[1:], most_steps(own))
-    people, effort = np.unique(pids_N), kind(own).effort
+        few, every = np.flatnonzero(np.isin(pids_N, people[:8])), np.arange(len(pids_N))
+        timed(cut(own, STEPS[0]), few, None)  # for what is done only once
+        points = [(float(most_steps(short)), timed(short, every)) for short in (cut(own, steps) for steps in STEPS)]
+        return _further(points, most_steps(own))
+    effort = kind(own).effort
     points = []
     for count in (PICTURES[0], *PICTURES):
         some = people[: max(8, len(people) * count // len(pids_N))]
