@@ -381,6 +381,8 @@ def test_trackers_write_beside_the_log(world: list[str], tmp_path: Path) -> None
         ("reversal.size=[20,10]", "reversal.size: 20x10"),
         ("reversal.lazy={mode: ema, pool: 2}", "reversal.lazy.pool: is for the mode snapshot, which ema isn't"),
         ("reversal.lazy={mode: rare, restart: 1}", "reversal.lazy.restart: is for the mode snapshot, which rare isn't"),
+        ("reversal.generator_optimiser.decay=cosine", "reversal.generator_optimiser: warmup and decay aren't for"),
+        ("reversal.critic_optimiser.warmup=0.1", "reversal.critic_optimiser: warmup and decay aren't for"),
         ("model.backbone=/nowhere", "model.backbone: /nowhere"),
         ("data.shards=/nowhere", "/nowhere: no shards there"),
     ],

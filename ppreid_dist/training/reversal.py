@@ -82,6 +82,13 @@ class ReversalConfig(Settings):
     critic_optimiser: OptimiserConfig = option(OptimiserConfig(lr=1e-3, beta1=0.0, beta2=0.99, weight_decay=0.0), "")
     lazy: LazyConfig = option(LazyConfig(), "")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("generator_optimiser", "critic_optimiser"):
+            schedule = getattr(self, key)
+            if schedule.warmup or schedule.decay != "none":
+                raise ConfigError(f"{key}: warmup and decay aren't for the reversal, whose learning rate is constant")
+
 
 def resize(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Pictures at the reversal's size (antialiased bilinear); the same tensor where it has that size already."""
