@@ -72,7 +72,8 @@ def test_a_frozen_extractor_passes_in_one(small_vit: str) -> None:
     assert sizes == [8]
 
 
-# Five times what was measured, the same under every engine.
+# Five times what was first measured, the same under every engine. On a CPU without AVX-512: extractor 4.0e-7, average
+# 2.4e-7, lagged 3.9e-7, snapshot 2.2e-4, generator 2.3e-4, critic 4.6e-4, moments 6.8e-4 and 2.5e-4.
 CLOSE = {
     "extractor": 2.5e-6, "ema": 1.5e-6, "lagged": 2.5e-6, "snapshot": 5e-4, "generator": 5e-4, "critic": 1.5e-3,
     "step": 0.0, "exp_avg": 6e-3, "exp_avg_sq": 1e-3,
@@ -96,7 +97,9 @@ def test_the_whole_game_in_pieces(
     world: list[str], small_vit: str, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """On two processes, three pieces each, against one process and the whole batch."""
-    game = [*world, f"model.backbone={small_vit}", "training.ema=0.9"]
+    # With a smaller eps Adam's first step is the sign of each gradient, and rounding decides that of some.
+    smooth = [f"reversal.{player}_optimiser.eps=1e-4" for player in ("generator", "critic")]
+    game = [*world, f"model.backbone={small_vit}", "training.ema=0.9", *smooth]
     alone = run(game, tmp_path / "alone")
     ended = finish(start_ranks(2, *game, f"output={tmp_path / 'two'}", environment=environment), 200)
     assert [status for status, _ in ended] == [0, 0], ended

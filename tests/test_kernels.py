@@ -222,9 +222,16 @@ class StandIn(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float, *, adam_w_mode: bool
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        adam_w_mode: bool,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._decoupled = adam_w_mode
 
     def zero_grad(self) -> None:  # type: ignore[override]
@@ -249,7 +256,7 @@ class StandIn(torch.optim.Optimizer):
                 )
                 if self._decoupled:
                     p.mul_(1 - lr * decay)
-                p.sub_(lr * mean / (square.sqrt() + 1e-8))
+                p.sub_(lr * mean / (square.sqrt() + group["eps"]))
 
 
 def _norm(chunk: int, overflow: Tensor, lists: list[list[Tensor]], each: bool) -> tuple[Tensor, Tensor | None]:
@@ -315,6 +322,17 @@ def trained(first: str, then: str, config: OptimiserConfig) -> tuple[list[Tensor
             for number, known in moments(optimiser).items()
         }
     return [p.detach() for p in net.parameters()], saved
+
+
+@pytest.mark.parametrize("form", ["fused", "foreach", "plain", "apex"])
+@pytest.mark.parametrize(("eps", "moved"), [(1e-8, 0.1 * 1e-6 / (1e-6 + 1e-8)), (1e-2, 0.1 * 1e-6 / (1e-6 + 1e-2))])
+def test_eps_is_the_least_denominator(apex: None, form: str, eps: float, moved: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    with using(KernelsConfig(adam=form), CPU):
+        optimiser = make_optimiser([weight], OptimiserConfig(lr=0.1, eps=eps, weight_decay=0.0))
+    weight.grad = torch.tensor([1e-6])
+    optimiser.step()
+    assert -float(weight) == pytest.approx(moved, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])

@@ -20,6 +20,7 @@ class OptimiserConfig(Settings):
     lr: float = option(3.5e-4, "learning rate after the warm-up", more_than=0)
     beta1: float = option(0.9, "Adam's first decay", at_least=0, at_most=1)
     beta2: float = option(0.999, "Adam's second decay", at_least=0, at_most=1)
+    eps: float = option(1e-8, "Adam's least denominator: gradients far below it hardly move a weight", more_than=0)
     weight_decay: float = option(5e-4, "weight decay", at_least=0)
     warmup: float = option(
         0.0, "share of the training over which lr rises linearly from a hundredth", at_least=0, at_most=1
@@ -42,6 +43,7 @@ def make_optimiser(parameters: Sequence[nn.Parameter], config: OptimiserConfig) 
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
     if form == "apex":
