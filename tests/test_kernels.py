@@ -332,7 +332,7 @@ def test_eps_is_the_least_denominator(apex: None, form: str, eps: float, moved: 
         optimiser = make_optimiser([weight], OptimiserConfig(lr=0.1, eps=eps, weight_decay=0.0))
     weight.grad = torch.tensor([1e-6])
     optimiser.step()
-    assert -float(weight) == pytest.approx(moved, rel=1e-3)
+    assert -weight.item() == pytest.approx(moved, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
