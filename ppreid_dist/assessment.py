@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from tqdm import tqdm
 
 from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
-from ppreid_dist.attacks.bench import Opened
+from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception
-from ppreid_dist.attacks.suite import Victim, run_suite, train_ahead
+from ppreid_dist.attacks.suite import run_suite
+from ppreid_dist.attacks.victims import roles_of
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
@@ -128,14 +128,14 @@ def attack(
         victims[role], rankings[role], galleries_GD[role] = _victim(
             role, saved, sizes[saved.size], config.attack.leaked
         )
-        if config.attack.whitebox.people:
+        if config.attack.whitebox.people and not ahead:
             victims[role] = replace(victims[role], opened=_opened(saved, victims[role], sizes[saved.size]["aux"]))
     stored = (sizes[saved.size]["aux"], victims["protected"].aux_ND)
     victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device, *stored))
     auxiliaries = []
-    if other is not None:
+    if other is not None and not ahead:
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
-    if "same_people" in config.attack.auxiliary.variants:
+    if "same_people" in config.attack.auxiliary.variants and not ahead:
         auxiliaries.append(same_people(_pictures(config, "gallery", size, device, progress), query, galleries_GD))
     real = next(iter(sizes.values()))["gallery"]
     with using(config.kernels, device), tqdm(disable=not progress, desc="attack", unit=" training") as bar:
@@ -144,24 +144,24 @@ def attack(
             bar.update()
             tqdm.write(f"  {line}")
 
-        asked: dict[str, Any] = {
-            "aux": aux,
-            "query": query,
-            "gallery_pids": real.pids_N,
-            "gallery_camids": real.camids_N,
-            "control": victims["control"],
-            "protected": victims["protected"],
-            "judges": judging,
-            "config": config.attack,
-            "progress": bar.set_postfix_str,
-            "perception": perception,
-            "found": found,
-            "kept": Kept(trained or out / "trained"),
-        }
+        bench = Bench(
+            aux=aux,
+            query=query,
+            gallery_pids=real.pids_N,
+            gallery_camids=real.camids_N,
+            judges=judging,
+            config=config.attack,
+            progress=bar.set_postfix_str,
+            perception=perception,
+            found=found,
+            kept=Kept(trained or out / "trained"),
+        )
         if ahead:
-            return train_ahead(**asked)
+            bench.train_all(roles_of(bench, **victims)["protected"])
+            return
         result = run_suite(
-            **asked,
+            bench,
+            **victims,
             auxiliaries=auxiliaries,
             announce=(lambda line: tqdm.write(f"attack: {line}")) if progress else None,
         )

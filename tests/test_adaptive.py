@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, for_stored, hand_on, renewed, trained_generator
 from ppreid_dist.attacks.base import permute_people
-from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.plateau import PlateauConfig
@@ -146,13 +146,11 @@ def suite(aux: World, met: World, reversal: Generator | None) -> SuiteResult:
         utility_ap_Q=np.full(len(query.pids_N), 0.8),
         see=lambda images_B3hw: images_B3hw,
     )
-    return run_suite(
+    bench = Bench(
         aux=aux[0],
         query=query,
         gallery_pids=people.pids_N[~first],
         gallery_camids=people.camids_N[~first],
-        control=control,
-        protected=replace(control, name="protected", reversal=reversal),
         judges=[colour_judge(people, ~first)],
         config=AttackConfig(
             attackers=["ridge", "adaptive"],
@@ -164,6 +162,7 @@ def suite(aux: World, met: World, reversal: Generator | None) -> SuiteResult:
         ),
         progress=lambda line: None,
     )
+    return run_suite(bench, control=control, protected=replace(control, name="protected", reversal=reversal))
 
 
 def test_it_counts_by_what_it_finds_though_the_control_has_none(generator: Generator, aux: World, met: World) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.auxiliary import Auxiliary, AuxiliaryConfig, same_people
 from ppreid_dist.attacks.base import ATTACKERS, permute_people
-from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_of
 from ppreid_dist.attacks.kept import Kept
@@ -44,13 +44,11 @@ def suite(*auxiliaries: Auxiliary, blind: bool = False, kept: Kept | None = None
         utility_ap_Q=np.full(FIRST.sum(), 0.8),
         see=lambda images_B3hw: images_B3hw,
     )
-    return run_suite(
+    bench = Bench(
         aux=AUX[0],
         query=QUERY,
         gallery_pids=GALLERY.pids_N,
         gallery_camids=GALLERY.camids_N,
-        control=control,
-        protected=replace(control, name="protected", query_QD=STRANGE[FIRST] if blind else control.query_QD),
         judges=[colour_judge(GALLERY, np.arange(len(GALLERY.pids_N)))],
         config=replace(
             AttackConfig(attackers=["ridge"], curve_attackers=["ridge"], people=[20, 0], resamples=200, ridge=RIDGE),
@@ -58,6 +56,11 @@ def suite(*auxiliaries: Auxiliary, blind: bool = False, kept: Kept | None = None
         ),
         progress=lambda line: None,
         kept=kept,
+    )
+    return run_suite(
+        bench,
+        control=control,
+        protected=replace(control, name="protected", query_QD=STRANGE[FIRST] if blind else control.query_QD),
         auxiliaries=auxiliaries,
     )
 

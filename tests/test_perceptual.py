@@ -11,7 +11,7 @@ import transformers
 from attack_world import colour_judge, make_people, see_colours
 from torch import Tensor
 
-from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
@@ -131,13 +131,11 @@ def attack(perception: Perception | None, kept: Kept | None = None, *, blind: bo
     )
     rng = torch.Generator().manual_seed(0)
     noise = [torch.randn(of.shape, generator=rng) for of in features]
-    return run_suite(
+    bench = Bench(
         aux=known,
         query=query,
         gallery_pids=met.pids_N[~first],
         gallery_camids=met.camids_N[~first],
-        control=control,
-        protected=replace(control, name="protected", **({"aux_ND": noise[0], "query_QD": noise[1]} if blind else {})),
         judges=[colour_judge(met, ~first)],
         config=AttackConfig(
             attackers=["ridge"],
@@ -149,6 +147,11 @@ def attack(perception: Perception | None, kept: Kept | None = None, *, blind: bo
         progress=lambda line: None,
         perception=perception,
         kept=kept,
+    )
+    return run_suite(
+        bench,
+        control=control,
+        protected=replace(control, name="protected", **({"aux_ND": noise[0], "query_QD": noise[1]} if blind else {})),
     )
 
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from ppreid_dist.attacks.base import (
     ATTACKERS,
     Progress,
 )
-from ppreid_dist.attacks.bench import Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.estimate import cut, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.judging import Look, chance_ap, weak_judges
@@ -25,7 +25,8 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
-from ppreid_dist.attacks.suite import SuiteResult, run_suite, train_ahead
+from ppreid_dist.attacks.suite import SuiteResult, run_suite
+from ppreid_dist.attacks.victims import roles_of
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.storage import write_json
@@ -84,21 +85,19 @@ def suite(
         aux_ND=torch.randn(control.aux_ND.shape, generator=rng) if blind else control.aux_ND,
         query_QD=torch.randn(control.query_QD.shape, generator=rng) if blind else control.query_QD,
     )
-    asked: dict[str, Any] = {
-        "aux": known,
-        "query": query,
-        "gallery_pids": met.pids_N[~first],
-        "gallery_camids": met.camids_N[~first],
-        "control": control,
-        "protected": protected,
-        "judges": [colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
-        "config": small_config(**changes),
-        "progress": lambda line: None,
-        "kept": kept,
-    }
+    bench = Bench(
+        aux=known,
+        query=query,
+        gallery_pids=met.pids_N[~first],
+        gallery_camids=met.camids_N[~first],
+        judges=[colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
+        config=small_config(**changes),
+        progress=lambda line: None,
+        kept=kept,
+    )
     if ahead:
-        train_ahead(**asked)
-    return run_suite(**asked, announce=announce)
+        bench.train_all(roles_of(bench, control, protected)["protected"])
+    return run_suite(bench, control, protected, announce=announce)
 
 
 def test_too_few_people_is_one_line_about_the_setting() -> None:

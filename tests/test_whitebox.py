@@ -9,7 +9,7 @@ import torch
 from attack_world import colour_judge, judged_ap, make_people, person_l1, see_colours
 
 from ppreid_dist.attacks.base import permute_people
-from ppreid_dist.attacks.bench import Opened, Victim
+from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -112,12 +112,11 @@ def suite(people: int, *, locked: bool = False) -> SuiteResult:
         noise = {key: torch.randn_like(getattr(own, key)) for key in ("aux_ND", "query_QD")}
         opened = Opened(aux_ND=own.aux_ND, query_QD=own.query_QD, see=see_colours)
         victims["protected"] = replace(own, name="protected", **noise, see=own.see, opened=opened)
-    return run_suite(
+    bench = Bench(
         aux=known,
         query=query,
         gallery_pids=met.pids_N[~first],
         gallery_camids=met.camids_N[~first],
-        **victims,
         judges=[colour_judge(met, ~first)],
         config=AttackConfig(
             attackers=["ridge"],
@@ -129,6 +128,7 @@ def suite(people: int, *, locked: bool = False) -> SuiteResult:
         ),
         progress=lambda line: None,
     )
+    return run_suite(bench, **victims)
 
 
 def test_it_stands_beside_the_axes_and_never_enters_them() -> None:

@@ -115,7 +115,7 @@ class Bench:
         kept: Kept | None = None,
     ):
         """The pids and camids are those of the gallery that the ``judges`` know. ``progress`` hears how trainings go,
-        ``found`` what each one that is over has found."""
+        ``found`` what each one that is over has found. ConfigError naming ``attack.people`` where there are too few."""
         self.kept, self.found = kept, found or progress
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
         self.perception = perception or Perception(PerceptualConfig(), query.images_N3HW.device)

@@ -19,15 +19,11 @@ from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.auxiliary import Auxiliary
 from ppreid_dist.attacks.base import Progress
 from ppreid_dist.attacks.bench import Bench, Victim
-from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.informed import whitebox_leak
-from ppreid_dist.attacks.judging import Judge, chance_of, judge_quality, weak_judges
-from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.judging import chance_of, judge_quality, weak_judges
 from ppreid_dist.attacks.linkage import linkage_of
-from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
-from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, roles_of, scores_of
-from ppreid_dist.data.stream import Pictures
+from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
@@ -71,53 +67,25 @@ class SuiteResult:
 
 
 def run_suite(
-    *,
-    aux: Pictures,
-    query: Pictures,
-    gallery_pids: np.ndarray,
-    gallery_camids: np.ndarray,
+    bench: Bench,
     control: Victim,
     protected: Victim,
-    judges: Sequence[Judge],
-    config: AttackConfig,
-    progress: Progress,
-    perception: Perception | None = None,
-    found: Progress | None = None,
-    kept: Kept | None = None,
+    *,
     auxiliaries: Sequence[Auxiliary] = (),
     announce: Progress | None = None,
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
-    The pids and camids are those of the gallery pictures that the ``judges`` know. Features and pictures lie on one
-    device. Trainings found in ``kept`` are not made again. ``auxiliaries`` is what else attackers learn on.
-    ``announce`` is told first how long the trainings may take, for which some steps of each are tried.
+    Features and pictures lie on one device. ``auxiliaries`` is what else attackers learn on. ``announce`` is told first
+    how long the trainings may take, for which some steps of each are tried.
 
-    Raises ConfigError naming ``attack.people``, or the variant, where there are too few auxiliary people.
+    Raises ConfigError naming the variant where there are too few auxiliary people.
     """
-    bench = Bench(
-        aux=aux,
-        query=query,
-        gallery_pids=gallery_pids,
-        gallery_camids=gallery_camids,
-        judges=judges,
-        config=config,
-        progress=progress,
-        perception=perception,
-        found=found,
-        kept=kept,
-    )
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
     if announce is not None and (line := expected(bench, control, protected)):
         announce(line)
     roles = attack_victims(bench, control, protected)
     return summarise(bench, control, protected, roles, variants)
-
-
-def train_ahead(*, control: Victim, protected: Victim, **bench: Any) -> None:
-    """Train the protected victim's attackers only, for a suite to find in what is kept; ``bench`` is what makes one."""
-    of = Bench(**bench)
-    of.train_all(roles_of(of, control, protected)["protected"])
 
 
 def summarise(
