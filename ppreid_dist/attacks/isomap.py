@@ -30,7 +30,7 @@ class IsomapConfig(RegressionConfig):
     views: list[str] = option(["raw"], "forms of the coordinates to try", choices=("raw", "whitened"))
     widths: list[int] = option([32], "network widths to try", at_least=1)
     lrs: list[float] = option([3e-3], "learning rates to try", more_than=0)
-    neighbours: list[int] = option([10, 30], "neighbours of a feature in the graph, to try", at_least=2)
+    neighbours: list[int] = option([15, 60], "neighbours of a feature in the graph, to try", at_least=2)
     coordinates: list[int] = option([16, 64], "numbers of coordinates to try", at_least=1)
     pictures: int = option(
         4000, "at most this many of its own features make the graph, the others are put into it", at_least=16
