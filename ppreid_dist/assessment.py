@@ -92,12 +92,14 @@ def attack(
     *,
     trained: Path | None = None,
     ahead: bool = False,
+    estimate: bool = True,
     progress: bool = True,
 ) -> None:
     """Attack two runs' stored features and write attack.json, per_query and pictures into ``out``.
 
     ``trained`` is where trainings are kept, ``out / "trained"`` by default: several runs of the same control share its
     ceilings and floors there. ``ahead``: only train the protected run's attackers, for a later call to find there.
+    ``estimate``: say first how long it may take, which itself takes a while.
     ``judges`` are runs and .onnx files; the first one's axis is ``identity``.
 
     Raises RunError where the runs can't be compared: control and protected must be the same training but for the
@@ -163,7 +165,7 @@ def attack(
             bench,
             **victims,
             auxiliaries=auxiliaries,
-            announce=(lambda line: tqdm.write(f"attack: {line}")) if progress else None,
+            announce=(lambda line: tqdm.write(f"attack: {line}")) if progress and estimate else None,
         )
     figures = findings(config, control, protected, judging, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))

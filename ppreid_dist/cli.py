@@ -129,6 +129,12 @@ def _attack(arguments: Sequence[str]) -> int:
         action="store_true",
         help="only train the protected run's attackers, for a later attack to go on from",
     )
+    parser.add_argument(
+        "--no-estimate",
+        dest="estimate",
+        action="store_false",
+        help="begin at once, without some steps of every attacker to say how long all may take",
+    )
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.assessment import attack
@@ -139,7 +145,7 @@ def _attack(arguments: Sequence[str]) -> int:
     if options.config is None:
         load_run(options.protected)
     config, runs = load_settings(Config, base, options.settings), (options.control, options.protected, options.judge)
-    attack(config, *runs, options.out, trained=options.trained, ahead=options.ahead)
+    attack(config, *runs, options.out, trained=options.trained, ahead=options.ahead, estimate=options.estimate)
     if not options.ahead:
         _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0

@@ -58,7 +58,8 @@ def train(arguments: list[str]) -> int:
 def attack(arguments: list[str]) -> int:
     from report_examples import good_report
 
-    ahead, arguments = "--ahead" in arguments, [word for word in arguments if word != "--ahead"]
+    ahead, flags = "--ahead" in arguments, ("--ahead", "--no-estimate")
+    arguments = [word for word in arguments if word not in flags]
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     if ahead:
         (Path(given["--trained"]) / "ahead.txt").open("a").write(f"{given['--protected']}\n")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from attack_world import NAMES, judged_ap, make, make_people, person_l1, small_config
+from sklearn.manifold import Isomap
 from torch import Tensor
 
 from ppreid_dist.attacks.base import (
@@ -213,6 +214,22 @@ def test_a_stolen_database_unrolls_what_few_pictures_cannot() -> None:
         attacker.fit(features[own], pictures[own], np.arange(24), seed=0)
         errors.append(float((attacker.reconstruct(features) - pictures / 255).abs().mean()))
     assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("rows", [60, 300])
+def test_coordinates_are_isomap_s_and_the_same_again(rows: int) -> None:
+    """By the dense eigenvectors of all distances, up to a sign that each coordinate may have."""
+    features = torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
+    drawn = np.random.get_state()[1].copy()
+    first, again = (Manifold(features, 5, 8)(features) for _ in range(2))
+    assert torch.equal(first, again) and np.array_equal(drawn, np.random.get_state()[1])
+    places = Isomap(n_neighbors=5, n_components=8, eigen_solver="dense").fit(features.double()).transform(features)
+    dense = torch.from_numpy(places).float()
+    torch.testing.assert_close(first * (first * dense).sum(0).sign(), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_features_that_are_all_one_have_one_place() -> None:
+    assert torch.equal(Manifold(torch.ones(40, 6), 5, 3)(torch.ones(2, 6)), torch.zeros(2, 3))
 
 
 def test_a_graph_in_pieces_is_joined() -> None:

@@ -5,6 +5,7 @@ ranks are forked from a process that has imported them and done nothing else; wh
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import resource
@@ -92,10 +93,18 @@ def start_ranks(
 
 
 def finish(ranks: Sequence[Rank], timeout: float = 120) -> list[tuple[int, str]]:
-    """Exit status and output of every rank. Where one doesn't end in time: subprocess.TimeoutExpired, all killed."""
+    """Exit status and output of every rank. Where one doesn't end in time: subprocess.TimeoutExpired, all killed, and
+    on standard error what each had said and where it was."""
     deadline = time.monotonic() + timeout
     try:
         return [(rank.wait(deadline - time.monotonic()), rank.said()) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        for rank in ranks:
+            rank.send_signal(signal.SIGABRT)  # faulthandler writes the stacks
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(5)
+            print(f"process {rank.pid}:\n{rank.said()}", file=sys.stderr)
+        raise
     finally:
         for rank in ranks:
             rank.kill()
@@ -152,6 +161,7 @@ def _become(job: dict[str, Any]) -> None:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
         os.dup2(nothing.fileno(), 0)
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(job["environment"])
     if (most := job["writes_at_most"]) is not None:

@@ -117,7 +117,9 @@ class Worker:
         out, trained = place / "attack", self.folder.path / "trained"
         judges = [word for other in (judge.run, *self.folder.config.judges) for word in ("--judge", other)]
         runs = ("--control", control.run, "--protected", protected.run, *judges)
-        command = self.programs.attack([str(word) for word in (*runs, "--out", out, "--trained", trained)])
+        command = self.programs.attack(
+            [str(word) for word in (*runs, "--out", out, "--trained", trained, "--no-estimate")]
+        )
 
         def attack(claim: Claim, environment: dict[str, str]) -> None:
             self._start(command, out / "attack.json", "attack", claim, environment, place / "log.txt")
