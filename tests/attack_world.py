@@ -114,6 +114,7 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
             coordinates=[6, 12],
             widths=start.widths,
             lrs=start.lrs,
+            trial_steps=start.trial_steps,
             batch=start.batch,
             ema=start.ema,
             plateau=start.plateau,
