@@ -276,7 +276,16 @@ def _guard(work: Callable[[], int]) -> NoReturn:
 
 def train_main() -> NoReturn:
     """What ``train.py`` runs."""
-    _guard(lambda: _train(sys.argv[1:], prog="train.py"))
+    try:
+        _guard(lambda: _train(sys.argv[1:], prog="train.py"))
+    except SystemExit as ended:
+        if ended.code in (0, STOPPED) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # All is written and the group is gone. The interpreter would now take torch apart, and there about one
+            # process in 200 was seen to hang, for which a launcher and a cluster's job wait (docs/LOG.md, 2026-11-28).
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code)
+        raise
 
 
 def sweep_main() -> NoReturn:

@@ -1,9 +1,11 @@
 """train.py with a fault of its last process at a step: ``faulty_train.py nan STEP …`` makes its loss NaN there, ``die``
-kills it, but not after a launcher has started it again."""
+kills it, but not after a launcher has started it again; ``linger`` lets the interpreter hang when it is to end."""
 
+import atexit
 import os
 import signal
 import sys
+import time
 
 from ppreid_dist import distributed
 from ppreid_dist.cli import train_main
@@ -21,4 +23,6 @@ def poisoned(*arguments: object) -> object:
 
 
 step_module.triplet_loss = poisoned  # type: ignore[assignment]
+if fault == "linger":
+    atexit.register(time.sleep, 600)
 train_main()

@@ -80,6 +80,20 @@ def test_one_process_is_signalled_and_all_stop_together(world: list[str], tmp_pa
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("how", ["done", "stopped"])
+def test_what_is_left_of_the_interpreter_keeps_nobody_waiting(world: list[str], tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if how == "stopped":
+        (folder / "stop").touch()
+    ranks = start_ranks(2, "linger", "0", *world, f"output={folder}", script="tests/faulty_train.py")
+    ended = finish(ranks, 60)
+    assert [status for status, _ in ended] == [0 if how == "done" else 75] * 2, ended
+    assert (folder / "result.json").is_file() == (how == "done")
+    assert ("asked to stop, saved at step 1" in ended[0][1]) == (how == "stopped")
+
+
+@pytest.mark.engines
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_with_one_line(world: list[str], tmp_path: Path, victim: int) -> None:
     folder = tmp_path / "run"
