@@ -280,8 +280,8 @@ def train_main() -> NoReturn:
         _guard(lambda: _train(sys.argv[1:], prog="train.py"))
     except SystemExit as ended:
         if ended.code in (0, STOPPED) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # All is written and the group is gone. The interpreter would now take torch apart, and there about one
-            # process in 200 was seen to hang, for which a launcher and a cluster's job wait (docs/LOG.md, 2026-11-28).
+            # All is written and the group is gone. The interpreter would now take torch apart, where one process in
+            # some hundreds was seen to hang, for which a launcher and a cluster's job would wait (docs/LOG.md).
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ended.code)

@@ -228,6 +228,13 @@ def test_coordinates_are_isomap_s_and_the_same_again(rows: int) -> None:
     torch.testing.assert_close(first * (first * dense).sum(0).sign(), dense, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [3, 24, 100])
+def test_few_features_have_fewer_coordinates_than_are_asked_for(rows: int) -> None:
+    features = torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows))
+    places = Manifold(features, 10, 64)(features)
+    assert 1 <= places.shape[1] < 64 and torch.isfinite(places).all()
+
+
 def test_features_that_are_all_one_have_one_place() -> None:
     assert torch.equal(Manifold(torch.ones(40, 6), 5, 3)(torch.ones(2, 6)), torch.zeros(2, 3))
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.plateau import Split, race
 from ppreid_dist.attacks.regression import Decoder, Regression, RegressionConfig
 from ppreid_dist.settings import option
+
+if TYPE_CHECKING:
+    from sklearn.manifold import Isomap
 
 
 @dataclass(kw_only=True)
@@ -50,26 +54,33 @@ def _numpy_seeded() -> Iterator[None]:
         np.random.set_state(before)
 
 
+def _fitted(features_ND: np.ndarray, neighbours: int, coordinates: int) -> "Isomap":
+    """By ARPACK: for 16 coordinates of 4,000 features LAPACK takes eight times as long."""
+    from sklearn.manifold import Isomap
+
+    isomap = Isomap(n_neighbors=neighbours, n_components=coordinates, eigen_solver="arpack")
+    try:
+        return isomap.fit(features_ND)
+    except RuntimeError:  # ARPACK's, where features are all one
+        return isomap.set_params(eigen_solver="dense").fit(features_ND)
+    except ValueError:  # paths of few features are no distances in so many dimensions
+        if coordinates == 1:
+            raise
+        return _fitted(features_ND, neighbours, coordinates // 2)
+
+
 class Manifold:
     """Isomap coordinates of features, by the graph of those that it was made of.
 
-    By ARPACK: for 16 coordinates of 4,000 features LAPACK takes eight times as long.
+    Where these are few there are fewer coordinates than are asked for: as many, halved again and again, as have
+    positive eigenvalues.
     """
 
     def __init__(self, features_ND: Tensor, neighbours: int, coordinates: int):
-        from scipy.sparse.linalg import ArpackError
-        from sklearn.manifold import Isomap
-
         rows = len(features_ND)
-        self._map = Isomap(
-            n_neighbors=min(neighbours, rows - 1), n_components=min(coordinates, rows - 1), eigen_solver="arpack"
-        )
         with warnings.catch_warnings(), _numpy_seeded():
             warnings.simplefilter("ignore")  # a graph in several pieces: it joins them where they are nearest
-            try:
-                self._map.fit(features_ND.double().cpu().numpy())
-            except ArpackError:  # features that are all one
-                self._map.set_params(eigen_solver="dense").fit(features_ND.double().cpu().numpy())
+            self._map = _fitted(features_ND.double().cpu().numpy(), min(neighbours, rows - 1), min(coordinates, rows))
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, K) float32, on the features' device."""
@@ -81,7 +92,7 @@ class UnrolledDecoder(Decoder):
     """A decoder of a manifold's first coordinates; what it is given are those, ``manifold`` makes them."""
 
     def __init__(self, places_NK: Tensor, *of: object, manifold: Manifold, count: int, **recipe: object):
-        self.manifold, self.count = manifold, count
+        self.manifold, self.count = manifold, min(count, places_NK.shape[1])
         super().__init__(places_NK[:, :count], *of, **recipe)  # type: ignore[arg-type]
 
     @property
