@@ -5,10 +5,12 @@ whole is composed in ``ppreid_dist.experiment``. Reading and typing is OmegaConf
 every mistake is one line which starts with the full key.
 """
 
+import copy
 import dataclasses
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +77,7 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
     Raises ConfigError (one line, starting with the file or the full key) for an unreadable file, an unknown key,
     a value of the wrong type or out of bounds.
     """
-    merged = OmegaConf.structured(schema)
+    merged = copy.deepcopy(_defaults(schema))  # type: ignore[arg-type]  # a class is hashable
     if file is not None:
         merged = _merge(merged, _read_yaml(Path(file)), str(file))
     for item in overrides:
@@ -89,6 +91,12 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
         merged = _merge(merged, change, key)
     plain = OmegaConf.to_container(merged, resolve=True)
     return _build(schema, plain, "")
+
+
+@cache
+def _defaults(schema: type[Settings]) -> Any:
+    """What OmegaConf makes of a schema; six times as slow as a copy of it."""
+    return OmegaConf.structured(schema)
 
 
 def _merge(settings: Any, change: Any, source: str) -> Any:
