@@ -97,7 +97,7 @@ def test_what_is_left_of_the_interpreter_keeps_nobody_waiting(world: list[str], 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_others_with_one_line(world: list[str], tmp_path: Path, victim: int) -> None:
     folder = tmp_path / "run"
-    ranks = start_ranks(2, *world, *LONG, f"output={folder}")
+    ranks = start_ranks(2, "linger", "0", *world, *LONG, f"output={folder}", script="tests/faulty_train.py")
     wait_for(folder / "checkpoints" / "latest", ranks)
     ranks[victim].kill()
     killed = time.monotonic()
