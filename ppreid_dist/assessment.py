@@ -11,7 +11,7 @@ DIR/                        of `ppreid attack --out DIR`
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -111,35 +111,27 @@ def attack(
     perception = Perception(config.attack.perceptual, device)
     size = config.reversal.size
 
-    @lru_cache(maxsize=1)  # judges of one size share it, and it can be large
-    def gallery(size: tuple[int, int]) -> Pictures:
-        return _pictures(config, "gallery", size, device, progress)
+    @cache  # whoever sees them at one size shares them: they can be large
+    def pictures_of(split: str, size: tuple[int, int]) -> Pictures:
+        return _pictures(config, split, size, device, progress)
 
-    judging = open_judges(judges, config.attack.onnx, gallery, device)
-    aux, query = (_pictures(config, split, size, device, progress) for split in ("aux", "query"))
-    sizes: dict[tuple[int, int], dict[str, Pictures]] = {}
+    judging = open_judges(judges, config.attack.onnx, partial(pictures_of, "gallery"), device)
+    aux, query = pictures_of("aux", size), pictures_of("query", size)
     victims, rankings, extractors, galleries_GD = {}, {}, {}, {}
     for role, run in (("control", control), ("protected", protected)):
         saved = load_extractor(run / "model", device)
-        if saved.size not in sizes:
-            sizes[saved.size] = {
-                split: _pictures(config, split, saved.size, device, progress)
-                for split in dict.fromkeys(["aux", "query", "gallery", *config.attack.leaked])
-            }
         extractors[role] = saved
-        victims[role], rankings[role], galleries_GD[role] = _victim(
-            role, saved, sizes[saved.size], config.attack.leaked
-        )
+        seen = {split: pictures_of(split, saved.size) for split in ("aux", "query", "gallery", *config.attack.leaked)}
+        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen, config.attack.leaked)
         if config.attack.whitebox.people and not ahead:
-            victims[role] = replace(victims[role], opened=_opened(saved, victims[role], sizes[saved.size]["aux"]))
-    stored = (sizes[saved.size]["aux"], victims["protected"].aux_ND)
+            victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen["aux"]))
+    stored = (seen["aux"], victims["protected"].aux_ND)
     victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device, *stored))
     auxiliaries = []
     if other is not None and not ahead:
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
     if "same_people" in config.attack.auxiliary.variants and not ahead:
-        auxiliaries.append(same_people(_pictures(config, "gallery", size, device, progress), query, galleries_GD))
-    real = next(iter(sizes.values()))["gallery"]
+        auxiliaries.append(same_people(pictures_of("gallery", size), query, galleries_GD))
     with using(config.kernels, device), tqdm(disable=not progress, desc="attack", unit=" training") as bar:
 
         def found(line: str) -> None:
@@ -149,8 +141,8 @@ def attack(
         bench = Bench(
             aux=aux,
             query=query,
-            gallery_pids=real.pids_N,
-            gallery_camids=real.camids_N,
+            gallery_pids=seen["gallery"].pids_N,
+            gallery_camids=seen["gallery"].camids_N,
             judges=judging,
             config=config.attack,
             progress=bar.set_postfix_str,
