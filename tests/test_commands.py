@@ -168,8 +168,8 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
         "attack.whitebox.people=0",
         "attack.onnx.mean=[0.5,0.5,0.5]",
     ]
-    attack(runs, tmp_path / "both", *few, judge=f"judge {model}")
-    attack(runs, tmp_path / "other", *few, judge=str(model))
+    assert "trainings, at most about" in attack(runs, tmp_path / "both", *few, judge=f"judge {model}").stdout
+    assert "at most about" not in attack(runs, tmp_path / "other", *few, "--no-estimate", judge=str(model)).stdout
     both, other = (json.loads((tmp_path / n / "attack.json").read_text())["report"] for n in ("both", "other"))
     assert list(both["axes"]) == ["pixel", "identity", "identity_2"]
     assert both["judges"]["identity"]["name"].endswith(", seed 1")

@@ -3,7 +3,6 @@
 import itertools
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,45 +54,6 @@ def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(world, folder)
     return folder
-
-
-def test_a_trace_says_where_the_time_goes_and_changes_nothing(world: list[str], whole: Path, tmp_path: Path) -> None:
-    """Two steps of the game, whose parts are all there; and as many calls as steps."""
-    config = load_settings(Config, whole / "config.yaml")
-    first = json.loads((whole / "result.json").read_text())["steps"] - 3
-    assert first / (first + 3) > config.training.warm
-    traced = run(world, tmp_path / "run", f"training.trace={{start: {first}, steps: 2}}")
-    assert_same(traced, last(whole))
-    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
-    assert {"part: extractor step", "part: ridge loss", "part: gan loss"} <= {event["name"] for event in events}
-    costs = json.loads((tmp_path / "run" / "costs.json").read_text())
-    parts = {row["name"]: row for row in costs["parts"]}
-    assert (costs["from"], costs["to"]) == (first, first + 2)
-    assert parts["extractor step"]["calls"] == parts["extractor forward"]["calls"] == 2
-    assert parts["extractor step"]["ms"] > parts["extractor forward"]["ms"] + parts["gan loss"]["ms"] > 0
-    own = own_times(events)
-    largest = sorted((name for name in own if not name.startswith("part: ")), key=lambda name: -own[name])[:5]
-    assert [row["name"] for row in costs["operations"]] == largest
-    for row in costs["operations"]:
-        assert row["ms"] == pytest.approx(own[row["name"]] / 1e3, rel=0.01)
-        assert row["share"] == pytest.approx(own[row["name"]] / sum(own.values()), rel=0.01)
-    assert not (whole / "trace.json").exists()
-
-
-def own_times(events: list[dict[str, Any]]) -> Counter[str]:
-    """Microseconds of each name less those of the events right inside its own, on the same thread."""
-    own: Counter[str] = Counter()
-    timed = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
-    for _, thread in itertools.groupby(sorted(timed, key=lambda event: str(event["tid"])), lambda event: event["tid"]):
-        within: list[dict[str, Any]] = []
-        for event in sorted(thread, key=lambda event: (event["ts"], -event["dur"])):
-            while within and event["ts"] >= within[-1]["ts"] + within[-1]["dur"]:
-                within.pop()
-            if within:
-                own[within[-1]["name"]] -= event["dur"]
-            own[event["name"]] += event["dur"]
-            within.append(event)
-    return own
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(world: list[str], whole: Path, tmp_path: Path) -> None:

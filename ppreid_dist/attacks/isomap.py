@@ -54,19 +54,20 @@ def _numpy_seeded() -> Iterator[None]:
         np.random.set_state(before)
 
 
-def _fitted(features_ND: np.ndarray, neighbours: int, coordinates: int) -> "Isomap":
+def _fitted(features_ND: np.ndarray, neighbours: int, coordinates: int, solver: str = "arpack") -> "Isomap":
     """By ARPACK: for 16 coordinates of 4,000 features LAPACK takes eight times as long."""
     from sklearn.manifold import Isomap
 
-    isomap = Isomap(n_neighbors=neighbours, n_components=coordinates, eigen_solver="arpack")
     try:
-        return isomap.fit(features_ND)
+        return Isomap(n_neighbors=neighbours, n_components=coordinates, eigen_solver=solver).fit(features_ND)
     except RuntimeError:  # ARPACK's, where features are all one
-        return isomap.set_params(eigen_solver="dense").fit(features_ND)
+        if solver == "dense":
+            raise
+        return _fitted(features_ND, neighbours, coordinates, "dense")
     except ValueError:  # paths of few features are no distances in so many dimensions
         if coordinates == 1:
             raise
-        return _fitted(features_ND, neighbours, coordinates // 2)
+        return _fitted(features_ND, neighbours, coordinates // 2, solver)
 
 
 class Manifold:
