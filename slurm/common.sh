@@ -47,6 +47,8 @@ await() {
         wait "$1" || status=$?
         ((interrupted)) || break
     done
+    # Slurm ends this script by TERM when it requeues the job: passed on, that would stop the job's next start.
+    trap '' USR2 TERM
     if [[ -n $sender ]]; then kill "$sender" 2>/dev/null || :; fi
 }
 

@@ -95,7 +95,10 @@ def squeue():
 def scontrol():
     if arguments[:2] == ["show", "hostnames"]:
         os.write(1, b"first\\nsecond\\n")  # at once: the reader leaves after the first line
-    return int(os.environ.get("SCONTROL", "0")) if arguments[0] == "requeue" else 0
+    if arguments[0] == "requeue":
+        os.kill(os.getppid(), signal.SIGTERM)  # Slurm ends the job's script, which is still waiting for this answer
+        return int(os.environ.get("SCONTROL", "0"))
+    return 0
 
 
 sys.exit(globals()[name]())

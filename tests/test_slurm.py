@@ -112,6 +112,14 @@ def test_75_requeues_the_job(door: Door) -> None:
     assert "saved; requeued, 4 of at most 50 times" in said
 
 
+def test_the_signal_that_follows_a_requeue_is_not_passed_on(door: Door) -> None:
+    """Slurm ends the script that asked for it; a scancel sent after that would stop the job's next start."""
+    said = door.run("a run.yaml", STATUS="75")
+    time.sleep(0.5)
+    assert door.requeued() == ["70001"] and "saved; requeued" in said
+    assert door.calls("scancel") == []
+
+
 def test_75_is_not_requeued_without_end(door: Door) -> None:
     said = door.run("a run.yaml", STATUS="75", SLURM_RESTART_COUNT="5", REQUEUES_MAX="5", expect=75)
     assert door.requeued() == []
