@@ -10,7 +10,7 @@ Shapes: N its own pictures, M features to reverse, L leaked entries, B batch, D 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
+
+if TYPE_CHECKING:
+    from ppreid_dist.attacks.recogniser import Recogniser
 
 Progress = Callable[[str], None]
 VIEWS = ("raw", "whitened")
@@ -29,7 +32,8 @@ class Attacker(ABC):
     """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings.
 
     ``leaked_LD``, set before :meth:`fit` by whoever has them, are the features of a stolen database: whom it is to
-    reconstruct, and all others in it, without pictures. Most attackers make nothing of them.
+    reconstruct, and all others in it, without pictures. Most attackers make nothing of them. ``recogniser``, set before
+    :meth:`fit` too where ``asks_recogniser`` says so, is a ReID model that was trained on the attacker's own people.
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
     training: more than hardly any was no plateau. NaN elsewhere.
@@ -38,9 +42,15 @@ class Attacker(ABC):
     name: ClassVar[str]
     held_out = still_falling = float("nan")
     leaked_LD: Tensor | None = None
+    recogniser: "Recogniser | None" = None
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def asks_recogniser(self) -> bool:
+        """Whether it needs a ``recogniser``."""
+        return False
 
     @abstractmethod
     def fit(

@@ -29,6 +29,7 @@ from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.plateau import Learner
+from ppreid_dist.attacks.recogniser import Recogniser, train_recogniser, untrained
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
@@ -127,7 +128,10 @@ class Bench:
         }
         self.real_QD = self.perception.features(query.images_N3HW)
         for name in config.attackers:
-            self.attacker(name)  # whoever lacks a library says so before anybody is trained
+            # Whoever lacks a library or a backbone says so before anybody is trained.
+            if self.attacker(name).asks_recogniser:
+                untrained(config.recogniser, 1, config.seed)
+        self.recognisers: dict[str, Recogniser] = {}
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
         tests = [query.images_N3HW, query.pids_N, query.camids_N, *self.gallery]
         tests += [*(judge.gallery_GD for judge in judges), *self.perception.weights]
@@ -158,6 +162,30 @@ class Bench:
     def attacker(self, name: str) -> Attacker:
         """A fresh one."""
         return ATTACKERS[name](getattr(self.config, name))
+
+    def recogniser(self, rows: np.ndarray) -> Recogniser:
+        """The ReID model that was, or now is, trained on these auxiliary pictures."""
+        config, images_N3hw, pids_N = self.config, self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows]
+        key = digest(source_digest(), "recogniser", to_dict(config.recogniser), config.seed, images_N3hw, pids_N)
+        if key not in self.recognisers:
+            self.recognisers[key] = self._recogniser(key, images_N3hw, pids_N)
+        return self.recognisers[key]
+
+    def _recogniser(self, key: str, images_N3hw: Tensor, pids_N: np.ndarray) -> Recogniser:
+        own, people = self.config.recogniser, len(np.unique(pids_N))
+        if self.kept and (weights := self.kept.weights(key)) is not None:
+            network = untrained(own, people, self.config.seed)
+            try:
+                network.load_state_dict(weights)
+                return Recogniser(network.to(images_N3hw.device))
+            except RuntimeError:
+                pass  # of another torch or transformers: it is trained again
+        label, started = f"recogniser, {people} people", time.monotonic()
+        made = train_recogniser(images_N3hw, pids_N, own, seed=self.config.seed, progress=partial(self.say, label))
+        if self.kept:
+            self.kept.put_weights(key, {name: of.cpu() for name, of in made.network.state_dict().items()})
+        self.found(f"{label}: {time.monotonic() - started:.1f} s")
+        return made
 
     def pixels(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray) -> dict[str, np.ndarray]:
         """Pixel scores of reconstructions (uint8) of the query rows ``asked_Q``, on the person if masks are known."""
@@ -232,6 +260,8 @@ class Bench:
                     label = f"{name}, {n} people, {role.name}" + (f", seed {draw + 1}" if draw else "")
                     settings = [name, to_dict(getattr(self.config, name)), self.config.seed, draw]
                     make = partial(self._train, label, name, draw, *parts, reversal)
+                    if self.attacker(name).asks_recogniser:
+                        settings.append(to_dict(self.config.recogniser))
                     key = digest(self.world, settings, *parts, *start)
                     trainings.append(Training(label=label, key=key, make=make))
                 yield name, n, trainings
@@ -248,9 +278,11 @@ class Bench:
         leaked_LD: Tensor,
         reversal: Generator | None,
     ) -> Outcome:
-        started = time.monotonic()
         attacker = self.attacker(name)
         attacker.leaked_LD = leaked_LD
+        if attacker.asks_recogniser:
+            attacker.recogniser = self.recogniser(rows)
+        started = time.monotonic()
         if isinstance(attacker, Adaptive) and reversal is not None:
             attacker.start_from(reversal)
         if isinstance(attacker, Learner):

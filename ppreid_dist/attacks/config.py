@@ -11,6 +11,7 @@ from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.isomap import IsomapConfig
 from ppreid_dist.attacks.linkage import LinkageConfig
 from ppreid_dist.attacks.perceptual import PerceptualConfig
+from ppreid_dist.attacks.recogniser import RecogniserConfig
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
@@ -23,7 +24,9 @@ from ppreid_dist.settings import Settings, option
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
     attackers: list[str] = option(
-        ["retrieval", "ridge", "regression", "isomap", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
+        ["retrieval", "ridge", "regression", "regression_reid", "isomap", "isomap_reid", "gan", "adaptive"],
+        "who attacks",
+        choices=tuple(ATTACKERS),
     )
     curve_attackers: list[str] = option(
         ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
@@ -48,7 +51,10 @@ class AttackConfig(Settings):
     retrieval: RetrievalConfig = option(RetrievalConfig(), "")
     ridge: RidgeConfig = option(RidgeConfig(), "")
     regression: RegressionConfig = option(RegressionConfig(), "")
+    regression_reid: RegressionConfig = option(RegressionConfig(likeness=0.2), "")
     isomap: IsomapConfig = option(IsomapConfig(), "")
+    isomap_reid: IsomapConfig = option(IsomapConfig(likeness=0.2), "")
+    recogniser: RecogniserConfig = option(RecogniserConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     diffusion: DiffusionConfig = option(DiffusionConfig(), "")
     adaptive: AdaptiveConfig = option(AdaptiveConfig(), "")

@@ -19,6 +19,7 @@ from ppreid_dist.attacks.adaptive import Adaptive
 from ppreid_dist.attacks.base import ATTACKERS
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig
+from ppreid_dist.attacks.recogniser import Recogniser, steps_for, train_recogniser, untrained
 from ppreid_dist.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -61,11 +62,14 @@ def seconds(
     kind, own = ATTACKERS[name], getattr(config, name)
     if name == Adaptive.name:
         return None
+    recogniser = None
+    if kind(own).asks_recogniser:  # what it has learnt takes no longer
+        recogniser = Recogniser(untrained(config.recogniser, 1, config.seed).to(features_ND.device))
 
     def timed(settings: Any, rows: np.ndarray, leaked_LD: Tensor | None = leaked_LD) -> float:
         started = time.monotonic()
         attacker = kind(settings)
-        attacker.leaked_LD = leaked_LD
+        attacker.leaked_LD, attacker.recogniser = leaked_LD, recogniser
         attacker.fit(features_ND[rows], pictures_N3hw[rows], pids_N[rows], seed=config.seed)
         if features_ND.is_cuda:
             torch.cuda.synchronize()
@@ -84,6 +88,18 @@ def seconds(
         rows = np.flatnonzero(np.isin(pids_N, some))
         points.append((effort(len(rows)), timed(own, rows)))
     return _further(points[1:], effort(len(pids_N)))
+
+
+def recogniser_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndarray) -> float:
+    """Of the training of one, on all of these people."""
+    points = []
+    for steps in (1, 1, 4):
+        started = time.monotonic()
+        train_recogniser(pictures_N3hw, pids_N, config.recogniser, seed=config.seed, steps=steps)
+        if pictures_N3hw.is_cuda:
+            torch.cuda.synchronize()
+        points.append((float(steps), time.monotonic() - started))
+    return _further(points[1:], steps_for(len(pids_N), config.recogniser))
 
 
 def _further(points: Sequence[tuple[float, float]], to: float) -> float:
@@ -106,6 +122,11 @@ def estimate(
     known: Mapping[str, float] = {name: found for name, found in each.items() if found is not None}
     if not known:
         return ""
+    if any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in known):
+        # One for each number of people, and on more of them it takes longer.
+        curve = any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in config.curve_attackers)
+        trainings = trainings + Counter({"recogniser": len(config.people) if curve else 1})
+        known = {**known, "recogniser": recogniser_seconds(config, pictures_N3hw, pids_N)}
     total = sum(found * trainings[name] for name, found in known.items())
     parts = ", ".join(f"{name} {trainings[name]} of {_time(found)}" for name, found in known.items())
     left_out = "".join(f"; {name} isn't counted" for name in trainings if name not in known)

@@ -67,13 +67,18 @@ class Gan(Learner):
     name = "gan"
     config: GanConfig
 
+    @property
+    def asks_recogniser(self) -> bool:
+        return self.config.start.likeness > 0
+
     def learn(
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
     ) -> Decoder:
         config = self.config
         self.decoder = race_decoders(
-            features_ND, pictures_N3hw, split, noise_dim=config.noise_dim, config=config.start, seed=seed, say=say
-        )
+            features_ND, pictures_N3hw, split,
+            noise_dim=config.noise_dim, config=config.start, recogniser=self.recogniser, seed=seed, say=say,
+        )  # fmt: skip
         self.decoder.set_lr(config.lr)
         self.decoder.begin_looks()  # the best look at what the critic has shaped, not at the regression
         self.decoder.opponent = Judgement(self.decoder, config, seed)

@@ -125,7 +125,7 @@ class UnrolledRegression(Regression):
             manifold = Manifold(graph, neighbours, max(config.coordinates))
             enter = partial(
                 UnrolledDecoder, manifold(features_ND), pictures_N3hw, split,
-                manifold=manifold, noise_dim=0, config=config, seed=seed,
+                manifold=manifold, noise_dim=0, config=config, recogniser=self.recogniser, seed=seed,
             )  # fmt: skip
             choices = product(config.coordinates, config.views, config.widths, config.lrs)
             entrants += [partial(enter, count=k, view=view, width=width, lr=lr) for k, view, width, lr in choices]
@@ -134,3 +134,10 @@ class UnrolledRegression(Regression):
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return super().reconstruct(self.unrolled.unroll(features_MD))
+
+
+@register
+class RecognisedUnrolledRegression(UnrolledRegression):
+    """The same, for who wants to know who it is."""
+
+    name = "isomap_reid"

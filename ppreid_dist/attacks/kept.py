@@ -45,7 +45,7 @@ def source_digest() -> str:
 
 
 class Kept:
-    """Outcomes by digest, a safetensors file each."""
+    """Outcomes and weights by digest, a safetensors file each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -72,3 +72,15 @@ class Kept:
         arrays = {_SCORES + axis: torch.from_numpy(of_Q) for axis, of_Q in outcome.scores.items()}
         numbers = torch.tensor([getattr(outcome, name) for name in _NUMBERS], dtype=torch.float64)
         write_tensors(self.folder / f"{key}.safetensors", {**arrays, "numbers": numbers, "shown": outcome.shown})
+
+    def weights(self, key: str) -> dict[str, Tensor] | None:
+        """The weights that were kept under ``key``; None where none were, or they are damaged."""
+        file = self.folder / f"{key}.safetensors"
+        try:
+            return read_tensors(file) if file.is_file() else None
+        except DataError:
+            return None
+
+    def put_weights(self, key: str, weights: dict[str, Tensor]) -> None:
+        """Keep them; DataError naming the file if it can't be written."""
+        write_tensors(self.folder / f"{key}.safetensors", weights)

@@ -99,7 +99,8 @@ class Trainee(ABC):
 
     @abstractmethod
     def step(self, x_BK: Tensor, real_B3hw: Tensor) -> None:
-        """One step on features and their pictures, in [0,1]; ends in :meth:`descend`."""
+        """One step on features and their pictures, in [0,1], which are ``rows_B`` of those fitted; ends in
+        :meth:`descend`."""
 
     @abstractmethod
     def error(self) -> float:
@@ -111,7 +112,7 @@ class Trainee(ABC):
         self.steps += steps
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(self.x_FK), (self.config.batch,), generator=self.random)
+        self.rows_B = rows = torch.randint(len(self.x_FK), (self.config.batch,), generator=self.random)
         x_BK = self.x_FK[rows]
         noise_BK = self.normal(x_BK.shape) / x_BK.shape[1] ** 0.5
         return x_BK + self.config.feature_noise * noise_BK, to_float(self.pictures_F3hw[rows])

@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import held_out_error, picture_size, register
+from ppreid_dist.attacks.base import held_out_error, picture_size, register, to_uint8
 from ppreid_dist.attacks.plateau import Learner, RecipeConfig, Split, Trainee, race
+from ppreid_dist.attacks.recogniser import Recogniser, likeness_loss
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, reconstruction_loss
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
@@ -23,6 +24,11 @@ from ppreid_dist.settings import option
 @dataclass(kw_only=True)
 class RegressionConfig(RecipeConfig):
     loss: ReconstructionConfig = option(ReconstructionConfig(), "")
+    likeness: float = option(
+        0.0,
+        "weight of 1 - cosine between what attack.recogniser sees in the reconstruction and in its picture",
+        at_least=0,
+    )
 
 
 class Opponent(Protocol):
@@ -36,9 +42,11 @@ class Opponent(Protocol):
 
 
 class Decoder(Trainee):
-    """A generator from one view of the features to pictures; where it has an ``opponent``, against that too."""
+    """A generator from one view of the features to pictures; where it has an ``opponent``, against that too, and where
+    it has a ``recogniser``, to pictures in which that sees what it sees in the real ones."""
 
     opponent: Opponent | None = None
+    recogniser: Recogniser | None = None
 
     def __init__(
         self,
@@ -52,6 +60,7 @@ class Decoder(Trainee):
         noise_dim: int,
         config: RegressionConfig,
         seed: int,
+        recogniser: Recogniser | None = None,
     ):
         self.about, self.noise_dim, self.loss = f"{view} features, width {width}, lr {lr:g}", noise_dim, config.loss
 
@@ -60,6 +69,9 @@ class Decoder(Trainee):
                 return Generator(dim, picture_size(pictures_N3hw), width, noise_dim)
 
         super().__init__(features_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
+        if config.likeness and recogniser is not None:
+            self.recogniser, self.likeness = recogniser, config.likeness
+            self.seen_FD, self.held_seen = map(recogniser.of_pictures, (self.pictures_F3hw, self.held_pictures))
 
     @property
     def name(self) -> str:
@@ -68,6 +80,8 @@ class Decoder(Trainee):
     def step(self, x_BK: Tensor, real_B3hw: Tensor) -> None:
         fake_B3hw = self.network(x_BK, self.normal((len(x_BK), self.noise_dim)))
         loss = reconstruction_loss(fake_B3hw, real_B3hw, self.loss)
+        if self.recogniser is not None:
+            loss = loss + self.likeness * likeness_loss(self.recogniser(fake_B3hw), self.seen_FD[self.rows_B])
         if self.opponent is not None:
             loss = loss + self.opponent.loss(fake_B3hw, x_BK)
         self.descend(loss)
@@ -75,7 +89,12 @@ class Decoder(Trainee):
             self.opponent.learn(real_B3hw, fake_B3hw.detach(), x_BK)
 
     def error(self) -> float:
-        return held_out_error(self.reconstruct(self.held), self.held_pictures)
+        drawn = self.reconstruct(self.held)
+        error = held_out_error(drawn, self.held_pictures)
+        if self.recogniser is not None:
+            seen = self.recogniser.of_pictures(to_uint8(drawn))
+            error += self.likeness * float(likeness_loss(seen, self.held_seen))
+        return error
 
     @torch.no_grad()
     def reconstruct(self, features_MD: Tensor) -> Tensor:
@@ -89,11 +108,15 @@ def race_decoders(
     *,
     noise_dim: int,
     config: RegressionConfig,
+    recogniser: Recogniser | None,
     seed: int,
     say: Callable[[str], None],
 ) -> Decoder:
     """The best decoder of every view, width and learning rate, at its plateau."""
-    enter = partial(Decoder, features_ND, pictures_N3hw, split, noise_dim=noise_dim, config=config, seed=seed)
+    enter = partial(
+        Decoder, features_ND, pictures_N3hw, split,
+        noise_dim=noise_dim, config=config, recogniser=recogniser, seed=seed,
+    )  # fmt: skip
     choices = product(config.views, config.widths, config.lrs)
     return race([partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices], config, say)
 
@@ -105,13 +128,25 @@ class Regression(Learner):
     name = "regression"
     config: RegressionConfig
 
+    @property
+    def asks_recogniser(self) -> bool:
+        return self.config.likeness > 0
+
     def learn(
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
     ) -> Decoder:
         self.decoder = race_decoders(
-            features_ND, pictures_N3hw, split, noise_dim=0, config=self.config, seed=seed, say=say
-        )
+            features_ND, pictures_N3hw, split,
+            noise_dim=0, config=self.config, recogniser=self.recogniser, seed=seed, say=say,
+        )  # fmt: skip
         return self.decoder
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return self.decoder.reconstruct(features_MD)
+
+
+@register
+class RecognisedRegression(Regression):
+    """The same, for who wants to know who it is: the person's likeness counts beside the pixels."""
+
+    name = "regression_reid"
