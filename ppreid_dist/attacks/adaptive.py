@@ -24,7 +24,8 @@ from torch import Tensor
 from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.linkage import LinkageConfig, learnt_map
 from ppreid_dist.attacks.plateau import Learner, Split, StepsConfig, Trainee, race
-from ppreid_dist.attacks.regression import Decoder
+from ppreid_dist.attacks.recogniser import Recogniser
+from ppreid_dist.attacks.regression import LIKENESS, Decoder
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.reconstruction import ReconstructionConfig
 from ppreid_dist.models.generator import Generator
@@ -41,6 +42,7 @@ TURNED = ("pca", "rotation", "signs", "codes")  # stored features whose componen
 class AdaptiveConfig(StepsConfig):
     lrs: list[float] = option([1e-4, 1e-3], "learning rates to try", more_than=0)
     loss: ReconstructionConfig = option(ReconstructionConfig(), "")
+    likeness: float = option(0.1, LIKENESS, at_least=0)
 
 
 def trained_generator(run: Path, config: ReversalConfig) -> Generator | None:
@@ -125,6 +127,7 @@ class Continued(Decoder):
         lr: float,
         config: AdaptiveConfig,
         seed: int,
+        recogniser: Recogniser | None = None,
     ):
         self.about, self.noise_dim, self.loss = f"lr {lr:g}", generator.noise_dim, config.loss
         Trainee.__init__(
@@ -138,6 +141,7 @@ class Continued(Decoder):
             config=config,
             seed=seed,
         )
+        self.ask(recogniser, config.likeness)
         self.look()  # if all that it learns is for the worse, it stays as it was
 
 
@@ -148,6 +152,10 @@ class Adaptive(Learner):
     name = "adaptive"
     config: AdaptiveConfig
 
+    @property
+    def asks_recogniser(self) -> bool:
+        return self.config.likeness > 0
+
     def start_from(self, generator: Generator) -> None:
         """Be given the generator, before :meth:`fit`."""
         self.generator = generator
@@ -156,7 +164,9 @@ class Adaptive(Learner):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
     ) -> Continued:
         own = (features_ND, pictures_N3hw, split)
-        enter = partial(Continued, *own, generator=self.generator, config=self.config, seed=seed)
+        enter = partial(
+            Continued, *own, generator=self.generator, config=self.config, recogniser=self.recogniser, seed=seed
+        )
         entrants = [partial(enter, lr=lr) for lr in self.config.lrs]
         self.decoder = race(entrants, self.config, say)
         return self.decoder

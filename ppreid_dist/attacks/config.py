@@ -24,9 +24,7 @@ from ppreid_dist.settings import Settings, option
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
     attackers: list[str] = option(
-        ["retrieval", "ridge", "regression", "regression_reid", "isomap", "isomap_reid", "gan", "adaptive"],
-        "who attacks",
-        choices=tuple(ATTACKERS),
+        ["retrieval", "ridge", "regression", "isomap", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
     )
     curve_attackers: list[str] = option(
         ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
@@ -51,9 +49,7 @@ class AttackConfig(Settings):
     retrieval: RetrievalConfig = option(RetrievalConfig(), "")
     ridge: RidgeConfig = option(RidgeConfig(), "")
     regression: RegressionConfig = option(RegressionConfig(), "")
-    regression_reid: RegressionConfig = option(RegressionConfig(likeness=0.2), "")
     isomap: IsomapConfig = option(IsomapConfig(), "")
-    isomap_reid: IsomapConfig = option(IsomapConfig(likeness=0.2), "")
     recogniser: RecogniserConfig = option(RecogniserConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     diffusion: DiffusionConfig = option(DiffusionConfig(), "")

@@ -134,10 +134,3 @@ class UnrolledRegression(Regression):
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return super().reconstruct(self.unrolled.unroll(features_MD))
-
-
-@register
-class RecognisedUnrolledRegression(UnrolledRegression):
-    """The same, for who wants to know who it is."""
-
-    name = "isomap_reid"

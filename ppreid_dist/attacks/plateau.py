@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, View, fit_view, split_people, to_float
+from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.settings import Settings, option
 
@@ -203,6 +204,8 @@ class Learner(Attacker):
         seed: int,
         progress: Progress | None = None,
     ) -> None:
+        if self.asks_recogniser and self.recogniser is None:
+            raise ConfigError(f"{self.name}: its likeness is more than 0, and it was given no recogniser")
         split = Split(*split_people(pids_N, seed), seed)
         drawn = int(np.random.default_rng([seed, 0xD4A, self.draw]).integers(2**31)) if self.draw else seed
         say = progress or (lambda line: None)

@@ -20,15 +20,13 @@ from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import option
 
+LIKENESS = "weight of 1 - cosine between what attack.recogniser sees in the reconstruction and in its picture"
+
 
 @dataclass(kw_only=True)
 class RegressionConfig(RecipeConfig):
     loss: ReconstructionConfig = option(ReconstructionConfig(), "")
-    likeness: float = option(
-        0.0,
-        "weight of 1 - cosine between what attack.recogniser sees in the reconstruction and in its picture",
-        at_least=0,
-    )
+    likeness: float = option(0.1, LIKENESS, at_least=0)
 
 
 class Opponent(Protocol):
@@ -69,8 +67,12 @@ class Decoder(Trainee):
                 return Generator(dim, picture_size(pictures_N3hw), width, noise_dim)
 
         super().__init__(features_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
-        if config.likeness and recogniser is not None:
-            self.recogniser, self.likeness = recogniser, config.likeness
+        self.ask(recogniser, config.likeness)
+
+    def ask(self, recogniser: Recogniser | None, weight: float) -> None:
+        """From now on by that weight for what the recogniser, if there is one, sees in the pictures."""
+        if weight and recogniser is not None:
+            self.recogniser, self.likeness = recogniser, weight
             self.seen_FD, self.held_seen = map(recogniser.of_pictures, (self.pictures_F3hw, self.held_pictures))
 
     @property
@@ -143,10 +145,3 @@ class Regression(Learner):
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return self.decoder.reconstruct(features_MD)
-
-
-@register
-class RecognisedRegression(Regression):
-    """The same, for who wants to know who it is: the person's likeness counts beside the pixels."""
-
-    name = "regression_reid"
