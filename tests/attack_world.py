@@ -94,8 +94,9 @@ if find_spec("diffusers"):
     NAMES.append("diffusion")
 
 
-def small_config(steps: int = 60, **changes: object) -> AttackConfig:
+def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> AttackConfig:
     start = RegressionConfig(
+        likeness=likeness,
         widths=[16],
         lrs=[1e-2],
         trial_steps=max(1, steps // 3),
@@ -110,6 +111,7 @@ def small_config(steps: int = 60, **changes: object) -> AttackConfig:
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
         isomap=IsomapConfig(
+            likeness=likeness,
             neighbours=[8, 20],
             coordinates=[6, 12],
             widths=start.widths,

@@ -64,6 +64,7 @@ def suite(
     looks: dict[str, Look] | None = None,
     leaked: Tensor | None = None,
     ahead: bool = False,
+    found: Progress | None = None,
     **changes: object,
 ) -> SuiteResult:
     """The suite against a second victim whose features are the first's or, if ``blind``, random; ``ahead`` trains that
@@ -93,6 +94,7 @@ def suite(
         judges=[colour_judge(met, ~first, look, name) for name, look in (looks or {"colours": colours}).items()],
         config=small_config(**changes),
         progress=lambda line: None,
+        found=found,
         kept=kept,
     )
     if ahead:
