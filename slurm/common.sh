@@ -30,7 +30,7 @@ hear() {
     interrupted=1
     if [[ -z $sender ]]; then
         {
-            while :; do
+            while kill -0 $$; do # this script's: nobody is told after its end
                 tell_once || :
                 sleep 3
             done

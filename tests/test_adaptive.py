@@ -32,7 +32,7 @@ World = tuple[Pictures, Tensor]
 
 def config(steps: int) -> AdaptiveConfig:
     plateau = PlateauConfig(max_steps=steps, evaluate_every=20, patience=2, falls=1)
-    return AdaptiveConfig(lrs=[1e-2], batch=16, ema=0.9, plateau=plateau)
+    return AdaptiveConfig(likeness=0.0, lrs=[1e-2], batch=16, ema=0.9, plateau=plateau)
 
 
 def fitted(generator: Generator, known: World, steps: int, *, permuted: bool = False) -> Adaptive:

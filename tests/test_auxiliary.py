@@ -225,7 +225,7 @@ def test_the_training_that_does_best_on_its_own_people_counts_not_the_best_of_th
 def test_another_draw_is_another_training_with_the_same_people_held_out() -> None:
     people, features = make_people(1000, 12)
     plateau = PlateauConfig(max_steps=6, evaluate_every=3)
-    config = RegressionConfig(views=["raw"], widths=[8], lrs=[1e-2], batch=8, plateau=plateau)
+    config = RegressionConfig(likeness=0.0, views=["raw"], widths=[8], lrs=[1e-2], batch=8, plateau=plateau)
     drawn, held = [], []
     for draw in (0, 1, 1):
         attacker = Regression(config)

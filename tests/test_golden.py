@@ -342,7 +342,7 @@ def adapted(golden: World) -> tuple[float, float]:
     plateau = PlateauConfig(max_steps=60, evaluate_every=20, patience=2, falls=1)
     errors = []
     for start, permuted in ((generator, False), (renewed(generator, 0), True)):
-        adaptive = Adaptive(AdaptiveConfig(lrs=[1e-2], batch=16, ema=0.9, plateau=plateau))
+        adaptive = Adaptive(AdaptiveConfig(likeness=0.0, lrs=[1e-2], batch=16, ema=0.9, plateau=plateau))
         adaptive.start_from(start)
         errors.append(golden.attacked(adaptive, "regression", permuted=permuted))
     return errors[0], errors[1]

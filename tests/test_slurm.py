@@ -1,5 +1,6 @@
 """The Slurm door: what slurm/train.sh and sweep.sh ask of Slurm, seen by stand-ins, and stops on a real cluster."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,22 @@ def test_the_signal_that_follows_a_requeue_is_not_passed_on(door: Door) -> None:
     time.sleep(0.5)
     assert door.requeued() == ["70001"] and "saved; requeued" in said
     assert door.calls("scancel") == []
+
+
+def test_a_killed_script_tells_nobody_any_more(door: Door) -> None:
+    """It might be the job's next start."""
+    process = door.start("a run.yaml", DEAF="20")
+    while not door.calls("python"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    while not door.calls("scancel"):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    time.sleep(3.5)  # it tells every three seconds
+    assert len(door.calls("scancel")) == 1
+    for call in (*door.calls("srun"), *door.calls("python")):
+        os.kill(call["pids"][0], signal.SIGKILL)
 
 
 def test_75_is_not_requeued_without_end(door: Door) -> None:
