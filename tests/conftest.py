@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +13,7 @@ import torch
 
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.experiment import Config
+from ppreid_dist.kernels import choice
 from ppreid_dist.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,14 @@ LONG = ("stopping", "engines", "commands", "training", "sweep", "slurm_jobs", "s
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """No choice of a kernel is remembered, before or after."""
+    choice._choose.cache_clear()
+    yield
+    choice._choose.cache_clear()
 
 
 @pytest.fixture(scope="session")
