@@ -3,7 +3,7 @@
 A decoder trained on pixels draws the mean of all pictures that a feature may come from: a blur, in which place and
 light weigh more than the person. Whoever wants to know who it is asks it, beside the pixels, for a picture in which a
 ReID model sees what it sees in the real one. It needs no more than attackers have: pictures of their own people, and
-which of them show the same one. On synthetic people a decoder so trained finds half as many again (docs/LOG.md).
+which of them show the same one. On synthetic people a decoder so trained finds a third more (docs/privacy.md).
 
 It is no judge: judges are other models, of other seeds, and know other people too.
 
