@@ -43,7 +43,8 @@ def srun():
 
 
 def calls_of(name):
-    return [line for line in open(os.environ["CALLS"]) if json.loads(line)["name"] == name]
+    lines = [line for line in open(os.environ["CALLS"]) if line.endswith("\\n")]  # the last may be half written
+    return [call for call in map(json.loads, lines) if call["name"] == name]
 
 
 def python():
@@ -71,14 +72,12 @@ def python():
 
 
 def scancel():
-    for line in open(os.environ["CALLS"]):
-        call = json.loads(line)
-        if call["name"] == "python":  # Slurm signals the task's shell as well
-            for pid in call["pids"]:
-                try:
-                    os.kill(pid, signal.SIGUSR2)
-                except ProcessLookupError:
-                    pass
+    for call in calls_of("python"):
+        for pid in call["pids"]:  # Slurm signals the task's shell as well
+            try:
+                os.kill(pid, signal.SIGUSR2)
+            except ProcessLookupError:
+                pass
     return 0
 
 
@@ -128,8 +127,9 @@ class Door:
 
     def calls(self, name: str) -> list[dict[str, Any]]:
         log = Path(self.environment["CALLS"])
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [call for call in map(json.loads, lines) if call["name"] == name]
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last may be half written
+        return [call for call in map(json.loads, whole) if call["name"] == name]
 
     def requeued(self) -> list[str]:
         """The jobs that were asked to be requeued."""
