@@ -10,8 +10,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from attack_world import make_people
+from torch import Tensor
 
 from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.data.stream import Pictures
 from ppreid_dist.experiment import Config
 from ppreid_dist.kernels import choice
 from ppreid_dist.settings import load_settings
@@ -36,6 +39,18 @@ def fresh_kernels() -> Iterator[None]:
     choice._choose.cache_clear()
     yield
     choice._choose.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def aux() -> tuple[Pictures, Tensor]:
+    """The attackers' own people (``attack_world``), and their features."""
+    return make_people(1000, 60)
+
+
+@pytest.fixture(scope="module")
+def strangers() -> tuple[Pictures, Tensor]:
+    """Those who are attacked."""
+    return make_people(0, 40)
 
 
 @pytest.fixture(scope="session")

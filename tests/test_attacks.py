@@ -29,16 +29,6 @@ TRAINED = [pytest.param(name, marks=[pytest.mark.slow] * (name == "diffusion")) 
 
 
 @pytest.fixture(scope="module")
-def aux() -> tuple[Pictures, Tensor]:
-    return make_people(1000, 60)
-
-
-@pytest.fixture(scope="module")
-def strangers() -> tuple[Pictures, Tensor]:
-    return make_people(0, 40)
-
-
-@pytest.fixture(scope="module")
 def fitted(aux: tuple[Pictures, Tensor]) -> Callable[[str], Attacker]:
     known, features = aux
 

@@ -32,16 +32,6 @@ from ppreid_dist.errors import ConfigError, MissingExtra
 from ppreid_dist.storage import write_json
 
 
-@pytest.fixture(scope="module")
-def aux() -> tuple[Pictures, Tensor]:
-    return make_people(1000, 60)
-
-
-@pytest.fixture(scope="module")
-def strangers() -> tuple[Pictures, Tensor]:
-    return make_people(0, 40)
-
-
 def test_chance_ap_is_that_of_all_orders() -> None:
     for positives, candidates in ((1, 1), (1, 5), (2, 6), (4, 4)):
         rng, total, draws = np.random.default_rng(0), 0.0, 4000

@@ -47,7 +47,9 @@ class Recogniser:
     """A finished one: float pictures (B,3,h,w) in [0,1] to unit-norm features (B, D), differentiable."""
 
     def __init__(self, network: Extractor):
-        self.network = network.eval().requires_grad_(False)
+        # Trained or read from a file, weights lie alike: sums would be rounded otherwise, and an attack that goes on
+        # would end elsewhere.
+        self.network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
 
     def __call__(self, images_B3hw: Tensor) -> Tensor:
         return nn.functional.normalize(self.network(images_B3hw).embedding_BD.float(), dim=1)
