@@ -40,6 +40,7 @@ from ppreid_dist.kernels.choice import using
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.progress import progress_bar
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import load_settings, to_dict
@@ -132,7 +133,7 @@ def attack(
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
     if "same_people" in config.attack.auxiliary.variants and not ahead:
         auxiliaries.append(same_people(pictures_of("gallery", size), query, galleries_GD))
-    with using(config.kernels, device), tqdm(disable=not progress, desc="attack", unit=" training") as bar:
+    with using(config.kernels, device), progress_bar(shown=progress, desc="attack", unit=" training") as bar:
 
         def found(line: str) -> None:
             bar.update()

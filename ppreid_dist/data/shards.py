@@ -39,6 +39,7 @@ from ppreid_dist.data.catalog import Catalog
 from ppreid_dist.data.index import FORMAT, ROW, Index, join, load_index, read_meta, write_index
 from ppreid_dist.data.records import SPLITS, Record
 from ppreid_dist.errors import DataError
+from ppreid_dist.progress import progress_bar
 from ppreid_dist.storage import atomic, write_json
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp"}
@@ -86,7 +87,8 @@ def write_shards(
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
         _log.warning("%s: another writer's, or the remains of a killed one, which may be deleted", leftover)
     splits: dict[str, Any] = {}
-    with atomic(folder) as temporary, tqdm(total=len(catalog.records), unit="img", disable=not progress) as bar:
+    total = len(catalog.records)
+    with atomic(folder) as temporary, progress_bar(total=total, desc="shards", unit="img", shown=progress) as bar:
         temporary.mkdir()
         number = 0
         for split in SPLITS:
@@ -335,7 +337,7 @@ def check_shards(folder: Path, *, progress: bool = True) -> list[str]:
         problems += found
         check = partial(_check_shard, folder, index)
         checked = _side_by_side(check, len(index.shards))
-        for found in tqdm(checked, total=len(index.shards), unit="shard", desc=split, disable=not progress):
+        for found in progress_bar(checked, total=len(index.shards), unit="shard", desc=split, shown=progress):
             problems += found
     unknown = sorted(file.name for file in folder.iterdir() if file.name not in known)
     return problems + [f"{folder / name}: not in meta.json" for name in unknown]

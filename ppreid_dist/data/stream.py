@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppreid_dist import distributed
 from ppreid_dist.data.decode import BACKENDS, Decoder, decode_masks
@@ -25,6 +24,7 @@ from ppreid_dist.data.prefetch import Prefetcher
 from ppreid_dist.data.shards import EXTENSIONS, ShardedSplit
 from ppreid_dist.data.tolerant import Tolerant
 from ppreid_dist.errors import ConfigError, DataError
+from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, option
 
 _LOAD = 256  # pictures decoded at a time when a whole split is
@@ -94,7 +94,7 @@ def load_pictures(
     decoder, keys = Decoder(backend, size, device), split.keys
     images = torch.empty((len(split), 3, *size), dtype=torch.uint8, device=device)
     masks = torch.empty((len(split), 1, *size), dtype=torch.uint8, device=device) if split.has_masks else None
-    for start in tqdm(range(0, len(split), _LOAD), desc=f"decode {split.name}", disable=not progress):
+    for start in progress_bar(range(0, len(split), _LOAD), desc=f"decode {split.name}", shown=progress):
         rows = range(start, min(start + _LOAD, len(split)))
         names, span = keys[rows.start : rows.stop], slice(rows.start, rows.stop)
         images[span] = decoder.decode([split.image_bytes(i) for i in rows], names)

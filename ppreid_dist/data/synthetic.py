@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 from ppreid_dist.data.pedestrian import STATURE, VIEWS, Colour, Pen, Person, Pose, draw_figure, draw_person, shade
 from ppreid_dist.errors import DataError
+from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, load_settings, option, save_settings
 from ppreid_dist.storage import atomic
 
@@ -84,7 +84,7 @@ def render(folder: Path, config: SyntheticConfig, *, progress: bool = True) -> N
         with (temporary / "index.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "pid", "camid", "split", "mask", *(f.name for f in fields(Person))])
-            for shot in tqdm(shots, desc="synthetic pedestrians", unit="img", disable=not progress):
+            for shot in progress_bar(shots, desc="synthetic pedestrians", unit="img", shown=progress):
                 person = people[shot.pid]
                 picture, mask = _photograph(person, cameras[shot.camid], shot, config)
                 # At these sizes halved chroma would smear the clothes' colours over the background: 4:4:4.

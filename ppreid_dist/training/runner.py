@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import LostError, RunError, Stopped
 from ppreid_dist.models.ema import Ema
+from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary, View
@@ -113,9 +113,9 @@ class Runner:
         RunError if a gradient is not finite, LostError if another process is gone; Stopped, with a checkpoint, if asked
         to stop.
         """
-        bar = tqdm(
+        bar = progress_bar(
             total=self.total, initial=self.step, desc=f"train {self.folder.name}", unit="step",
-            disable=not (self.progress and self.engine.is_main), mininterval=1.0,
+            shown=self.progress and self.engine.is_main,
         )  # fmt: skip
         started = time.perf_counter()
         done_before, elapsed_before = self.step, self.at.elapsed
