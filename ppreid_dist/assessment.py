@@ -26,7 +26,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import run_suite
 from ppreid_dist.attacks.victims import roles_of
-from ppreid_dist.data.dataset import open_split
+from ppreid_dist.data.dataset import open_split, open_training
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
 from ppreid_dist.errors import ConfigError, RunError
@@ -109,6 +109,7 @@ def attack(
     device, other = default_device(), _other_domain(config)
     _check_comparable(control, protected, judges)
     _check_leaked(config)
+    _check_pictures(config, control, protected, device)
     perception = Perception(config.attack.perceptual, device)
     size = config.reversal.size
 
@@ -287,6 +288,23 @@ def _check_leaked(config: Config) -> None:
     splits = read_meta(Path(config.data.shards))["splits"]
     if absent := [split for split in config.attack.leaked if split not in splits]:
         raise ConfigError(f"attack.leaked: {config.data.shards} has no split {absent[0]}, only {', '.join(splits)}")
+
+
+def _check_pictures(config: Config, control: Path, protected: Path, device: torch.device) -> None:
+    """Where the pictures lie may differ from run to run, so their settings say little of who is on them."""
+    trained = {}
+    for run in (control, protected):
+        about, splits = load_extractor(run / "model", device).about, load_run(run).data.train_splits
+        trained[run] = about.get("training pictures")
+        if not set(splits) <= set(read_meta(Path(config.data.shards))["splits"]):
+            continue  # of a data set that nobody trained on
+        if trained[run] != open_training(replace(config.data, train_splits=splits)).fingerprint:
+            raise RunError(
+                f"{run}: trained on other pictures than {', '.join(splits)} of {config.data.shards} (data.shards), so "
+                "that the attackers' people may be among them"
+            )
+    if trained[control] != trained[protected]:
+        raise RunError(f"{control}: not the control of {protected}: they were trained on different pictures")
 
 
 # --- report -----------------------------------------------------------------------------------------------------
