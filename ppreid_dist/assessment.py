@@ -9,7 +9,7 @@ DIR/                        of `ppreid attack --out DIR`
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import run_suite
 from ppreid_dist.attacks.victims import roles_of
@@ -39,7 +40,7 @@ from ppreid_dist.judges import check_judges, open_judges
 from ppreid_dist.kernels.choice import using
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.models.store import KEYED, Store, StoreConfig
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
@@ -128,7 +129,8 @@ def attack(
         if config.attack.whitebox.people and not ahead:
             victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen["aux"]))
     stored = (seen["aux"], victims["protected"].aux_ND)
-    victims["protected"] = replace(victims["protected"], reversal=_reversal(protected, size, device, *stored))
+    reversal, rekeyed = _reversal(protected, size, device, *stored), _rekeyed(protected, seen, device)
+    victims["protected"] = replace(victims["protected"], reversal=reversal, rekeyed=rekeyed)
     auxiliaries = []
     if other is not None and not ahead:
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
@@ -193,6 +195,16 @@ def _reversal(
     return for_stored(generator, stored_NS, plain_ND, aux.pids_N, seed=config.seed)
 
 
+def _rekeyed(run: Path, seen: Mapping[str, Pictures], device: torch.device) -> Stored | None:
+    """The same people as the same extractor would store them under another key; None where there is no key."""
+    extractor = load_extractor(run / "model", device).extractor
+    if extractor.store.config.kind not in KEYED:
+        return None
+    extractor.store = extractor.store.rekeyed()
+    aux_ND, query_QD = (stored_features(extractor, seen[split].images_N3HW) for split in ("aux", "query"))
+    return aux_ND, query_QD
+
+
 def _other_domain(config: Config) -> tuple[Config, str] | None:
     """The configuration of the other data set that attackers learn on, if they do, and the split: its aux people, or
     those of its train split."""
@@ -231,8 +243,8 @@ def _victim(
     ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
 
     def see(images_B3hw: Tensor) -> Tensor:
-        stored_BD: Tensor = saved.extractor(resize(images_B3hw, saved.size)).stored_BD
-        return stored_BD
+        store: Store = saved.extractor.store
+        return store.expected(saved.extractor(resize(images_B3hw, saved.size)).embedding_BD)
 
     victim = Victim(
         name=role,

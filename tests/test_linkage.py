@@ -5,8 +5,9 @@ import pytest
 import torch
 from attack_world import make_people
 
-from ppreid_dist.attacks.linkage import LinkageConfig, linkage_of, rekeyed
+from ppreid_dist.attacks.linkage import LinkageConfig, linkage_of, rotated
 from ppreid_dist.evaluation.unlinkability import d_sys, into_bins, linkage
+from ppreid_dist.models.store import Store, StoreConfig
 
 
 def of_similarities(mated: np.ndarray, others: np.ndarray) -> float:
@@ -41,7 +42,25 @@ def test_linkage_by_hand() -> None:
     assert linkage(similarity, pids, pids + 9, usable, draws=20, seed=0) is None
 
 
-def test_chance_stays_under_its_null_and_a_key_is_undone_by_who_enrols_people() -> None:
+@pytest.mark.parametrize("rotation", [False, True])
+def test_chance_reaches_its_null_no_more_often_than_it_may(rotation: bool) -> None:
+    """Databases that share nothing, with entries of a person that resemble each other: D_sys is above what 95 % of
+    permutations stay below in 5 % of 60 cases; in more than 8 of them by a chance of 0.3 %."""
+    above = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        pids, cams = np.repeat(np.arange(80), 4), np.tile(np.arange(4), 80)
+        one, other = (rng.normal(size=(80, 6)).repeat(4, 0) + 0.4 * rng.normal(size=(320, 6)) for _ in range(2))
+        if rotation:
+            other = other @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+        one, other = (of / np.linalg.norm(of, axis=1, keepdims=True) for of in (one, other))
+        found = linkage(one @ other.T, pids, pids, cams[:, None] != cams[None, :], draws=60, seed=seed)
+        assert found is not None
+        above += found.d_sys > found.null
+    assert above <= 8
+
+
+def test_a_rotation_is_undone_by_who_enrols_people() -> None:
     aux, aux_features = make_people(0, 60, seed=1)
     query, query_features = make_people(1000, 30, seed=2)
     draw = torch.Generator().manual_seed(5)
@@ -49,19 +68,40 @@ def test_chance_stays_under_its_null_and_a_key_is_undone_by_who_enrols_people() 
              (aux_features, query_features)]  # fmt: skip
     plain, blind = (aux_features, query_features), (noise[0], noise[1])
     config = LinkageConfig(draws=60)
-    rows = linkage_of(aux, query, {"protected": plain, "control": blind}, config, seed=0)
+    rows = linkage_of(aux, query, {"protected": plain, "control": blind}, None, config, seed=0)
     assert rows is not None
     by = {(row["other"], row["learnt"]): row for row in rows}
-    itself, key = by["the same gallery", False], by["another key", False]
-    undone = by["another key", True]
+    itself, turned = by["the same gallery", False], by["a rotation of it", False]
+    undone = by["a rotation of it", True]
     assert itself["d_sys"] > 0.6 and itself["rank1"] > 0.5
-    assert key["d_sys"] < 0.4 * itself["d_sys"] and key["rank1"] < 0.2
+    assert turned["d_sys"] < 0.4 * itself["d_sys"] and turned["rank1"] < 0.2
     assert undone["d_sys"] == pytest.approx(itself["d_sys"], abs=0.05)
     assert undone["rank1"] == pytest.approx(itself["rank1"], abs=0.1)
     for learnt in (False, True):
         row = by["another extractor (the control)", learnt]
         assert row["d_sys"] < 1.5 * row["null"] and row["rank1"] < 0.15
-    torch.testing.assert_close(rekeyed(plain)[1] @ rekeyed(plain)[1].T, plain[1] @ plain[1].T)
+    torch.testing.assert_close(rotated(plain)[1] @ rotated(plain)[1].T, plain[1] @ plain[1].T)
     other = (aux_features[:, :9], query_features[:, :9])
-    rows = linkage_of(aux, query, {"protected": plain, "control": other}, config, seed=0)
+    rows = linkage_of(aux, query, {"protected": plain, "control": other}, None, config, seed=0)
     assert rows is not None and [row["learnt"] for row in rows] == [False, False, True, True]
+
+
+def test_another_key_is_another_key() -> None:
+    """Codes under another key are no rotation of these: who learns a map finds fewer than within one database."""
+    aux, aux_features = make_people(0, 60, seed=1)
+    query, query_features = make_people(1000, 30, seed=2)
+    store = Store(StoreConfig(kind="codes", axes=8, dim=512, width=0.6), aux_features.shape[1])
+    store.fit(aux_features)
+    protected, other = ((of(aux_features), of(query_features)) for of in (store, store.rekeyed()))
+    rows = linkage_of(
+        aux, query, {"protected": protected, "control": protected}, other, LinkageConfig(draws=20), seed=0
+    )
+    assert rows is not None
+    by = {(row["other"], row["learnt"]): row["rank1"] for row in rows}
+    assert ("a rotation of it", True) not in by
+    assert by["another key", False] < 0.2 < by["another key", True] < 0.9 * by["the same gallery", False]
+    for kind in ("noise", "rotation", "signs"):
+        one = Store(StoreConfig(kind=kind, key=3), aux_features.shape[1])
+        assert one.rekeyed().config.key == 4 and not torch.equal(one(aux_features), one.rekeyed()(aux_features))
+    plain = Store(StoreConfig(kind="pca", dim=4), 16)
+    assert plain.rekeyed() is plain

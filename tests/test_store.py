@@ -86,6 +86,18 @@ def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float) -> N
     assert (store.coded(known) @ truth.T).max(0).values.median() < 0.97
 
 
+def test_who_has_the_extractor_compares_without_noise() -> None:
+    """The noise of a picture says nothing of that of the next: a hair apart, two are as far as any."""
+    x = F.normalize(features(40), dim=1)
+    store, hair = Store(StoreConfig(kind="noise", strength=0.5), 16), 1e-3 * torch.randn(40, 16)
+    assert (store(x + hair) - store(x)).norm(dim=1).mean() > 0.5
+    assert (store.expected(x + hair) - store.expected(x)).norm(dim=1).max() < 0.02
+    assert F.cosine_similarity(store.expected(x), store(x)).mean() == pytest.approx(1 / 1.25**0.5, abs=0.02)
+    for kind in ("plain", "rotation", "signs", "codes"):
+        other = Store(StoreConfig(kind=kind), 16)
+        assert torch.equal(other.expected(x), other(x))
+
+
 def test_codes_of_the_main_directions() -> None:
     x = features(200)
     config = StoreConfig(kind="codes", dim=64, axes=5, key=1)

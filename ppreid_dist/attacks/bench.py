@@ -57,7 +57,8 @@ class Victim:
     ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
     extractor itself, for white-box attackers: pictures of the attackers' size to stored features; ``opened``, where its
     key uncovers something behind those, that. ``reversal`` is the generator that it was trained against, for the
-    adaptive one. ``leaked_LD`` are the other entries of the stolen database, of which attackers have no pictures.
+    adaptive one. ``rekeyed`` is what it would store of both under another key, where there is one. ``leaked_LD`` are
+    the other entries of the stolen database, of which attackers have no pictures.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Victim:
     see: See
     opened: Opened | None = None
     reversal: Generator | None = None
+    rekeyed: tuple[Tensor, Tensor] | None = None
     leaked_LD: Tensor | None = None
 
 

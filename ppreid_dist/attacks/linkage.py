@@ -1,9 +1,9 @@
 """Linkage: can two leaked databases that keep the same people otherwise be joined, person by person?
 
-One is the protected gallery. The other is the same gallery under another key (a secret rotation of its features, which
-costs no accuracy and is advertised as making templates renewable), or the control's, an extractor trained apart. Who
-has both compares entries as they are, or learns from people whom he enrolled in both himself how one reads in the
-other's terms. Entries of the same picture and of the same camera are not compared.
+One is the protected gallery. The other is the same gallery under another key, or, where what it stores has none, after
+a secret rotation (which costs no accuracy and is advertised as making templates renewable); or the control's, an
+extractor trained apart. Who has both compares entries as they are, or learns from people whom he enrolled in both
+himself how one reads in the other's terms. Entries of the same picture and of the same camera are not compared.
 
 Shapes: N auxiliary pictures, Q query pictures, D feature dim.
 """
@@ -39,7 +39,7 @@ class LinkageConfig(Settings):
 Stored = tuple[Tensor, Tensor]  # what a database keeps of the auxiliary and of the query pictures
 
 
-def rekeyed(stored: Stored) -> Stored:
+def rotated(stored: Stored) -> Stored:
     """Both after one secret rotation."""
     dim = stored[0].shape[1]
     turned_DD = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(_KEY))
@@ -62,18 +62,20 @@ def linkage_of(
     aux: Pictures,
     query: Pictures,
     stored: Mapping[str, Stored],
+    rekeyed: Stored | None,
     config: LinkageConfig,
     *,
     seed: int,
 ) -> list[dict[str, Any]] | None:
-    """A row for each way to join two databases, JSON-ready; ``stored`` has "control" and "protected".
+    """A row for each way to join two databases, JSON-ready; ``stored`` has "control" and "protected", ``rekeyed`` the
+    protected one's under another key, if there is one.
 
     None where no query person is seen by two cameras.
     """
     usable_QQ = query.camids_N[:, None] != query.camids_N[None, :]
     others = {
         "the same gallery": stored["protected"],
-        "another key": rekeyed(stored["protected"]),
+        **({"another key": rekeyed} if rekeyed else {"a rotation of it": rotated(stored["protected"])}),
         "another extractor (the control)": stored["control"],
     }
     rows = []

@@ -152,6 +152,7 @@ def summarise(
             bench.aux,
             bench.query,
             {role: (of.aux_ND, of.query_QD) for role, of in both.items()},
+            protected.rekeyed,
             config.linkage,
             seed=config.seed,
         ),

@@ -59,8 +59,10 @@ def linkage(
         same_P = (pids_A[:, None] == pids_B[None, :])[usable_AB]
         return d_sys(bin_P[same_P], bin_P[~same_P])
 
-    rng = np.random.default_rng([seed, 0x11E])
-    null = [of_labels(rng.permutation(pids_B)) for _ in range(draws)]
+    # Whole people, with all their entries: those of one person resemble each other, and single entries that change
+    # hands would make chance look smaller than it is.
+    rng, (people, person_B) = np.random.default_rng([seed, 0x11E]), np.unique(pids_B, return_inverse=True)
+    null = [of_labels(rng.permutation(people)[person_B]) for _ in range(draws)]
     return Linkage(
         d_sys=of_labels(pids_B),
         null=float(np.quantile(null, 0.95)),

@@ -16,6 +16,7 @@ All but ``noise`` at unit norm again. int8 comes last of all.
 Shapes: B batch, N fitted rows, D the embedding's dim, A main directions, S the stored dim.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, option
 
+KEYED = ("noise", "rotation", "signs", "codes")
 INT8_MAX = 127
 INT8_SIGMAS = 4.0
 
@@ -72,7 +74,7 @@ class Store(nn.Module):
 
     def __init__(self, config: StoreConfig, dim: int):
         super().__init__()
-        self.config = config
+        self.config, self.embedding_dim = config, dim
         self.dim = config.dim or dim if config.kind in ("pca", "signs", "codes") else dim
         setting, axes = {"pca": ("dim", self.dim), "codes": ("axes", config.axes)}.get(config.kind, ("", 0))
         if axes > dim:
@@ -97,6 +99,14 @@ class Store(nn.Module):
     def needs_features(self) -> bool:
         """Whether :meth:`fit` has something to learn."""
         return self.main_DA.numel() > 0 or self.decoder is not None
+
+    def rekeyed(self) -> "Store":
+        """The same under another key, or this one, where nothing hangs on a key."""
+        if self.config.kind not in KEYED:
+            return self
+        other = Store(dataclasses.replace(self.config, key=self.config.key + 1), self.embedding_dim)
+        other.load_state_dict(self.state_dict())
+        return other.to(self.main_DA.device)
 
     def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
         """Learn from plain features, and from the uint8 pictures behind them, of the decoder's size.
@@ -143,6 +153,11 @@ class Store(nn.Module):
         elif self.config.kind == "codes":
             stored_BS = self._signs(self._waves(self.coded(embedding_BD)))
         return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+
+    def expected(self, embedding_BD: Tensor) -> Tensor:
+        """What an attacker with the extractor compares with what is stored: the same, but for noise. That leaps from
+        picture to picture, so that no descent can follow it, and says nothing of them."""
+        return F.normalize(embedding_BD, dim=1) if self.config.kind == "noise" else self(embedding_BD)
 
     def coded(self, embedding_BD: Tensor) -> Tensor:
         """Of ``codes``: what is coded of an embedding, its main directions at unit norm, (B, A)."""
