@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from ppreid_dist import distributed
-from ppreid_dist.attacks.base import ATTACKERS
+from ppreid_dist.attacks.base import ATTACKERS, Attacker
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.probe import Probe, ProbeConfig
+from ppreid_dist.attacks.recogniser import by_pixels
 from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
@@ -280,11 +281,17 @@ def _probe(config: Config, engine: Engine) -> Probe:
     backend, device = config.data.stream.backend, engine.device
     pictures = load_pictures(people, config.data.size, backend=backend, device=device, progress=False)
     targets = load_pictures(people, config.reversal.size, backend=backend, device=device, progress=False)
+
+    def fresh(name: str) -> Attacker:
+        return ATTACKERS[name](by_pixels(getattr(config.attack, name)))
+
+    for name in config.probe.attackers:
+        fresh(name)  # who lacks a library says so now
     return Probe(
         config.probe,
         pictures,
         targets.images_N3HW,
         targets.masks_N1HW,
-        fresh=lambda name: ATTACKERS[name](getattr(config.attack, name)),
+        fresh=fresh,
         seed=config.seed,
     )

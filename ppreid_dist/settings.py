@@ -32,12 +32,15 @@ def option(
     at_least: float | None = None,
     more_than: float | None = None,
     at_most: float | None = None,
+    may_be_empty: bool = False,
 ) -> Any:
     """A dataclass field with its explanation and its bounds, for use in a :class:`Settings` class.
 
-    A list, a tuple's list or a Settings instance as ``default`` is copied for every instance.
+    A list must have something in it where its default has, unless it ``may_be_empty``. A list, a dictionary or a
+    Settings instance as ``default`` is copied for every instance.
     """
     metadata = dict(help=help, choices=choices, at_least=at_least, more_than=more_than, at_most=at_most)
+    metadata["filled"] = isinstance(default, list) and bool(default) and not may_be_empty
     if isinstance(default, (list, dict, Settings)):
         return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -57,6 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             rules, value = f.metadata, getattr(self, f.name)
+            if rules.get("filled") and not value:
+                raise ConfigError(f"{f.name}: at least one must be given")
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if rules.get("choices") and item not in rules["choices"]:
                     raise ConfigError(f"{f.name}: {item!r} is not one of {', '.join(map(str, rules['choices']))}")

@@ -13,7 +13,7 @@ from ppreid_dist.attacks.attribute import (
     common_values,
     encode,
 )
-from ppreid_dist.attacks.base import permute_people
+from ppreid_dist.attacks.base import permute_people, split_people
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
@@ -126,6 +126,17 @@ def test_a_rare_value_is_named_as_readily_as_a_common_one() -> None:
     probe.fit(known, encode(aux.attributes, values), aux.pids_N, seed=0)
     named, is_rare = probe.predict(asked)["hair"], np.array(query.attributes["hair"]) == "red"
     assert (named[is_rare] == values["hair"].index("red")).mean() > 0.4
+
+
+def test_what_is_known_of_nobody_held_out_is_predicted_all_the_same() -> None:
+    """As a sparse column of a list has it."""
+    aux, known = make_people(1000, 40)
+    values = common_values({"bag": aux.attributes["bag"]}, aux.pids_N, 8)
+    labels = encode(aux.attributes, values)
+    labels["bag"][split_people(aux.pids_N, 0)[1]] = -1
+    probe = AttributeProbe(CONFIG, values)
+    probe._choose(known, labels, *split_people(aux.pids_N, 0))
+    assert set(probe.chosen) == {"bag"}
 
 
 def test_too_few_people_are_named() -> None:

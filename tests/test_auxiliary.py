@@ -153,7 +153,7 @@ def test_too_few_people_name_the_variant_before_anybody_trains(monkeypatch: pyte
         ({"variants": ["other_domain"]}, "data: other_domain needs"),
         ({"variants": ["psychics"]}, "variants: 'psychics'"),
         ({"attackers": ["adaptive"]}, "attackers: adaptive has no counterpart"),
-        ({"attackers": []}, "attackers: at least one"),
+        ({"attackers": []}, "attackers: at least one must be given"),
         ({"attackers": ["psychic"]}, "auxiliary.attackers: 'psychic'"),
     ],
 )

@@ -91,6 +91,8 @@ def test_who_has_no_counterpart_on_the_control_breaks_nothing() -> None:
     )
     both = {"ridge": attacker(), "adaptive": absent}
     assert gates(both, {20: both, 100: both}, np.full(len(PIDS), CHANCE)) == []
+    assert gates(both, {20: {"adaptive": absent}, 100: both}) == gates(both, {20: {}, 100: {}}) == []
+    assert gates({"adaptive": absent}, {20: {"adaptive": absent}, 100: {"adaptive": absent}}) == []
 
 
 def test_a_broken_attack_has_no_urr_and_says_why() -> None:

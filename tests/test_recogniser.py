@@ -1,6 +1,7 @@
 """The ReID model that attackers train on their own people: what it knows, and what decoders make of it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, renewed
 from ppreid_dist.attacks.base import ATTACKERS, Attacker, to_uint8
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.probe import ProbeConfig
 from ppreid_dist.attacks.recogniser import (
     Recogniser,
     RecogniserConfig,
+    by_pixels,
     likeness_loss,
     steps_for,
     train_recogniser,
@@ -184,6 +188,39 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
     assert again and all(line.startswith("regression") for line in again)
     other = trained(recogniser=replace(few.recogniser, epochs=2))
     assert sorted(other) == sorted(line for line in first if not line.startswith("ridge"))
+
+
+def test_its_backbone_s_file_is_part_of_what_a_training_is_found_by(
+    tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor], config: RecogniserConfig
+) -> None:
+    said: list[str] = []
+    backbone = shutil.copytree(config.backbone, tmp_path / "backbone") / "config.json"
+    short = small_config(4, 0.1).regression
+
+    def trained() -> list[str]:
+        said.clear()
+        suite(*aux, *strangers, attackers=["ridge", "regression"], curve_attackers=[], regression=short,
+              recogniser=replace(config, backbone=str(backbone.parent), epochs=1), kept=Kept(tmp_path / "kept"),
+              found=said.append)  # fmt: skip
+        return [line.partition(",")[0] for line in said if "kept" not in line]
+
+    assert "ridge" in trained() and trained() == []
+    backbone.write_text(backbone.read_text().replace("[16, 32]", "[8, 32]"))
+    assert trained() == ["recogniser", *["regression"] * 3]
+
+
+@pytest.mark.parametrize("name", ["ridge", "regression", "isomap", "gan"])
+def test_the_probe_s_attackers_ask_nobody(name: str) -> None:
+    own = getattr(AttackConfig(), name)
+    attacker = ATTACKERS[name](by_pixels(own))
+    assert not attacker.asks_recogniser and ATTACKERS[name](own).asks_recogniser == (name != "ridge")
+    assert attacker.config == own or name != "ridge"
+
+
+@pytest.mark.parametrize("wrong", ["adaptive", "rigde"])
+def test_who_can_t_be_a_probe_s_attacker_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^attackers: '{wrong}' is not one of "):
+        ProbeConfig(attackers=[wrong])
 
 
 def test_an_attack_counts_it_among_what_takes_time(

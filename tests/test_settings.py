@@ -42,6 +42,7 @@ class Outer(Settings):
         ("inner.kind=c", "inner.kind:"),
         ("many=[{kind: c}]", "many[0].kind:"),
         ("many=[{kin: a}]", "kin:"),
+        ("many=[]", "many: at least one must be given"),
         ("count", "count:"),
         ("size=[1,x]", "size"),
     ],

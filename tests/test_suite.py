@@ -18,6 +18,7 @@ from ppreid_dist.attacks.base import (
     Progress,
 )
 from ppreid_dist.attacks.bench import Bench, Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.estimate import cut, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.judging import Look, chance_ap, weak_judges
@@ -27,8 +28,10 @@ from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.victims import roles_of
+from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
+from ppreid_dist.settings import load_settings
 from ppreid_dist.storage import write_json
 
 
@@ -99,6 +102,31 @@ def test_too_few_people_is_one_line_about_the_setting() -> None:
         suite(*make_people(0, 20), *make_people(50, 10), people=[3, 0])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("curve_attackers=[adaptive]", "curve_attackers: adaptive has no counterpart on the control"),
+        ("regression.loss.perceptual=1", "regression.loss.perceptual: no attacker has it"),
+        ("gan.start.loss.perceptual=1", "gan.start.loss.perceptual: no attacker has it"),
+        ("ridge.widths=[]", "ridge.widths: at least one"),
+        ("isomap.coordinates=[]", "isomap.coordinates: at least one"),
+    ],
+)
+def test_what_nobody_could_attack_with_is_refused(setting: str, message: str) -> None:
+    key = setting.partition("=")[0].rpartition(".")[0]
+    backbone = [f"{key}.perceptual_backbone=some"] if "perceptual" in setting else []
+    with pytest.raises(ConfigError, match=rf"^{re.escape(message)}[^\n]*$"):
+        load_settings(AttackConfig, None, [*backbone, setting])
+
+
+def test_without_curve_attackers_nobody_has_fewer_people(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    found = suite(*aux, *strangers, attackers=["ridge"], curve_attackers=[], people=[20, 0])
+    assert found.people == [60] and [row["n"] for row in found.axes["identity"]["curve"]] == [60]
+    assert found.axes["identity"]["urr"]["status"] == "ok"
+
+
 def test_an_attack_says_first_how_long_it_may_take(
     tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
 ) -> None:
@@ -111,6 +139,8 @@ def test_an_attack_says_first_how_long_it_may_take(
     first, second = said
     assert re.fullmatch(r"6 trainings, at most about \d+ s here: ridge 6 of \d+ s", first)
     assert re.fullmatch(r"3 trainings, at most about \d+ s here: gan 3 of \d+ s", second)
+    suite(*aux, *strangers, attackers=["ridge"], announce=said.append, whitebox=WhiteBoxConfig(people=2, steps=1))
+    assert said[2].endswith("; not counted: white-box inversion")
 
 
 def test_the_steps_that_a_training_may_take() -> None:

@@ -92,8 +92,9 @@ class AttributeProbe:
 
     def _choose(self, features_ND: Tensor, labels: Labels, fit: np.ndarray, held: np.ndarray) -> None:
         config, targets_FV = self.config, self._targets(labels, fit).to(features_ND.device)
+        # The first of all for an attribute that is known of nobody held out.
         best = dict.fromkeys(self.columns, -1.0)
-        self.chosen: dict[str, tuple[str, float, float]] = {}
+        self.chosen = dict.fromkeys(self.columns, (VIEWS[0], config.widths[0], config.ridges[0]))
         for name in VIEWS:
             view = fit_view(name, features_ND[torch.from_numpy(fit)])
             known_FK, asked_HK = (view(features_ND[torch.from_numpy(rows)]) for rows in (fit, held))

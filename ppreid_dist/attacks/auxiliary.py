@@ -42,8 +42,6 @@ class AuxiliaryConfig(Settings):
         super().__post_init__()
         if "other_domain" in self.variants and not self.data:
             raise ConfigError("data: other_domain needs a configuration file that names another data set")
-        if not self.attackers:
-            raise ConfigError("attackers: at least one must be named")
         if "adaptive" in self.attackers:
             raise ConfigError("attackers: adaptive has no counterpart on the control and can't be compared here")
 

@@ -129,10 +129,12 @@ class Bench:
             **self.perception.axes,
         }
         self.real_QD = self.perception.features(query.images_N3HW)
-        for name in config.attackers:
-            # Whoever lacks a library or a backbone says so before anybody is trained.
-            if self.attacker(name).asks_recogniser:
-                untrained(config.recogniser, 1, config.seed)
+        # Whoever lacks a library or a backbone says so before anybody is trained.
+        others = config.auxiliary.attackers if config.auxiliary.variants else []
+        self.recogniser_backbone = ""
+        if any([self.attacker(name).asks_recogniser for name in (*config.attackers, *others)]):
+            weights = untrained(config.recogniser, 1, config.seed).state_dict()
+            self.recogniser_backbone = digest(*(part for item in weights.items() for part in item))
         self.recognisers: dict[str, Recogniser] = {}
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
         tests = [query.images_N3HW, query.pids_N, query.camids_N, *self.gallery]
@@ -158,6 +160,8 @@ class Bench:
             raise ConfigError(f"attack.people: {min(filter(None, config.people))} is less than {least}")
         self.order = np.random.default_rng([config.seed, 0xA0]).permutation(people)
         self.people = sorted({min(n or len(people), len(people)) for n in config.people})
+        if not config.curve_attackers:
+            self.people = self.people[-1:]
         self.groups_N = groups_N
         self.world = digest(self.tests, aux.images_N3HW, aux.pids_N, groups_N)
 
@@ -168,7 +172,8 @@ class Bench:
     def recogniser(self, rows: np.ndarray) -> Recogniser:
         """The ReID model that was, or now is, trained on these auxiliary pictures."""
         config, images_N3hw, pids_N = self.config, self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows]
-        key = digest(source_digest(), "recogniser", to_dict(config.recogniser), config.seed, images_N3hw, pids_N)
+        own = [to_dict(config.recogniser), self.recogniser_backbone, config.seed]
+        key = digest(source_digest(), "recogniser", own, images_N3hw, pids_N)
         if key not in self.recognisers:
             self.recognisers[key] = self._recogniser(key, images_N3hw, pids_N)
         return self.recognisers[key]
@@ -263,7 +268,7 @@ class Bench:
                     settings = [name, to_dict(getattr(self.config, name)), self.config.seed, draw]
                     make = partial(self._train, label, name, draw, *parts, reversal)
                     if self.attacker(name).asks_recogniser:
-                        settings.append(to_dict(self.config.recogniser))
+                        settings += [to_dict(self.config.recogniser), self.recogniser_backbone]
                     key = digest(self.world, settings, *parts, *start)
                     trainings.append(Training(label=label, key=key, make=make))
                 yield name, n, trainings

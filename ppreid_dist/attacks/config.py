@@ -20,6 +20,9 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.onnx_model import OnnxConfig
 from ppreid_dist.settings import Settings, option
 
+ALONE = tuple(name for name in ATTACKERS if name != Adaptive.name)
+"""Who needs no generator that the victim was trained against."""
+
 
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
@@ -27,7 +30,7 @@ class AttackConfig(Settings):
         ["retrieval", "ridge", "regression", "isomap", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
     )
     curve_attackers: list[str] = option(
-        ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS)
+        ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS), may_be_empty=True
     )
     people: list[int] = option(
         [80, 160, 320, 0], "numbers of the attackers' own people; 0 is all, and more than there are is all", at_least=0
@@ -37,6 +40,7 @@ class AttackConfig(Settings):
         "splits whose stored features attackers have beside the queries', without pictures, as whoever steals a "
         "database has",
         choices=("gallery", "unlabelled", "train"),
+        may_be_empty=True,
     )
     resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
     seed: int = option(0, "everything is drawn from it", at_least=0)
@@ -62,13 +66,21 @@ class AttackConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.attackers:
-            raise ConfigError("attackers: at least one must be named")
         if set(self.attackers) == {Adaptive.name}:
             raise ConfigError("attackers: adaptive has no counterpart on the control; name another beside it")
         if strangers := set(self.curve_attackers) - set(self.attackers):
             raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
+        if set(self.curve_attackers) == {Adaptive.name}:
+            raise ConfigError("curve_attackers: adaptive has no counterpart on the control; name another beside it")
+        for key, loss in (
+            ("regression", self.regression.loss),
+            ("isomap", self.isomap.loss),
+            ("gan.start", self.gan.start.loss),
+            ("adaptive", self.adaptive.loss),
+        ):
+            if loss.perceptual:
+                raise ConfigError(
+                    f"{key}.loss.perceptual: no attacker has it; {key}.likeness asks a network of its own"
+                )
         if unknown := set(self.auxiliary.attackers) - set(ATTACKERS):
             raise ConfigError(f"auxiliary.attackers: {min(unknown)!r} is not one of {', '.join(ATTACKERS)}")
-        if not self.people:
-            raise ConfigError("people: at least one number must be given")

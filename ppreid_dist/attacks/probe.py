@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ppreid_dist.attacks.base import Attacker, split_people
+from ppreid_dist.attacks.config import ALONE
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.evaluation.images import scores
@@ -27,7 +28,9 @@ _log = logging.getLogger(__name__)
 @dataclass(kw_only=True)
 class ProbeConfig(Settings):
     every: int = option(1000, "extractor steps between probes during the game; 0 = never", at_least=0)
-    attackers: list[str] = option(["ridge"], "the fresh attackers; the one with the smallest error counts")
+    attackers: list[str] = option(
+        ["ridge"], "the fresh attackers; the one with the smallest error counts", choices=ALONE
+    )
     margin: float = option(
         0.1, "warn when the apparent error exceeds the fresh one by more than this share", at_least=0
     )

@@ -11,7 +11,8 @@ Shapes: N its own pictures, B batch, D feature dim, h w pixels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate, make_optimiser
+
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(kw_only=True)
@@ -63,6 +66,14 @@ class Recogniser:
 def likeness_loss(seen_BD: Tensor, real_BD: Tensor) -> Tensor:
     """Mean of 1 - cosine between what is seen in reconstructions and in their pictures; a scalar from 0 to 2."""
     return 1 - (seen_BD * real_BD).sum(1).mean()
+
+
+def by_pixels(config: S) -> S:
+    """An attacker's settings, but for what it would ask a recogniser."""
+    changes: dict[str, Any] = {"likeness": 0.0} if hasattr(config, "likeness") else {}
+    if isinstance(start := getattr(config, "start", None), Settings):
+        changes["start"] = by_pixels(start)
+    return replace(config, **changes)
 
 
 def untrained(config: RecogniserConfig, people: int, seed: int) -> Extractor:

@@ -77,13 +77,15 @@ def run_suite(
     """Attack both victims and put the leak in figures.
 
     Features and pictures lie on one device. ``auxiliaries`` is what else attackers learn on. ``announce`` is told first
-    how long the trainings may take, for which some steps of each are tried.
+    how long the trainings may take, for which some steps of each are tried, and what that leaves out.
 
     Raises ConfigError naming the variant where there are too few auxiliary people.
     """
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
     if announce is not None and (line := expected(bench, control, protected)):
-        announce(line)
+        parts = {"white-box inversion": bench.config.whitebox.people, "attack.auxiliary": variants}
+        left_out = [name for name, there in parts.items() if there]
+        announce(line + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
     roles = attack_victims(bench, control, protected)
     return summarise(bench, control, protected, roles, variants)
 

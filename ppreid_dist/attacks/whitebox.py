@@ -45,8 +45,6 @@ class WhiteBoxConfig(Settings):
         super().__post_init__()
         if self.people == 1:
             raise ConfigError("people: an interval needs at least 2, and 0 leaves the attack out")
-        if not self.starts or not self.smoothness:
-            raise ConfigError(f"{'smoothness' if self.starts else 'starts'}: at least one must be given")
 
 
 class WhiteBox(Attacker):

@@ -42,8 +42,6 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.train_splits:
-            raise ConfigError("train_splits: name at least one split")
         if self.kind == "synthetic" and self.aux_identities:
             raise ConfigError("aux_identities: synthetic people are set apart by data.synthetic.aux")
 

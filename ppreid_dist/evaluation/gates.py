@@ -58,10 +58,13 @@ def _falling(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], by_n: 
     *fewer, most = sorted(by_n)
     strongest = _strongest(attackers)
     best = {n: _strongest(by_n[n]) for n in fewer}
+    if strongest is None:
+        return []
     return [
         f"on unprotected features the strongest attacker, {strongest}, reaches {after:.3f} with {most} people, less "
         f"than the {before:.3f} of {name} with {n}"
         for n, name in best.items()
+        if name is not None
         for before, after in _losses(bootstrap, attackers, by_n[n][name], attackers[strongest])
     ]
 
@@ -77,10 +80,10 @@ def _losses(
     return [(float(before_B[0]), float(after_B[0]))] if matters else []
 
 
-def _strongest(attackers: Mapping[str, AttackScores]) -> str:
-    """Who finds most in unprotected features."""
+def _strongest(attackers: Mapping[str, AttackScores]) -> str | None:
+    """Who finds most in unprotected features; None where nobody has a score."""
     known = {name: of.control_Q for name, of in attackers.items() if np.isfinite(of.control_Q).any()}
-    return max(known, key=lambda name: float(np.nanmean(known[name])))
+    return max(known, key=lambda name: float(np.nanmean(known[name])), default=None)
 
 
 def _lifted(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores], chance_Q: np.ndarray) -> list[str]:

@@ -58,9 +58,6 @@ class RidgeConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("views", "widths", "ridges"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name}: at least one is needed")
         if len(self.target_size) != 2:
             raise ConfigError("target_size: must be a height and a width")
         if self.strangers == 1:

@@ -67,8 +67,6 @@ class SweepConfig(Settings):
         super().__post_init__()
         if not self.base:
             raise ConfigError("base: name the configuration file of the run to vary")
-        if not self.seeds:
-            raise ConfigError("seeds: at least one")
         if twice := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
             raise ConfigError(f"seeds: {twice[0]} is there twice")
         self.grid, self.search = dict(_flat(self.grid)), dict(_flat(self.search))

@@ -27,7 +27,11 @@ class OptimiserConfig(Settings):
     )
     decay: str = option("none", "how lr falls afterwards", choices=("none", "steps", "cosine"))
     decay_at: list[float] = option(
-        [0.33, 0.58], "shares of the training at which `steps` divides lr by 10", at_least=0, at_most=1
+        [0.33, 0.58],
+        "shares of the training at which `steps` divides lr by 10",
+        at_least=0,
+        at_most=1,
+        may_be_empty=True,
     )
     clip: float = option(10.0, "largest norm of the gradient; 0 = unlimited", at_least=0)
 

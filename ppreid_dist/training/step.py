@@ -38,7 +38,9 @@ class PrivacyConfig(Settings):
     bounded: bool = option(
         True, "count only what is drawn better than from a wrong person's feature; false is an ablation"
     )
-    adversaries: list[AdversaryConfig] = option([AdversaryConfig()], "whom the extractor plays against, together")
+    adversaries: list[AdversaryConfig] = option(
+        [AdversaryConfig()], "whom the extractor plays against, together", may_be_empty=True
+    )
     ridge: RidgeConfig = option(RidgeConfig(), "")
 
     def __post_init__(self) -> None:
