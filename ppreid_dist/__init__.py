@@ -1,3 +1,3 @@
-"""Distributed training of person re-identification whose stored features resist reversal."""
+"""Distributed training of person re-identification whose stored features are harder to reverse, and how far."""
 
 __version__ = "0.1.0"

@@ -45,7 +45,7 @@ from ppreid_dist.progress import progress_bar
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import load_settings, to_dict
-from ppreid_dist.storage import read_json, read_tensors, write_json, write_tensors
+from ppreid_dist.storage import check_writable, read_json, read_tensors, write_json, write_tensors
 from ppreid_dist.training.reversal import resize
 
 # Control and protected must be the same training but for these.
@@ -111,6 +111,9 @@ def attack(
     _check_comparable(control, protected, judges)
     _check_leaked(config)
     _check_pictures(config, control, protected, device)
+    kept = trained or out / "trained"
+    for folder in (kept, out):
+        check_writable(folder)  # or it would be known only when the first attacker has been trained
     perception = Perception(config.attack.perceptual, device)
     size = config.reversal.size
 
@@ -152,7 +155,7 @@ def attack(
             progress=bar.set_postfix_str,
             perception=perception,
             found=found,
-            kept=Kept(trained or out / "trained"),
+            kept=Kept(kept),
         )
         if ahead:
             bench.train_all(roles_of(bench, **victims)["protected"])

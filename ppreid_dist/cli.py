@@ -11,17 +11,19 @@ from typing import NoReturn
 from ppreid_dist import __version__
 from ppreid_dist.errors import ConfigError, LostError, PPReIDError, Stopped
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 75
+FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 1, 2, 75, 130
 _SETTINGS = "key=value"
 _log = logging.getLogger(__name__)
 
 
-def _parser(prog: str, description: str, schema_help: bool = False) -> argparse.ArgumentParser:
+def _parser(
+    prog: str, description: str, schema_help: bool = False, over: str = "the defaults below"
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if schema_help:
-        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings over the defaults below")
+        parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML settings over {over}")
         parser.add_argument("settings", nargs="*", metavar=_SETTINGS, help="dotted settings over those of the file")
     return parser
 
@@ -109,6 +111,7 @@ def _attack(arguments: Sequence[str]) -> int:
         "Train fresh attackers on the stored features of two runs and compare: the unprotected control is the ceiling, "
         "permuted pairs are the floor, independent extractors judge who is recognised.",
         True,
+        over="the defaults below, for the protected run's config.yaml, which else gives the settings",
     )
     parser.add_argument("--control", type=Path, required=True, metavar="RUN", help="the unprotected run")
     parser.add_argument("--protected", type=Path, required=True, metavar="RUN", help="the run under test")
@@ -272,6 +275,9 @@ def _guard(work: Callable[[], int]) -> NoReturn:
         sys.exit(STOPPED)
     except BrokenPipeError:
         sys.exit(FAILED)
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def train_main() -> NoReturn:
@@ -299,7 +305,8 @@ def main() -> NoReturn:
     lines = "\n".join(f"  {name:10} {what}" for name, (_, what) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="ppreid",
-        description="Person re-identification whose stored features resist reversal, and the measurement of it.",
+        description="Person re-identification whose stored features are meant to be harder to turn back into\n"
+        "pictures, and a measurement of how far that holds.",
         epilog=f"commands (each has --help):\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -30,6 +30,7 @@ from ppreid_dist.models.recompute import recompute_blocks
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
+from ppreid_dist.storage import check_writable
 from ppreid_dist.training.adversary import Adversary
 from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary
 from ppreid_dist.training.engine import Engine, EngineConfig, open_engine
@@ -106,12 +107,18 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     """Train an extractor by ``config`` and leave the run's folder (see ``training.runner``); returns result.json's
     content. Under a launcher every process calls it alike."""
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+    if config.model.store.kind != "plain":
+        raise ConfigError(
+            f"model.store.kind: {config.model.store.kind} is put on a finished extractor: train it plain, then `ppreid "
+            f"store`"
+        )
     if not resume and (folder / "checkpoints" / "latest").exists():
         raise RunError(f"{folder}: holds a run already; continue it by --resume or choose another output=FOLDER")
     random.seed(config.seed)
     torch.manual_seed(config.seed)  # nothing of ours draws from it; a library's stray draw is at least repeated
     split = open_training(config.data)
+    folder.mkdir(parents=True, exist_ok=True)
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
     try:
         with using(config.kernels, engine.device, partitioned=engine.kind != "ddp"):
@@ -130,11 +137,6 @@ def _play(
     config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, resume: bool, progress: bool
 ) -> dict[str, Any]:
     _check_world(config)
-    if config.model.store.kind != "plain":
-        raise ConfigError(
-            f"model.store.kind: {config.model.store.kind} is put on a finished extractor: train it plain, then `ppreid "
-            f"store`"
-        )
     classes, labels_N = np.unique(split.pids, return_inverse=True)
     split_head = config.identity.head == "split"
     with seeded(config.seed, _EXTRACTOR):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppreid_dist.errors import DataError
+
+
+def check_writable(folder: Path) -> None:
+    """DataError naming it where it couldn't be made, or nothing be written into it; leaves nothing behind."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder}: can't be written to: {error.strerror}") from None
 
 
 @contextmanager

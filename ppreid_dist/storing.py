@@ -17,7 +17,7 @@ from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.models.folder import load_extractor, save_extractor
-from ppreid_dist.models.store import Store
+from ppreid_dist.models.store import USES, Store
 from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.storage import atomic
 
@@ -27,8 +27,8 @@ STORED = "model.store."
 def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = True) -> None:
     """Make ``out`` the run ``run`` with other ``model.store.*`` settings, fitted on its own training pictures.
 
-    ``out`` appears whole or not at all. ConfigError for any other setting; RunError where ``run`` isn't finished or
-    stores otherwise already, or ``out`` is there.
+    ``out`` appears whole or not at all. ConfigError for any other setting, one that its kind doesn't have, or none that
+    changes anything; RunError where ``run`` isn't finished or stores otherwise already, or ``out`` is there.
     """
     for setting in settings:
         if not setting.startswith(STORED):
@@ -39,6 +39,14 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     if before.model.store.kind != "plain":
         raise RunError(f"{run}: its features are stored as {before.model.store.kind} already; store the plain run")
     config = load_settings(Config, run / "config.yaml", [*settings, f"output={out}"])
+    chosen = config.model.store
+    for key in (setting.partition("=")[0].removeprefix(STORED).partition(".")[0] for setting in settings):
+        if key not in ("kind", "quantise", *USES[chosen.kind]):
+            raise ConfigError(f"{STORED}{key}: {STORED}kind={chosen.kind} has none")
+    if (chosen.kind, chosen.quantise) == ("plain", "none"):
+        raise ConfigError(
+            f"{STORED}kind: plain features are what {run} stores already; name what is to be kept instead"
+        )
     device = default_device()
     saved = load_extractor(run / "model", device)
     kept = Store(config.model.store, saved.extractor.feature_dim).to(device)

@@ -124,6 +124,15 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
         ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), "seed=4"], "seed: can't be changed after training"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), words[0], "model.store.dim=99"], "model.store.dim: 99"),
+        (
+            [str(runs / "control"), "--out", str(tmp_path / "b"), "model.store.axes=4"],
+            "axes: model.store.kind=plain has none",
+        ),
+        ([str(runs / "control"), "--out", str(tmp_path / "b"), words[0], "model.store.key=1"], "kind=pca has none"),
+        (
+            [str(runs / "control"), "--out", str(tmp_path / "b"), "model.store.quantise=none"],
+            "stores already; name what",
+        ),
     ):
         assert message in ppreid("store", *arguments, expect=2).stderr
     assert not (tmp_path / "b").exists()
@@ -213,6 +222,7 @@ def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: 
         ({"control": "judge", "judge": "control"}, [], "not the control"),
         ({"protected": "none"}, [], "none: not a run: it has no config.yaml"),
         ({}, ["attack.people=[3]"], "attack.people: 3"),
+        ({}, ["--out", "/proc/none/out"], "error: /proc/none/out/trained: can't be written to: "),
         ({}, ["attack.attackers=[psychic]"], "attack.attackers: 'psychic'"),
     ],
 )
@@ -227,6 +237,20 @@ def test_runs_that_can_not_be_compared(
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["/proc/none/run", "README.md", "README.md/run"])
+def test_a_training_that_could_not_be_kept_is_refused_at_once(world: list[str], output: str) -> None:
+    said = ppreid("train", *world, f"output={output}", expect=2).stderr
+    assert re.search(rf"^error: {output}: can't be written to: [^\n]+\n$", said, re.MULTILINE)
+
+
+def test_an_interrupted_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppreid_dist.assessment.report", interrupted)
+    assert ppreid("report", "runs", expect=130).stderr == "interrupted; what is finished is kept\n"
 
 
 def test_doctor_finds_this_installation_sound() -> None:

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, launch
 from ranks import Rank, finish, start_ranks
 from test_training import assert_same, last, run
 
 from ppreid_dist.errors import Stopped
 from ppreid_dist.training.runner import Runner
+from ppreid_dist.training.stopping import StopRequests
 from ppreid_dist.training.tracking import read_metrics
 
 pytestmark = pytest.mark.faults
@@ -30,7 +33,33 @@ def wait_for(file: Path, ranks: list[Rank], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", ["file", "SIGTERM", "SIGUSR2"])
+@pytest.fixture
+def at_a_terminal() -> Iterator[None]:
+    """Who runs the tests in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_ctrl_c_saves_and_twice_ends_at_once(tmp_path: Path) -> None:
+    requests = StopRequests(tmp_path, torch.device("cpu"))
+    requests.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert requests.agreed()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    requests.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # Of a background job, which ignores it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests.listen()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    requests.close()
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+@pytest.mark.parametrize("how", ["file", "SIGTERM", "SIGUSR2", "SIGINT"])
 @pytest.mark.parametrize("step", [2, 7])
 def test_a_stopped_run_goes_on_bit_for_bit(world: list[str], tmp_path: Path, how: str, step: int) -> None:
     folder, turn = tmp_path / "run", Runner._round

@@ -2,15 +2,20 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.models.store import DecoderConfig, Store, StoreConfig, int8_step, quantise_int8
+from ppreid_dist.models.store import USES, DecoderConfig, Store, StoreConfig, int8_step, quantise_int8
+from ppreid_dist.settings import load_settings
+from ppreid_dist.storing import STORED
+from ppreid_dist.sweep.config import SweepConfig
 
 
 def features(rows: int = 40, dim: int = 16, seed: int = 0) -> torch.Tensor:
@@ -171,3 +176,12 @@ def test_int8_levels(dim: int, seed: int, gain: float) -> None:
     weights = torch.randn(3, dim, generator=draw)
     (rounded * weights).sum().backward()
     assert torch.equal(exact.grad, weights)  # straight through
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("privacy_bench*.yaml")), ids=lambda file: file.name)
+def test_every_method_that_ships_stores_by_settings_that_its_kind_has(file: Path) -> None:
+    for method, keys in load_settings(SweepConfig, file).methods.items():
+        stored = {
+            key.removeprefix(STORED).partition(".")[0]: value for key, value in keys.items() if key.startswith(STORED)
+        }
+        assert set(stored) <= {"kind", "quantise", *USES[stored.get("kind", "plain")]}, method

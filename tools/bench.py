@@ -30,6 +30,8 @@ import bench_step
 import torch
 from bench_process import cores
 
+from ppreid_dist.errors import PPReIDError
+
 PARTS = {
     "rank": bench_rank, "step": bench_step, "input": bench_input, "kernels": bench_kernels, "scaling": bench_scaling,
     "network": bench_network, "shards": bench_shards,
@@ -56,7 +58,10 @@ def main() -> None:
     for name, part in PARTS.items():
         part.arguments(parts.add_parser(name, parents=[_common()]))
     options = parser.parse_args()
-    rows = PARTS[options.part].measure(options)
+    try:
+        rows = PARTS[options.part].measure(options)
+    except PPReIDError as error:
+        parser.exit(2, f"error: {error}\n")
     print("\n".join(table(rows)))
     if options.json:
         about = {

@@ -29,6 +29,16 @@ from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, option
 
+USES = {
+    "plain": (),
+    "noise": ("strength", "key"),
+    "adversarial": ("strength", "ascent", "decoder", "key"),
+    "pca": ("dim",),
+    "rotation": ("key",),
+    "signs": ("dim", "key"),
+    "codes": ("dim", "axes", "width", "key"),
+}
+"""The settings, beside ``quantise``, that each kind has."""
 KEYED = ("noise", "rotation", "signs", "codes")
 INT8_MAX = 127
 INT8_SIGMAS = 4.0
@@ -50,7 +60,7 @@ class StoreConfig(Settings):
     kind: str = option(
         "plain",
         "what is kept of an embedding; all but plain are for `ppreid store`, after training",
-        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs", "codes"),
+        choices=tuple(USES),
     )
     strength: float = option(0.5, "the norm of what is added: of noise on average, of adversarial at most", more_than=0)
     ascent: int = option(20, "of adversarial: steps to where the decoder errs most", at_least=1)

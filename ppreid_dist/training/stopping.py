@@ -1,4 +1,4 @@
-"""A wish to stop: SIGTERM, SIGUSR2, or a file in the run's folder. All processes agree on it at a step's end.
+"""A wish to stop: SIGTERM, SIGUSR2, Ctrl-C, or a file in the run's folder. All processes agree on it at a step's end.
 
 Nothing is saved inside a signal's handler: it only raises a flag. A cluster may signal one process or all of them, at
 different moments, so the flags are reduced over processes, and all of them stop after the same step.
@@ -13,7 +13,7 @@ import torch
 
 from ppreid_dist import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not USR1, which NCCL takes
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL takes
 STOP_FILE = "stop"
 
 
@@ -29,7 +29,8 @@ class StopRequests:
     def listen(self) -> None:
         """Take over the signals. Python hands them to the main thread alone: elsewhere only the file is heard."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            ignored = {signal.SIGINT} - {n for n in SIGNALS if signal.getsignal(n) is signal.default_int_handler}
+            self._before = {number: signal.signal(number, self._hear) for number in set(SIGNALS) - ignored}
 
     def close(self) -> None:
         """Give the signals back."""
@@ -38,6 +39,8 @@ class StopRequests:
         self._before = {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt  # who presses twice doesn't want to wait
         self._signalled = True
 
     def agreed(self) -> bool:
