@@ -31,7 +31,9 @@ from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import sweep_in_array, write_again
 from ppreid_dist.sweep.folder import open_folder
+from ppreid_dist.sweep.programs import Programs
 from ppreid_dist.training.adversary import AdversaryConfig
+from ppreid_dist.training.launcher import Launched
 from ppreid_dist.training.step import PrivacyConfig
 
 # --- a whole sweep, of stand-ins --------------------------------------------------------------------------------
@@ -363,6 +365,26 @@ def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> Non
 
 
 # --- for real ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launch_is_not_by_the_user_s_own_file(tmp_path: Path, processes: int) -> None:
+    """Which would give it other GPUs than Ray did, and another engine."""
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n"
+        "gpu_ids: 0,1,2,3\nnum_machines: 1\nnum_processes: 4\nmixed_precision: bf16\ndynamo_backend: INDUCTOR\n"
+    )
+    (tmp_path / "train.py").write_text(
+        "import json, os, sys\njson.dump(dict(os.environ), open(sys.argv[1] + os.environ.get('RANK', '0'), 'w'))\n"
+    )
+    command = Programs().train(processes, ["seen"])
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,5"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("seen*"))) == processes
+    seen = read_json(tmp_path / "seen0")
+    assert seen["CUDA_VISIBLE_DEVICES"] == "4,5" and seen["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert Launched.read(seen) == Launched() and seen["ACCELERATE_DYNAMO_BACKEND"] == "NO"
 
 
 @pytest.mark.slow
