@@ -115,6 +115,20 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "5")])
+def test_a_trial_without_gpus_sees_none(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, seen: str
+) -> None:
+    """Ray leaves all of them to a trial that asks for none, and its own to one that asks."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setattr(driver, "check_machine", lambda resources: None)
+    change(asked, grid={"privacy.weight": [1]}, seeds=[0], resources={"gpus": gpus})
+    array(asked)
+    environments = [read_json(run / "environment.json") for run in trainings(tmp_path / "out")]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == [seen] * 3
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(asked: Path, tmp_path: Path) -> None:
     change(asked, grid={"privacy.weight": [1]}, seeds=[0])
     array(asked)

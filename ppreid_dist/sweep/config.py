@@ -22,7 +22,7 @@ _RANGE = {"low", "high", "log", "choices"}
 class ResourcesConfig(Settings):
     processes: int = option(1, "processes that train a run together", at_least=1)
     cpus: int = option(1, "CPU cores of a trial, over all its processes", at_least=1)
-    gpus: int = option(0, "GPUs of a trial; 0 or as many as processes", at_least=0)
+    gpus: int = option(0, "GPUs of a trial; as many as processes, or 0: it sees none", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
