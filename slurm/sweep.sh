@@ -24,7 +24,6 @@ enter_job "$@"
 config=$1
 shift
 
-driver=''
 tell_once() { kill -USR2 "$driver"; }
 
 source_site

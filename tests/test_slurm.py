@@ -122,7 +122,7 @@ def test_75_requeues_the_job(door: Door) -> None:
 def test_the_signal_that_follows_a_requeue_is_not_passed_on(door: Door) -> None:
     """Slurm ends the script that asked for it; a scancel sent after that would stop the job's next start."""
     said = door.run("a run.yaml", STATUS="75")
-    time.sleep(0.5)
+    time.sleep(1)
     assert door.requeued() == ["70001"] and "saved; requeued" in said
     assert door.calls("scancel") == []
 
@@ -275,6 +275,20 @@ def test_a_sweep_that_is_told_to_stop_saves_and_comes_back(sweep_door: Door, num
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, out + err
     assert sweep_door.requeued() == ["70001"] and "sweep.sh: saved; requeued, 1 of at most 50 times" in out
+
+
+@pytest.mark.parametrize("script", ["sweep.sh", "train.sh"])
+def test_a_signal_that_comes_before_anybody_can_hear_it_is_not_lost(tmp_path: Path, script: str) -> None:
+    door = make_door(tmp_path, script)
+    loading = tmp_path / "modules are loaded"
+    (door.root / "slurm" / "site.sh").write_text(f"touch '{loading}'; sleep 1\n")
+    process = door.start("a run.yaml")
+    while not loading.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR2)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, out + err
+    assert door.requeued() == ["70001"]
 
 
 def test_an_array_sweeps_without_ray_and_requeues_its_task_alone(sweep_door: Door) -> None:
