@@ -235,6 +235,23 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
     refused(ConfigError, "^search: needs --backend ray; an array can do a grid or methods$")
 
 
+def test_tasks_that_open_a_new_sweep_together_do_not_refuse_each_other(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one comes while this one looks into the folder."""
+    config, look = load_settings(SweepConfig, asked), Path.iterdir
+    (tmp_path / "out").mkdir()
+
+    def look_late(folder: Path) -> Any:
+        monkeypatch.setattr(Path, "iterdir", look)
+        open_folder(config, resume=True)
+        return look(folder)
+
+    monkeypatch.setattr(Path, "iterdir", look_late)
+    open_folder(config, resume=True)
+    assert Path.iterdir is look
+
+
 def _do_array(asked: Path, resume: bool) -> None:
     try:
         array(asked, resume=resume)

@@ -107,11 +107,13 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
         raise ConfigError(f"judges: {absent[0]}: no such file or folder")
     asked = {"sweep": to_dict(config), "base": to_dict(base)}
     file = folder.path / "sweep.json"
+    # Before the look for the file: another task of an array may write it in between.
+    used = folder.path.is_dir() and any(not item.name.startswith(".") for item in folder.path.iterdir())
     if file.is_file():
         if not resume:
             raise RunError(f"{config.output}: holds a sweep already; continue it by --resume or choose another output")
         _check_same(read_json(file), asked, file)
-    elif folder.path.is_dir() and any(not item.name.startswith(".") for item in folder.path.iterdir()):
+    elif used:
         raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
     else:
         write_json(file, asked)  # first of all: another task of an array may look meanwhile
