@@ -31,7 +31,11 @@ from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import sweep_in_array, write_again
 from ppreid_dist.sweep.folder import open_folder
+from ppreid_dist.sweep.front import front_of
 from ppreid_dist.sweep.programs import Programs
+from ppreid_dist.sweep.space import Trial
+from ppreid_dist.sweep.study import open_study
+from ppreid_dist.sweep.trial import Worker
 from ppreid_dist.training.adversary import AdversaryConfig
 from ppreid_dist.training.launcher import Launched
 from ppreid_dist.training.step import PrivacyConfig
@@ -372,6 +376,32 @@ def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_pat
     front = assert_whole(tmp_path / "out", controls=1, trials=3)
     assert begun <= {row["name"] for row in front["trials"]}
     assert len({row["weight"] for row in front["trials"]}) == 3
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_search_of_few_points_ends(asked: Path, tmp_path: Path) -> None:
+    """Two points, one of which three proposals must repeat."""
+    change(asked, grid={}, search={"privacy.every": {"low": 2, "high": 3}}, trials=3, seeds=[0])
+    Driver("ray", asked).ends(0, within=250)
+    front = json.loads((tmp_path / "out" / "front.json").read_text())
+    points = {row["settings"]["privacy.every"] for row in front["trials"]}
+    assert points <= {2, 3} and front["complete"] and front["expected"] == len(points) == len(front["trials"])
+    assert len(list((tmp_path / "out" / "repeats").iterdir())) == 3 - len(points)
+
+
+@needs_ray
+def test_what_a_search_proposed_again_is_not_missing(asked: Path) -> None:
+    change(asked, grid={}, search={"privacy.every": {"low": 2, "high": 4}}, trials=8, seeds=[0, 1])
+    folder = open_folder(load_settings(SweepConfig, asked), resume=False)
+    row = {"status": "failed", "reason": "a reason"}
+    for trial in [Trial({"privacy.every": every}, seed) for every in (2, 3, 4) for seed in (0, 1)]:
+        folder.begin(trial)
+        Worker(folder).note(trial, row, time.time())
+    assert open_study(folder).missing == 5 and front_of(folder)["expected"] == 16 and not front_of(folder)["complete"]
+    for proposal in ("a", "b", "c", "c", "d", "e"):
+        folder.repeat(proposal)
+    assert open_study(folder).missing == 0 and front_of(folder)["expected"] == 6 and front_of(folder)["complete"]
 
 
 def test_asha_compares_the_whole_objective() -> None:

@@ -46,7 +46,9 @@ class SweepConfig(Settings):
         "instead of both, methods by name, each with the run keys that make it and their values; one that only sets "
         "model.store keys is put on the control",
     )
-    trials: int = option(20, "points that a search tries", at_least=1)
+    trials: int = option(
+        20, "points that a search proposes; one that it proposes again counts, and isn't trained again", at_least=1
+    )
     asha: bool = option(
         False,
         "end trials early whose training loss is in the worse half; only where λ and the whole objective are fixed",
