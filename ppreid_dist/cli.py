@@ -190,7 +190,10 @@ def _sweep(
     ):
         parser.add_argument(flag, action="store_true", help=what)
     parser.add_argument(
-        "--backend", choices=("ray", "array"), default="ray", help="array: no Ray, tasks that share a folder"
+        "--backend",
+        choices=("ray", "array"),
+        default="ray",
+        help="array: no Ray, tasks that share a folder; give those on one node a CUDA_VISIBLE_DEVICES each",
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster (default: a Ray of this machine)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="wait for so many nodes of it")

@@ -40,7 +40,7 @@ from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import ReversalAdversary, ReversalConfig
 from ppreid_dist.training.runner import Runner, TrainingConfig
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
-from ppreid_dist.training.tracking import open_trackers
+from ppreid_dist.training.tracking import open_trackers, tracker_options
 
 _log = logging.getLogger(__name__)
 _EXTRACTOR, _LABELLED, _STRANGERS, _REVERSAL = 21, 22, 23, 24  # tags that keep the random streams of a seed apart
@@ -201,7 +201,8 @@ def _play(
     )
     # TensorBoard takes plain values only.
     table = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in flat(to_dict(config))}
-    engine.accelerator.init_trackers("ppreid_dist", config=table)
+    told = tracker_options(config.engine.trackers, folder) if engine.is_main else {}
+    engine.accelerator.init_trackers("ppreid_dist", config=table, init_kwargs=told)
     if runner.resume() and engine.is_main:
         _log.info("%s: continued at step %d of %d", folder, runner.step, runner.total)
     if engine.is_main:

@@ -24,12 +24,21 @@ enter_job() {
     trap hear USR2 TERM
 }
 
-# A signal may come before what must hear it exists or listens: tell_once is called again and again until it has ended.
+# A signal may come before what must hear it exists: then it is told once it is awaited. It may not listen yet, either:
+# tell_once is called again and again until it has ended.
+heard=0
+awaited=''
 sender=''
 hear() {
     interrupted=1
+    heard=1
+    if [[ -n $awaited ]]; then tell; fi
+}
+
+tell() {
     if [[ -z $sender ]]; then
         {
+            sleep 0.5 # what has only just been started doesn't ignore the signal yet, and would die of it
             while kill -0 $$; do # this script's: nobody is told after its end
                 tell_once || :
                 sleep 3
@@ -42,6 +51,8 @@ hear() {
 
 # Wait for process $1; its status in $status. A trap ends `wait` early, with a status that isn't the process's.
 await() {
+    awaited=$1
+    if ((heard)); then tell; fi
     while interrupted=0; do
         status=0
         wait "$1" || status=$?

@@ -24,7 +24,6 @@ enter_job "$@"
 config=$1
 shift
 
-driver=''
 tell_once() { kill -USR2 "$driver"; }
 
 source_site
@@ -47,6 +46,7 @@ else
     if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE"); fi
     # Ray is alone on a node, and shares its GPUs out itself.
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND SLURM_NTASKS SLURM_NTASKS_PER_NODE
+    unset SLURM_TRES_PER_TASK SLURM_TRES_BIND
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${gpus[@]}" \
         --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --export=ALL \
         bash slurm/ray_node.sh "$MASTER_ADDR" "$port" &

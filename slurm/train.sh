@@ -63,8 +63,9 @@ if ((${SLURM_GPUS_ON_NODE:-0} > 0)); then
     cpus=$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE))
     ((cpus > 0)) || fail "$SLURM_CPUS_ON_NODE CPUs can't serve $SLURM_GPUS_ON_NODE GPUs: give --cpus-per-gpu to sbatch"
     # Every task must see all GPUs of the job on its node, and takes the one of its LOCAL_RANK. These would bind it to
-    # one; --gpu-bind=none would show it those of other jobs, too.
+    # one (Slurm from 24.05 on says it in SLURM_TRES_…, too); --gpu-bind=none would show it those of other jobs, too.
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+    unset SLURM_TRES_PER_TASK SLURM_TRES_BIND
     shape=(--ntasks="$tasks" --ntasks-per-node="$SLURM_GPUS_ON_NODE" --gpus-per-node="$SLURM_GPUS_ON_NODE")
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}

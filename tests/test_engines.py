@@ -301,6 +301,7 @@ def test_not_a_number_stops_all_processes_before_the_update(
         ({}, ("auto", "auto", 0), ("ddp", "no", 1)),
         ({}, ("ddp", "bf16", 3), ("ddp", "bf16", 3)),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("auto", "auto", 0), ("ddp", "bf16", 1)),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_DYNAMO_BACKEND": "NO"}, ("auto", "auto", 0), ("ddp", "no", 1)),
         ({"ACCELERATE_MIXED_PRECISION": "no", STEPS: "1"}, ("zero1", "bf16", 2), ("zero1", "bf16", 2)),
         (
             {FLAG: "true", STAGE: "3", STEPS: "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
@@ -342,6 +343,9 @@ def test_auto_takes_the_launcher_s_word(
         ),
         ({STEPS: "4"}, ("auto", "auto"), "engine.accumulate: the configuration says 2 but the launcher says 4"),
         ({STEPS: "0"}, ("auto", "auto"), "engine.accumulate: the launcher's gradient_accumulation_steps is 0"),
+        ({"ACCELERATE_USE_FSDP": "true"}, ("auto", "auto"), "engine.kind: the launcher says FSDP; there are ddp, "),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ("auto", "auto"), "engine.kind: the launcher says Megatron-LM"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ("auto", "auto"), "engine.compile: the launcher says inductor"),
     ],
 )
 def test_contradictions(said: dict[str, str], settings: tuple[str, str], message: str) -> None:

@@ -59,13 +59,19 @@ def test_the_first_node_is_the_master_and_the_port_the_job_s_own(door: Door) -> 
     assert all(10_000 < int(seen["MASTER_PORT"]) < 32_768 for seen in (first, second))
 
 
+# What sbatch --gpus-per-task=1 --cpus-per-gpu=8 leaves, and srun would read: each task would see one GPU only.
+ONE_EACH = {
+    "SLURM_GPUS_PER_TASK": "1", "SLURM_CPUS_PER_GPU": "8", "SLURM_TRES_PER_TASK": "gres/gpu=1",
+    "SLURM_TRES_BIND": "gres/gpu:per_task:1",
+}  # fmt: skip
+
+
 def test_on_gpus_a_task_each_with_its_share_of_the_cpus(door: Door) -> None:
-    asked = {"SLURM_GPUS_PER_TASK": "1", "SLURM_CPUS_PER_GPU": "8"}
-    door.run("a run.yaml", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="34", **asked)
+    door.run("a run.yaml", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_ON_NODE="34", **ONE_EACH)
     srun = door.calls("srun")[0]
     assert {"--ntasks=8", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=8"} <= set(srun["arguments"])
     assert door.calls("python")[0]["environment"]["OMP_NUM_THREADS"] == "8"
-    assert not asked.keys() & srun["environment"].keys()  # by the first, each would see one GPU only
+    assert not ONE_EACH.keys() & srun["environment"].keys()
 
 
 def test_gpus_without_cpus_are_an_error_that_says_so(door: Door) -> None:
@@ -116,7 +122,7 @@ def test_75_requeues_the_job(door: Door) -> None:
 def test_the_signal_that_follows_a_requeue_is_not_passed_on(door: Door) -> None:
     """Slurm ends the script that asked for it; a scancel sent after that would stop the job's next start."""
     said = door.run("a run.yaml", STATUS="75")
-    time.sleep(0.5)
+    time.sleep(1)
     assert door.requeued() == ["70001"] and "saved; requeued" in said
     assert door.calls("scancel") == []
 
@@ -232,8 +238,10 @@ def sweep_door(tmp_path: Path) -> Door:
 
 
 def test_ray_runs_on_every_node_and_the_driver_on_the_first(sweep_door: Door) -> None:
-    sweep_door.run("a run.yaml", "seeds=[0, 1]", TASKS="2", STATUS="0", SLURM_GPUS_ON_NODE="4", SLURM_NTASKS="16")
+    job = {"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS": "16", **ONE_EACH}
+    sweep_door.run("a run.yaml", "seeds=[0, 1]", TASKS="2", STATUS="0", **job)
     asked = sweep_door.calls("srun")[0]
+    assert not ONE_EACH.keys() & asked["environment"].keys()
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gpus-per-node=4"} <= set(asked["arguments"])
     assert "SLURM_NTASKS" not in asked["environment"] or asked["environment"]["SLURM_NTASKS"] == "2"
     (driver,) = sweep_door.calls("python")
@@ -267,6 +275,20 @@ def test_a_sweep_that_is_told_to_stop_saves_and_comes_back(sweep_door: Door, num
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, out + err
     assert sweep_door.requeued() == ["70001"] and "sweep.sh: saved; requeued, 1 of at most 50 times" in out
+
+
+@pytest.mark.parametrize("script", ["sweep.sh", "train.sh"])
+def test_a_signal_that_comes_before_anybody_can_hear_it_is_not_lost(tmp_path: Path, script: str) -> None:
+    door = make_door(tmp_path, script)
+    loading = tmp_path / "modules are loaded"
+    (door.root / "slurm" / "site.sh").write_text(f"touch '{loading}'; sleep 1\n")
+    process = door.start("a run.yaml")
+    while not loading.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR2)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, out + err
+    assert door.requeued() == ["70001"]
 
 
 def test_an_array_sweeps_without_ray_and_requeues_its_task_alone(sweep_door: Door) -> None:

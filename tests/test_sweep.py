@@ -31,7 +31,13 @@ from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import sweep_in_array, write_again
 from ppreid_dist.sweep.folder import open_folder
+from ppreid_dist.sweep.front import front_of
+from ppreid_dist.sweep.programs import Programs
+from ppreid_dist.sweep.space import Trial
+from ppreid_dist.sweep.study import open_study
+from ppreid_dist.sweep.trial import Worker
 from ppreid_dist.training.adversary import AdversaryConfig
+from ppreid_dist.training.launcher import Launched
 from ppreid_dist.training.step import PrivacyConfig
 
 # --- a whole sweep, of stand-ins --------------------------------------------------------------------------------
@@ -110,6 +116,20 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
     before = {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
     array(asked, resume=True)
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "5")])
+def test_a_trial_without_gpus_sees_none(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, seen: str
+) -> None:
+    """Ray leaves all of them to a trial that asks for none, and its own to one that asks."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setattr(driver, "check_machine", lambda resources: None)
+    change(asked, grid={"privacy.weight": [1]}, seeds=[0], resources={"gpus": gpus})
+    array(asked)
+    environments = [read_json(run / "environment.json") for run in trainings(tmp_path / "out")]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == [seen] * 3
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -217,6 +237,23 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
     refused(DataError, "a file/out", f"output={tmp_path / 'a file' / 'out'}")
     change(asked, grid={}, search={"optimiser.weight_decay": {"low": 0.1, "high": 1}})
     refused(ConfigError, "^search: needs --backend ray; an array can do a grid or methods$")
+
+
+def test_tasks_that_open_a_new_sweep_together_do_not_refuse_each_other(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one comes while this one looks into the folder."""
+    config, look = load_settings(SweepConfig, asked), Path.iterdir
+    (tmp_path / "out").mkdir()
+
+    def look_late(folder: Path) -> Any:
+        monkeypatch.setattr(Path, "iterdir", look)
+        open_folder(config, resume=True)
+        return look(folder)
+
+    monkeypatch.setattr(Path, "iterdir", look_late)
+    open_folder(config, resume=True)
+    assert Path.iterdir is look
 
 
 def _do_array(asked: Path, resume: bool) -> None:
@@ -341,6 +378,32 @@ def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_pat
     assert len({row["weight"] for row in front["trials"]}) == 3
 
 
+@needs_ray
+@pytest.mark.slow
+def test_a_search_of_few_points_ends(asked: Path, tmp_path: Path) -> None:
+    """Two points, one of which three proposals must repeat."""
+    change(asked, grid={}, search={"privacy.every": {"low": 2, "high": 3}}, trials=3, seeds=[0])
+    Driver("ray", asked).ends(0, within=250)
+    front = json.loads((tmp_path / "out" / "front.json").read_text())
+    points = {row["settings"]["privacy.every"] for row in front["trials"]}
+    assert points <= {2, 3} and front["complete"] and front["expected"] == len(points) == len(front["trials"])
+    assert len(list((tmp_path / "out" / "repeats").iterdir())) == 3 - len(points)
+
+
+@needs_ray
+def test_what_a_search_proposed_again_is_not_missing(asked: Path) -> None:
+    change(asked, grid={}, search={"privacy.every": {"low": 2, "high": 4}}, trials=8, seeds=[0, 1])
+    folder = open_folder(load_settings(SweepConfig, asked), resume=False)
+    row = {"status": "failed", "reason": "a reason"}
+    for trial in [Trial({"privacy.every": every}, seed) for every in (2, 3, 4) for seed in (0, 1)]:
+        folder.begin(trial)
+        Worker(folder).note(trial, row, time.time())
+    assert open_study(folder).missing == 5 and front_of(folder)["expected"] == 16 and not front_of(folder)["complete"]
+    for proposal in ("a", "b", "c", "c", "d", "e"):
+        folder.repeat(proposal)
+    assert open_study(folder).missing == 0 and front_of(folder)["expected"] == 6 and front_of(folder)["complete"]
+
+
 def test_asha_compares_the_whole_objective() -> None:
     privacy = PrivacyConfig(adversaries=[AdversaryConfig(kind="ridge", weight=2.0)])
     losses = Losses(privacy, NeighbourhoodConfig(weight=3.0))
@@ -363,6 +426,26 @@ def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> Non
 
 
 # --- for real ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launch_is_not_by_the_user_s_own_file(tmp_path: Path, processes: int) -> None:
+    """Which would give it other GPUs than Ray did, and another engine."""
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n"
+        "gpu_ids: 0,1,2,3\nnum_machines: 1\nnum_processes: 4\nmixed_precision: bf16\ndynamo_backend: INDUCTOR\n"
+    )
+    (tmp_path / "train.py").write_text(
+        "import json, os, sys\njson.dump(dict(os.environ), open(sys.argv[1] + os.environ.get('RANK', '0'), 'w'))\n"
+    )
+    command = Programs().train(processes, ["seen"])
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,5"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("seen*"))) == processes
+    seen = read_json(tmp_path / "seen0")
+    assert seen["CUDA_VISIBLE_DEVICES"] == "4,5" and seen["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert Launched.read(seen) == Launched() and seen["ACCELERATE_DYNAMO_BACKEND"] == "NO"
 
 
 @pytest.mark.slow

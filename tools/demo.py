@@ -20,6 +20,7 @@ from ppreid_dist.errors import PPReIDError
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings
+from ppreid_dist.sweep.programs import PLAIN
 
 CONTROL = ["privacy.weight=0"]
 JUDGE = [*CONTROL, "seed=1", "model.backbone=configs/backbones/resnet_tiny_b", "data.train_splits=[train,aux]"]
@@ -65,8 +66,8 @@ def train(name: str, config: str, settings: list[str], out: Path) -> bool:
     several = ["--multi_gpu"] if processes() > 1 else []
     call(
         f"train {name}",
-        *["accelerate", "launch", *several, "--num_processes", str(processes()), "--num_machines", "1"],
-        *["--mixed_precision", "no", "--dynamo_backend", "no"],
+        *["accelerate", "launch", "--config_file", os.path.relpath(PLAIN)],
+        *[*several, "--num_processes", str(processes())],
         *["train.py", "--config", config, "--resume", *arguments],
     )
     return True

@@ -16,13 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ppreid_dist.storage import read_json
+from ppreid_dist.sweep.programs import PLAIN
 
 
 def mean_ap(run: Path, processes: int, arguments: list[str]) -> float:
     """Train and evaluate, unless that is done. Ends the program with what a failed run said."""
     several = ["--multi_gpu"] if processes > 1 else []
-    launch = ["accelerate", "launch", *several, "--num_processes", str(processes), "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    launch = ["accelerate", "launch", "--config_file", str(PLAIN), *several, "--num_processes", str(processes),
+              "--main_process_port", "0"]  # fmt: skip
     train = [*launch, "train.py", "--resume", *arguments, f"output={run}"]
     binaries = Path(sys.executable).parent
     for name, *rest in [] if (run / "evaluation.json").is_file() else [train, ["ppreid", "evaluate", str(run)]]:

@@ -22,7 +22,7 @@ _RANGE = {"low", "high", "log", "choices"}
 class ResourcesConfig(Settings):
     processes: int = option(1, "processes that train a run together", at_least=1)
     cpus: int = option(1, "CPU cores of a trial, over all its processes", at_least=1)
-    gpus: int = option(0, "GPUs of a trial; 0 or as many as processes", at_least=0)
+    gpus: int = option(0, "GPUs of a trial; as many as processes, or 0: it sees none", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +46,9 @@ class SweepConfig(Settings):
         "instead of both, methods by name, each with the run keys that make it and their values; one that only sets "
         "model.store keys is put on the control",
     )
-    trials: int = option(20, "points that a search tries", at_least=1)
+    trials: int = option(
+        20, "points that a search proposes; one that it proposes again counts, and isn't trained again", at_least=1
+    )
     asha: bool = option(
         False,
         "end trials early whose training loss is in the worse half; only where λ and the whole objective are fixed",

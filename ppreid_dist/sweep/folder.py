@@ -11,6 +11,7 @@ OUT/
         attack/             what `ppreid attack` wrote; `ppreid report` makes its page
         log.txt             all that they said
         trial.json          the trial's row; when it is there, the trial is finished
+    repeats/                of a search: an empty file for each time that it proposed a point again
     claims/                 who does what, see ``claims``
     ray/                    Ray Tune's own files
     front.json  front.csv  front.html  front/*.png
@@ -34,7 +35,7 @@ from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
 
 # What may differ when a sweep goes on: nothing of it is in a trial's figures.
 _FREE = ("output", "concurrent", "resources.", "min_utility", "axis")
-_PARTS = ("shared", "trained", "trials", "claims")
+_PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ class Folder:
             return listed_trials(self.config)
         begun = sorted((self.path / "trials").glob("*/settings.json"), key=lambda file: file.stat().st_mtime_ns)
         return [Trial(**read_json(file)) for file in begun]
+
+    def expected(self) -> int:
+        """How many trials there will be; a search's are fewer by the points that it proposed again."""
+        known = len(self.known())
+        if not self.config.search:
+            return known
+        return max(known, (self.config.trials - self.repeats()) * len(self.config.seeds))
+
+    def repeats(self) -> int:
+        return len(list((self.path / "repeats").glob("*")))
+
+    def repeat(self, proposal: str) -> None:
+        """Note that this proposal of the search, by its name, was of a point that another one had made."""
+        (self.path / "repeats" / proposal).touch()
 
     def begin(self, trial: Trial) -> Path:
         """The trial's folder, with its settings in it."""
@@ -107,11 +122,13 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
         raise ConfigError(f"judges: {absent[0]}: no such file or folder")
     asked = {"sweep": to_dict(config), "base": to_dict(base)}
     file = folder.path / "sweep.json"
+    # Before the look for the file: another task of an array may write it in between.
+    used = folder.path.is_dir() and any(not item.name.startswith(".") for item in folder.path.iterdir())
     if file.is_file():
         if not resume:
             raise RunError(f"{config.output}: holds a sweep already; continue it by --resume or choose another output")
         _check_same(read_json(file), asked, file)
-    elif folder.path.is_dir() and any(not item.name.startswith(".") for item in folder.path.iterdir()):
+    elif used:
         raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
     else:
         write_json(file, asked)  # first of all: another task of an array may look meanwhile

@@ -153,7 +153,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
     config, known = folder.config, folder.known()
     rows = [row for trial in known if (row := folder.row(trial)) is not None]
     points = make_points(rows)
-    expected = len(known) if not config.search else config.trials * len(config.seeds)
+    expected = folder.expected()
     recommended = recommend(points, config.axis, config.min_utility)
     axes = list(points[0]["axes"]) if points else [config.axis]
     controls = {row["control"]: row["control_mAP"] for row in rows if row["status"] == "done"}

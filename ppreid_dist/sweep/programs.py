@@ -10,6 +10,8 @@ from pathlib import Path
 from ppreid_dist.errors import Stopped
 from ppreid_dist.sweep.claims import Claim
 
+# Else the launcher believes the user's own default file: its GPUs, whatever CUDA_VISIBLE_DEVICES says, and its engine.
+PLAIN = Path(__file__).with_name("plain.yaml")
 TRIES = 2  # a process that was killed, or a node's hiccup, must not cost a trial
 
 
@@ -26,10 +28,8 @@ class Programs:
 
     def train(self, processes: int, arguments: list[str]) -> list[str]:
         several = ["--multi_gpu"] if processes > 1 else []
-        shape = [*several, "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-        # Else the launcher asks for, or believes, the user's own configuration of it.
-        plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        return [*self.launch, *shape, *plain, "train.py", *arguments]
+        shape = [*several, "--num_processes", str(processes), "--main_process_port", "0"]
+        return [*self.launch, "--config_file", str(PLAIN), *shape, "train.py", *arguments]
 
     def store(self, arguments: list[str]) -> list[str]:
         return [*self.ppreid, "store", *arguments]

@@ -35,7 +35,7 @@ def table(folder: Folder, trials: list[tuple[Trial, dict[str, Any] | None, str]]
     """A line on the whole, then a line for each trial."""
     rows = [row for _, row, _ in trials if row is not None]
     count = Counter(state for *_, state in trials)
-    expected = max(len(trials), 0 if not folder.config.search else folder.config.trials * len(folder.config.seeds))
+    expected = folder.expected()
     parts = [f"{count['done']} of {expected} done", f"{count['running']} running"]
     parts += [f"{count[state]} {state}" for state in ("failed", "stopped") if count[state]]
     points = make_points(rows)

@@ -157,7 +157,10 @@ def _do(config: Mapping[str, Any], worker: Worker, cwd: str) -> None:
     from ray import tune
 
     os.chdir(cwd)
-    rows = [_row(worker, trial) for trial in _trials(worker.folder, config)]
+    done = [_row(worker, trial) for trial in _trials(worker.folder, config)]
+    rows = [row for row, _ in done]
+    if worker.folder.config.search and not any(here for _, here in done):
+        worker.folder.repeat(tune.get_context().get_trial_id())
     if (aims := aims_of(rows, worker.folder.config.axis)) is not None:  # else the search learns nothing from it
         tune.report(dict(zip(("mAP", "leak"), aims, strict=True)))
 
@@ -168,15 +171,17 @@ def _trials(folder: Folder, config: Mapping[str, Any]) -> list[Trial]:
     return [Trial(dict(config), seed) for seed in folder.config.seeds]
 
 
-def _row(worker: Worker, trial: Trial) -> dict[str, Any]:
+def _row(worker: Worker, trial: Trial) -> tuple[dict[str, Any], bool]:
+    """The trial's row, and whether it was done here."""
     while (row := worker.folder.row(trial)) is None:
         if (claim := worker.folder.claims.take(trial.name)) is None:
             time.sleep(worker.wait)
         elif worker.folder.row(trial) is None:
-            return worker.do(trial, claim, _reporter(worker.folder) if worker.folder.config.asha else lambda run: None)
+            look = _reporter(worker.folder) if worker.folder.config.asha else lambda run: None
+            return worker.do(trial, claim, look), True
         else:
             claim.give_back()
-    return row
+    return row, False
 
 
 def _reporter(folder: Folder) -> Look:
@@ -197,7 +202,7 @@ def _reporter(folder: Folder) -> Look:
 
 
 def _search(folder: Folder) -> tuple[Any, int]:
-    """Optuna's search, and how many points it has still to try."""
+    """Optuna's search, and how many points it has still to propose."""
     from ray.tune.search.optuna import OptunaSearch
 
     study = open_study(folder)

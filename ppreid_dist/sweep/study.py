@@ -1,6 +1,7 @@
 """What a search knows, in Optuna's terms: its space, and every point that was tried, in this session or an earlier one.
 
-It is made anew from the trials' rows at every start; nothing else is kept of a search.
+It is made anew from the trials' rows at every start; nothing else is kept of a search but how often it proposed a point
+again.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ppreid_dist.sweep.space import Trial
 
 @dataclass(frozen=True)
 class Study:
-    """``storage`` holds the study ``name``; ``missing`` is the number of points that are still to be tried."""
+    """``storage`` holds the study ``name``; ``missing`` is the number of proposals that are still to be made."""
 
     name: str
     space: dict[str, Any]
@@ -45,8 +46,9 @@ def open_study(folder: Folder) -> Study:
         if (aims := aims_of(rows, config.axis)) is not None:
             study.add_trial(optuna.trial.create_trial(params=settings, distributions=space, values=list(aims)))
     # Not the draws that an earlier session began with.
-    sampler = optuna.samplers.TPESampler(seed=len(by_point))
-    return Study(name, space, storage, sampler, config.trials - finished)
+    repeats = folder.repeats()
+    sampler = optuna.samplers.TPESampler(seed=len(by_point) + repeats)
+    return Study(name, space, storage, sampler, config.trials - finished - repeats)
 
 
 def aims_of(rows: list[dict[str, Any]], axis: str) -> tuple[float, float] | None:

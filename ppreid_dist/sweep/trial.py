@@ -221,6 +221,8 @@ class Worker:
         resources = self.folder.config.resources
         threads = max(1, resources.cpus // (resources.processes if "train.py" in command else 1))
         limited = {**environment, "OMP_NUM_THREADS": str(threads)}
+        if not resources.gpus:  # Ray would leave it all of them
+            limited["CUDA_VISIBLE_DEVICES"] = ""
         carry_out(command, done, what=what, claim=claim, environment=limited, log=log, look=look)
 
 

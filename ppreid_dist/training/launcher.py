@@ -19,6 +19,7 @@ from ppreid_dist.storage import read_json
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("no", "bf16")
 _PREFIX = "ACCELERATE_"
+_FOREIGN = {"USE_FSDP": "FSDP", "USE_MEGATRON_LM": "Megatron-LM", "USE_PARALLELISM_CONFIG": "a parallelism_config"}
 _STEPS = "gradient_accumulation_steps"
 _FIELDS = {"zero_stage", "gradient_clipping", _STEPS, "offload_optimizer_device", "offload_param_device"}
 _Value = TypeVar("_Value", str, int)
@@ -38,6 +39,17 @@ class Launched:
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Launched":
         """Of this process's environment. ConfigError for what no engine here can do."""
         said = {key.removeprefix(_PREFIX): value for key, value in environment.items() if key.startswith(_PREFIX)}
+        for flag, what in _FOREIGN.items():
+            if said.get(flag, "false").lower() == "true":
+                raise ConfigError(
+                    f"engine.kind: the launcher says {what}; there are {', '.join(KINDS)}: launch as MULTI_GPU or "
+                    f"DEEPSPEED, as the files in configs/accelerate do"
+                )
+        if (backend := said.get("DYNAMO_BACKEND", "no").lower()) != "no":
+            raise ConfigError(
+                f"engine.compile: the launcher says {backend}, which isn't followed: launch with --dynamo_backend no "
+                f"and choose by engine.compile"
+            )
         precision = said.get("MIXED_PRECISION", "no").lower()
         if precision not in PRECISIONS:
             raise ConfigError(f"engine.precision: the launcher says {precision}; there are {', '.join(PRECISIONS)}")

@@ -7,6 +7,7 @@
         model/                  the finished extractor, see ``models.extractor``
         result.json             what the run took: steps, images, seconds, images per second, data wait; the engine
         trace.json, costs.json  where asked for, see ``trace``
+        wandb.json  wandb/      where asked for, see ``tracking``
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ and the learning
 rate. A resumed run therefore continues as if it had never stopped.

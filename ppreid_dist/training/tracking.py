@@ -1,11 +1,14 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb (offline by default) through Accelerate."""
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb (offline, unless one logs in) by Accelerate."""
 
 import json
+import netrc
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import torch
 from accelerate.tracking import GeneralTracker, on_main_process
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import MissingExtra
-from ppreid_dist.storage import write_text
+from ppreid_dist.storage import read_json, write_json, write_text
 
 
 class Averages:
@@ -84,8 +87,40 @@ def open_trackers(names: list[str], run_folder: Path) -> list[Any]:
     for name in names:
         if find_spec(name) is None:
             raise MissingExtra(f"the tracker {name}", "track")
-    if "wandb" in names:
-        # Without a mode, a key and a terminal wandb raises; nobody should need an account to train.
-        os.environ.setdefault("WANDB_MODE", "offline")
-        os.environ.setdefault("WANDB_DIR", str(run_folder))
     return [JsonlTracker(run_folder / "metrics.jsonl"), *names]
+
+
+def tracker_options(names: list[str], run_folder: Path) -> dict[str, dict[str, Any]]:
+    """``init_kwargs`` of Accelerate's trackers, for the process that logs. What the environment says by WANDB_… stays.
+
+    A run that goes on is the same one to wandb, too: its number is kept in ``wandb.json``.
+    """
+    if "wandb" not in names:
+        return {}
+    file = run_folder / "wandb.json"
+    if not file.is_file():
+        write_json(file, {"id": uuid4().hex})
+    options = {
+        "WANDB_DIR": ("dir", str(run_folder)),
+        "WANDB_NAME": ("name", run_folder.name),
+        "WANDB_RUN_ID": ("id", read_json(file)["id"]),
+        "WANDB_RESUME": ("resume", "allow"),
+    }
+    if not _knows_an_account():
+        # Without a terminal wandb would raise; nobody should need an account to train.
+        options["WANDB_MODE"] = ("mode", "offline")
+    return {"wandb": dict(option for variable, option in options.items() if variable not in os.environ)}
+
+
+def _knows_an_account() -> bool:
+    """Whether somebody logged in to wandb's server here, by the places where wandb itself looks for that."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.api_key or settings.identity_token_file:
+        return True
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return logins.authenticators(urlsplit(settings.base_url).netloc) is not None
