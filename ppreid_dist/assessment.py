@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
@@ -41,7 +40,7 @@ from ppreid_dist.kernels.choice import using
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import KEYED, Store, StoreConfig
-from ppreid_dist.progress import progress_bar
+from ppreid_dist.progress import note, progress_bar, say
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import load_settings, to_dict
@@ -143,7 +142,7 @@ def attack(
 
         def found(line: str) -> None:
             bar.update()
-            tqdm.write(f"  {line}")
+            say(f"  {line}")
 
         bench = Bench(
             aux=aux,
@@ -152,7 +151,7 @@ def attack(
             gallery_camids=seen["gallery"].camids_N,
             judges=judging,
             config=config.attack,
-            progress=bar.set_postfix_str,
+            progress=partial(note, bar),
             perception=perception,
             found=found,
             kept=Kept(kept),
@@ -164,7 +163,7 @@ def attack(
             bench,
             **victims,
             auxiliaries=auxiliaries,
-            announce=(lambda line: tqdm.write(f"attack: {line}")) if progress and estimate else None,
+            announce=(lambda line: say(f"attack: {line}")) if progress and estimate else None,
         )
     figures = findings(config, control, protected, judging, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))

@@ -17,3 +17,16 @@ def progress_bar(items: Iterable[Any] | None = None, *, shown: bool, **options: 
     pause = TERMINAL if sys.stderr.isatty() else LOG
     # By itself tqdm draws after `maxinterval`, however long the pause.
     return tqdm(items, disable=not shown, mininterval=pause, maxinterval=max(pause, 10.0), **options)
+
+
+def say(line: str) -> None:
+    """A line of its own on stdout, above the bar."""
+    if sys.stderr.isatty():
+        tqdm.write(line)
+    else:
+        print(line, flush=True)  # there tqdm would blank the bar's line in the file first
+
+
+def note(bar: "tqdm[Any]", text: str) -> None:
+    """Behind the bar: at once on a terminal, else when it is drawn next."""
+    bar.set_postfix_str(text, refresh=sys.stderr.isatty())

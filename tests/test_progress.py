@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from ppreid_dist.progress import LOG, TERMINAL, progress_bar
+from ppreid_dist.progress import LOG, TERMINAL, note, progress_bar, say
 
 
 class Screen(io.StringIO):
@@ -31,3 +31,13 @@ def test_a_bar_is_drawn_rarely_into_a_file(
 def test_no_bar_where_none_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress_bar(range(3), shown=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_said_into_a_file_is_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(shown=True, desc="attack", unit=" training") as bar:
+        for step in range(20):
+            note(bar, f"step {step}")
+        say("  ridge: found")
+    out, err = capsys.readouterr()
+    assert out == "  ridge: found\n"
+    assert err.count("\r") == 2 and "step 19" in err  # at the beginning and the end
