@@ -4,11 +4,13 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backbone_families import write_backbone
 from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from ppreid_dist import distributed
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, train
@@ -83,6 +86,19 @@ def first_part(world: list[str], folder: Path, stop: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Runner, "_round", dying)
         run(world, folder)
+
+
+def test_stochastic_depth_resumes_too(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Swin drops is drawn from torch's global generators: of each step and process anew."""
+    settings = [*world, f"model.backbone={write_backbone(tmp_path, 'swin', drop_path_rate=0.5)}"]
+    alone = run(settings, tmp_path / "whole")
+    first_part(settings, tmp_path / "stopped", 7)
+    torch.rand(5)  # what else the process does in between is of no consequence
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+    another = SimpleNamespace(**{**vars(distributed), "rank": lambda: 1})
+    monkeypatch.setattr("ppreid_dist.training.runner.distributed", another)
+    other = run(settings, tmp_path / "other")
+    assert any(not torch.equal(alone[name], other[name]) for name in alone)
 
 
 def test_a_finished_run_is_left_alone(world: list[str], whole: Path) -> None:
