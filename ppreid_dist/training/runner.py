@@ -184,7 +184,7 @@ class Runner:
                     self.averages.note(adversary.follow(self.step), adversary.kind)
         if self.ema is not None:
             self.ema.update(self.extractor.held.weights())
-        self.averages.note(terms | {"privacy/strength": torch.tensor(strength)})
+        self.averages.note({**terms, "privacy/strength": strength})
 
     @staticmethod
     def _pictures(feed: Feed | None, number: int) -> FeedBatch | None:
