@@ -116,7 +116,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     if not resume and (folder / "checkpoints" / "latest").exists():
         raise RunError(f"{folder}: holds a run already; continue it by --resume or choose another output=FOLDER")
     random.seed(config.seed)
-    torch.manual_seed(config.seed)  # nothing of ours draws from it; a library's stray draw is at least repeated
+    torch.manual_seed(config.seed)  # the runner does it anew for every step
     split = open_training(config.data)
     folder.mkdir(parents=True, exist_ok=True)
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
@@ -170,6 +170,7 @@ def _play(
     weights = [adversary.weight for adversary in config.privacy.adversaries]
     runner = Runner(
         folder=folder,
+        seed=config.seed,
         config=config.training,
         privacy=config.privacy,
         batch_rows=plan.total,

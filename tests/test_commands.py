@@ -157,7 +157,8 @@ def test_attackers_with_other_pictures(world: list[str], runs: Path, tmp_path: P
     ):
         assert message in attack(runs, tmp_path / "out", *variants, *settings, expect=2).stderr
     ppreid("shards", "--config", str(other))
-    elsewhere = [*quick, f"data.shards={tmp_path / 'shards'}", "attack.leaked=[unlabelled]"]
+    them = f"data.synthetic={json.dumps({**people, 'domain': 1})}"
+    elsewhere = [*quick, f"data.shards={tmp_path / 'shards'}", them, "attack.leaked=[unlabelled]"]
     said = attack(runs, tmp_path / "out", *elsewhere, expect=2).stderr
     assert f"attack.leaked: {tmp_path / 'shards'} has no split unlabelled, only " in said
     # Other people to train on: among them, the attackers' own might be.

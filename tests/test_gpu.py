@@ -25,7 +25,8 @@ from ppreid_dist.kernels.ssim import plain_ssim_map, ssim_map
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
-from ppreid_dist.training.step import ExtractorStep
+from ppreid_dist.training.reversal import ReversalAdversary
+from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
 
 pytestmark = [
@@ -95,21 +96,35 @@ def test_the_game_by_cuda_graphs_is_the_plain_one(world: list[str], tmp_path: Pa
     np.testing.assert_allclose(*losses, rtol=2e-2)
 
 
-def test_a_step_never_waits_for_the_gpu(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain steps and steps of the game, from the third on: nothing that the host asks for makes it wait."""
-    honest, calls = ExtractorStep.__call__, []
+@pytest.mark.parametrize("placement", ["resident", "indexed"])
+def test_a_round_never_waits_for_the_gpu(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    """Plain rounds and rounds of the game, their pictures included, from the third on: nothing that the host asks for
+    makes it wait, but where a reversal module catches up, which looks at errors."""
+    play, catch_up, rounds = Runner._round, ReversalAdversary._until_plateau, []
 
-    def watched(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        torch.cuda.set_sync_debug_mode("error" if len(calls) > 2 else "default")
+    def watched(self: Runner) -> None:
+        rounds.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(rounds) > 2 else "default")
         try:
-            return honest(*arguments, **named)
+            play(self)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(ExtractorStep, "__call__", watched)
-    train(load_settings(Config, None, [*world, f"output={tmp_path / 'run'}"]), progress=False)
-    assert len(calls) > 2
+    def unwatched(self: ReversalAdversary, extractor: nn.Module, most: int) -> Any:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return catch_up(self, extractor, most)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    monkeypatch.setattr(Runner, "_round", watched)
+    monkeypatch.setattr(ReversalAdversary, "_until_plateau", unwatched)
+    settings = [f"data.stream.placement={placement}", "data.stream.backend=pillow"]
+    train(load_settings(Config, None, [*world, f"output={tmp_path / 'run'}", *settings]), progress=False)
+    assert len(rounds) > 2
 
 
 def test_batchnorm_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

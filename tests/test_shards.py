@@ -350,7 +350,15 @@ def test_an_index_that_does_not_match_is_refused(shards, edit, message):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"format": 99, "splits": {}}', b'{"format": 1, "splits": {"train": {}}}', b"\xff\xfe"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"format": 99, "splits": {}}',
+        b'{"format": 1, "splits": {"train": {}}}',
+        b'{"format": 1, "splits": {}, "settings": []}',
+        b"\xff\xfe",
+    ],
 )
 def test_a_damaged_meta_is_named(shards, content):
     (shards / "meta.json").write_bytes(content)

@@ -230,6 +230,10 @@ def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Pat
     refused(ConfigError, "^optimiser.lrr:", "grid.optimiser.lrr=[1]", f"output={tmp_path / 'other'}")
     refused(ConfigError, "^judge: its seed 1 is one of seeds", 'judge=["seed=1"]', f"output={tmp_path / 'other'}")
     refused(ConfigError, r"^judges: none\.onnx: no such file", "judges=[none.onnx]", f"output={tmp_path / 'other'}")
+    change(asked, settings=["data.synthetic.train=25"])
+    with pytest.raises(DataError, match=r"written with data\.synthetic\.train=24, not with 25"):
+        array(asked, f"output={tmp_path / 'of others'}")
+    change(asked, settings=[])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a file").touch()
     refused(RunError, "full: holds something that isn't a sweep", f"output={tmp_path / 'full'}")

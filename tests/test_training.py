@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backbone_families import write_backbone
 from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist import distributed
+from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
@@ -87,6 +90,19 @@ def first_part(world: list[str], folder: Path, stop: int) -> None:
         run(world, folder)
 
 
+def test_stochastic_depth_resumes_too(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a Swin drops is drawn from torch's global generators: of each step and process anew."""
+    settings = [*world, f"model.backbone={write_backbone(tmp_path, 'swin', drop_path_rate=0.5)}"]
+    alone = run(settings, tmp_path / "whole")
+    first_part(settings, tmp_path / "stopped", 7)
+    torch.rand(5)  # what else the process does in between is of no consequence
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+    another = SimpleNamespace(**{**vars(distributed), "rank": lambda: 1})
+    monkeypatch.setattr("ppreid_dist.training.runner.distributed", another)
+    other = run(settings, tmp_path / "other")
+    assert any(not torch.equal(alone[name], other[name]) for name in alone)
+
+
 def test_a_finished_run_is_left_alone(world: list[str], whole: Path) -> None:
     before = last(whole)
     assert_same(before, run(world, whole, resume=True))
@@ -113,7 +129,37 @@ def test_a_resume_with_other_data_is_refused(world: list[str], whole: Path, tmp_
         other += [f"data.root={tmp_path / 'p'}", f"data.shards={tmp_path / 's'}"]
         people = next(s for s in world if s.startswith("data.synthetic=")).replace("}", ", seed: 9}")
         prepare_shards(load_settings(Config, None, [*other, people]).data, progress=False)
+        forget_settings(tmp_path / "s")
         run(other, tmp_path / "run", resume=True)
+
+
+def forget_settings(shards: Path) -> None:
+    """As if the shards had been written before their settings were."""
+    meta = json.loads((shards / "meta.json").read_text())
+    del meta["settings"]
+    (shards / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.kind=market1501", "data.kind=synthetic, not with market1501"),
+        ("data.split_seed=7", "data.split_seed=0, not with 7"),
+        ("data.synthetic.train=25", "data.synthetic.train=24, not with 25"),
+    ],
+)
+def test_shards_of_other_settings_are_refused(world: list[str], tmp_path: Path, setting: str, message: str) -> None:
+    """…and those that don't say what they were written with are taken; where the pictures lie is no matter."""
+    shards = Path(load_settings(Config, None, world).data.shards)
+    with pytest.raises(DataError) as error:
+        run(world, tmp_path / "run", setting)
+    assert str(error.value).startswith(f"{shards}: its shards were written with {message}; ")
+    assert "\n" not in str(error.value)
+    shutil.copytree(shards, tmp_path / "old")
+    elsewhere = [*world, "data.root=/nowhere", "data.images_per_shard=7", f"data.shards={tmp_path / 'old'}"]
+    open_training(load_settings(Config, None, elsewhere).data)
+    forget_settings(tmp_path / "old")
+    open_training(load_settings(Config, None, [*elsewhere, setting]).data)
 
 
 @pytest.mark.faults

@@ -8,6 +8,7 @@ B local batch, G global batch, H height, W width.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import Settings, option
+from ppreid_dist.transfer import to_device
 
 _TAG = 11
 _TRIES = 16  # rectangles drawn a picture; one in four doesn't fit, so that none of 16 fits happens never
@@ -53,7 +55,8 @@ def augment(
     box_G4 = _boxes(rng, total_rows, H, W, config)
     rows = slice(first_row, first_row + B)
     parameters_B7 = np.concatenate([flip_G[rows, None], shift_G2[rows], box_G4[rows]], axis=1).astype(np.int64)
-    flip, dy, dx, top, bottom, left, right = torch.from_numpy(parameters_B7).to(images_B3HW.device).T[:, :, None]
+    parameters_7B1 = to_device(torch.from_numpy(parameters_B7), images_B3HW.device).T[:, :, None]
+    flip, dy, dx, top, bottom, left, right = parameters_7B1
 
     y_1H = torch.arange(H, device=images_B3HW.device)[None]
     x_1W = torch.arange(W, device=images_B3HW.device)[None]
@@ -65,8 +68,13 @@ def augment(
     clean_B3HW = torch.where(inside_BHW[:, None], moved, 0).float() / 255
 
     erased_BHW = _cross((y_1H >= top) & (y_1H < bottom), (x_1W >= left) & (x_1W < right))
-    fill_13HW = clean_B3HW.new_tensor(_FILL).view(1, 3, 1, 1)
-    return torch.where(erased_BHW[:, None], fill_13HW, clean_B3HW), clean_B3HW
+    return torch.where(erased_BHW[:, None], _fill(images_B3HW.device), clean_B3HW), clean_B3HW
+
+
+@cache
+def _fill(device: torch.device) -> Tensor:
+    """``_FILL`` as (3, 1, 1), sent once."""
+    return to_device(torch.tensor(_FILL), device).view(3, 1, 1)
 
 
 def _cross(rows_BH: Tensor, columns_BW: Tensor) -> Tensor:

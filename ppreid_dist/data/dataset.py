@@ -3,15 +3,17 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ppreid_dist.data.augment import AugmentConfig
 from ppreid_dist.data.catalog import KINDS, hold_out, read_catalog
+from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.records import SPLITS
 from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
 from ppreid_dist.data.stream import StreamConfig
 from ppreid_dist.data.synthetic import SyntheticConfig, render
 from ppreid_dist.errors import ConfigError, DataError
-from ppreid_dist.settings import Settings, option
+from ppreid_dist.settings import Settings, option, to_dict
 
 _log = logging.getLogger(__name__)
 
@@ -63,16 +65,40 @@ def prepare_shards(config: DataConfig, *, progress: bool = True) -> str:
         Path(config.shards),
         images_per_shard=config.images_per_shard,
         seed=config.split_seed,
+        settings=_shaping(config),
         progress=progress,
     )
+    _check_settings(config)
     return catalog.table()
 
 
+def _shaping(config: DataConfig) -> dict[str, Any]:
+    """The settings that decide what the shards hold, by their full keys."""
+    shaping = {f"data.{key}": getattr(config, key) for key in ("kind", "aux_identities", "split_seed")}
+    if config.kind == "synthetic":
+        shaping |= {f"data.synthetic.{key}": value for key, value in to_dict(config.synthetic).items()}
+    return shaping
+
+
+def _check_settings(config: DataConfig) -> None:
+    """DataError where the shards were written with other settings; of older ones it isn't known."""
+    folder = Path(config.shards)
+    written = read_meta(folder).get("settings", {})
+    for key, value in _shaping(config).items():
+        if written.get(key, value) != value:
+            raise DataError(
+                f"{folder}: its shards were written with {key}={written[key]}, not with {value}; set it so, or name "
+                f"another folder by data.shards and write it by `ppreid shards`"
+            )
+
+
 def open_split(config: DataConfig, split: str) -> ShardedSplit:
-    """A split of the configuration's shards. DataError naming the folder and the command that writes it."""
+    """A split of the configuration's shards. DataError naming the folder and the command that writes it, if there are
+    none, or if they were written with other settings."""
     folder = Path(config.shards)
     if not (folder / "meta.json").is_file():
         raise DataError(f"{folder}: no shards there; write them by `ppreid shards --config …`")
+    _check_settings(config)
     return ShardedSplit.open(folder, split)
 
 

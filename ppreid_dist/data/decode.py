@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ppreid_dist.errors import DataError, MissingExtra
+from ppreid_dist.transfer import to_device
 
 BACKENDS = ("auto", "pillow", "dali-cpu", "dali-mixed")
 _log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Decoder:
                     first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
                     raise DataError(f"{key}: can't be decoded by {self.backend}: {first_line}") from error
             raise
-        return x_BHW3.to(self.device).permute(0, 3, 1, 2).contiguous()
+        return to_device(x_BHW3, self.device).permute(0, 3, 1, 2).contiguous()
 
 
 def _pillow_batch(pool: ThreadPoolExecutor, size: tuple[int, int], data: Sequence[bytes]) -> Tensor:

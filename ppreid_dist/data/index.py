@@ -127,7 +127,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of shards")
     meta = read_json(folder / "meta.json")
-    splits = meta.get("splits") if isinstance(meta, dict) and meta.get("format") == FORMAT else None
+    known = isinstance(meta, dict) and meta.get("format") == FORMAT and isinstance(meta.get("settings", {}), dict)
+    splits = meta.get("splits") if known else None
     if not isinstance(splits, dict) or not all(
         isinstance(about, dict) and isinstance(about.get("shards"), dict) and {"rows", "fingerprint"} <= about.keys()
         for about in splits.values()

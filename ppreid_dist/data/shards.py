@@ -1,8 +1,8 @@
 """Shards: a dataset as WebDataset tars with an index, written once and read at random.
 
     folder/
-        meta.json             format, kind, notes, counts, the catalogue's fingerprint; per split: rows, fingerprint,
-                              and the shards with their sizes in bytes
+        meta.json             format, kind, notes, counts, the catalogue's fingerprint, what the writer said of the
+                              settings; per split: rows, fingerprint, and the shards with their sizes in bytes
         train.csv             the index (see ``index.py``)
         train-000000.tar      a sample: KEY.jpg (or .png, .bmp: the file's bytes as they are), KEY.mask.png where there
         train-000001.tar      is a mask, KEY.json (pid, camid, split, attributes); KEY is 000123_stem
@@ -23,7 +23,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -68,10 +68,17 @@ def _side_by_side(work: Callable[[int], T], count: int, stop: Event | None = Non
 
 
 def write_shards(
-    catalog: Catalog, folder: Path, *, images_per_shard: int = 4096, seed: int = 0, progress: bool = True
+    catalog: Catalog,
+    folder: Path,
+    *,
+    images_per_shard: int = 4096,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> None:
     """Write all splits of ``catalog`` into ``folder``, every picture decoded once to know that it is whole.
 
+    ``settings`` are kept in meta.json: those that the catalogue came from, by their full keys.
     Returns at once when ``folder`` holds this catalogue already (same names, sizes, labels and settings).
     Raises DataError, and leaves nothing, for a picture that can't be decoded, a full disk, or another's folder.
     """
@@ -103,6 +110,7 @@ def write_shards(
             sizes = {name: (temporary / name).stat().st_size for name in index.shards}
             splits[split] = dict(rows=len(index), fingerprint=index.fingerprint(), shards=sizes)
         meta = dict(format=FORMAT, kind=catalog.kind, notes=list(catalog.notes), counts=catalog.counts())
+        meta["settings"] = dict(settings or {})
         write_json(temporary / "meta.json", dict(**meta, catalogue=fingerprint, splits=splits))
 
 

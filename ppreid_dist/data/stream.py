@@ -26,6 +26,7 @@ from ppreid_dist.data.tolerant import Tolerant
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, option
+from ppreid_dist.transfer import to_device
 
 _LOAD = 256  # pictures decoded at a time when a whole split is
 _log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class ResidentSource:
             self._images[rows.start : rows.stop] = tolerant.decode(rows)
 
     def batch(self, rows: np.ndarray) -> Tensor:
-        return self._images[torch.from_numpy(rows).to(self._images.device)]
+        return self._images[to_device(torch.from_numpy(rows), self._images.device)]
 
 
 class IndexedSource:
@@ -278,7 +279,7 @@ def open_stream(
 
     def batch(step: int, images: Tensor, pids: np.ndarray, camids: np.ndarray) -> Batch:
         labels = torch.from_numpy(np.searchsorted(classes, pids))
-        return Batch(step, images, labels.to(device), torch.from_numpy(camids).to(device))
+        return Batch(step, images, to_device(labels, device), to_device(torch.from_numpy(camids), device))
 
     if isinstance(source, WebDatasetSource):
         seed = int(np.random.default_rng([plan.seed, _POOL, start_step]).integers(2**31))

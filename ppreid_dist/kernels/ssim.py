@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.kernels import choice
+from ppreid_dist.transfer import to_device
 
 C1, C2 = 0.01**2, 0.03**2  # (K1 L)² and (K2 L)² of the formula for pictures in [0, 1]
 
@@ -36,9 +37,8 @@ def plain_ssim_map(x_BCHW: Tensor, y_BCHW: Tensor, *, window: int = 11, sigma: f
         coarse = backend.matmul.fp32_precision not in ("none", "ieee")
         dtype = torch.float64 if coarse or x_BCHW.dtype == torch.float64 else torch.float32
         x, y = x_BCHW.to(dtype) - 0.5, y_BCHW.to(dtype) - 0.5  # small means: E[x²] − E[x]² cancels less
-        # Without a wait for the device, which has room for them in its queue.
-        down_HH = blur_matrix(height, window, sigma).to(x, non_blocking=True)
-        across_WW = blur_matrix(width, window, sigma).to(x, non_blocking=True).T
+        down_HH = to_device(blur_matrix(height, window, sigma).to(dtype), x.device)
+        across_WW = to_device(blur_matrix(width, window, sigma).to(dtype), x.device).T
         mean_x, mean_y, xx, yy, xy = down_HH @ (torch.stack([x, y, x * x, y * y, x * y]) @ across_WW)
         var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
         mean_x, mean_y = mean_x + 0.5, mean_y + 0.5

@@ -23,6 +23,7 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve, whitening
 from ppreid_dist.losses.privacy import bounded
 from ppreid_dist.settings import Settings, option
+from ppreid_dist.transfer import to_device
 
 _SPLIT = 0x51  # the tag of this file's random stream
 
@@ -109,9 +110,9 @@ def ridge_best_response(
     errors instead, the weights held constant. ConfigError where there are fewer than two groups.
     """
     split = split_groups(groups_N, config.fit_fraction, seed, step)
-    fit_F, test_T = (torch.from_numpy(rows).to(features_ND.device, non_blocking=True) for rows in split)
+    fit_F, test_T = (to_device(torch.from_numpy(rows), features_ND.device) for rows in split)
     widths_W, ridges_R = (
-        torch.tensor(values, dtype=torch.float64).to(features_ND.device, non_blocking=True)
+        to_device(torch.tensor(values, dtype=torch.float64), features_ND.device)
         for values in (config.widths, config.ridges)
     )
     dtype, features_ND, targets_NM = features_ND.dtype, features_ND.double(), targets_NM.detach().double()

@@ -141,7 +141,7 @@ class Worker:
     # --- what trials share --------------------------------------------------------------------------------------
 
     def see_to_shards(self) -> None:
-        """The pictures' shards, written by whoever comes first."""
+        """The pictures' shards, written by whoever comes first. DataError where those that are there are others."""
         data = self.folder.run_config([]).data
         while not (Path(data.shards) / "meta.json").is_file():
             if (claim := self.folder.claims.take("shards")) is None:
@@ -149,6 +149,7 @@ class Worker:
                 continue
             with guarded(claim):
                 prepare_shards(data, progress=False)
+        open_training(data)
 
     def _control(self, trial: Trial) -> Training:
         """The same training without protection: what it varies of the method takes no part in it."""

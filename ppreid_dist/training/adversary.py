@@ -4,6 +4,7 @@ Shapes: B this rank's rows, N those of all ranks, D feature, h×w the reversal's
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,9 @@ from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.player import Player
 
 KINDS = ("gan", "regression", "ridge", "distance_correlation")
+
+
+Metrics = Mapping[str, Tensor | float]  # to be averaged: tensors are left on the device
 
 
 @dataclass(kw_only=True)
@@ -39,20 +43,20 @@ class Adversary(ABC):
 
     kind: ClassVar[str]
 
-    def prepare(self, extractor: Player) -> dict[str, Tensor]:
-        """The extractor's warm-up is over: reach a first plateau against it. Metrics."""
+    def prepare(self, extractor: Player) -> Metrics:
+        """The extractor's warm-up is over: reach a first plateau against it."""
         return {}
 
-    def respond(self, extractor: Player, step: int) -> dict[str, Tensor]:
-        """Step A, before extractor step ``step``. Metrics, left on the device."""
+    def respond(self, extractor: Player, step: int) -> Metrics:
+        """Step A, before extractor step ``step``."""
         return {}
 
     @abstractmethod
     def loss(self, shown: Exposure, step: int) -> Tensor:
         """Step B: how much is given away, 0 (no more than to a stranger) to about 1; differentiable."""
 
-    def follow(self, step: int) -> dict[str, Tensor]:
-        """The extractor has taken step ``step``. Metrics, left on the device."""
+    def follow(self, step: int) -> Metrics:
+        """The extractor has taken step ``step``."""
         return {}
 
     @abstractmethod

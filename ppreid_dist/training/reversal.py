@@ -26,11 +26,12 @@ from ppreid_dist.models.ema import Ema
 from ppreid_dist.models.generator import Generator, GeneratorConfig
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import Settings, option
-from ppreid_dist.training.adversary import Adversary, Exposure, View
+from ppreid_dist.training.adversary import Adversary, Exposure, Metrics, View
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import Feed
 from ppreid_dist.training.optimiser import OptimiserConfig
 from ppreid_dist.training.player import Player
+from ppreid_dist.transfer import to_device
 
 _WEIGHTS, _TURN, _ANSWER = 31, 32, 33  # tags of what is drawn from the seed
 
@@ -147,16 +148,16 @@ class ReversalAdversary(Adversary):
 
     # --- step A ---------------------------------------------------------------------------------------------
 
-    def prepare(self, extractor: Player) -> dict[str, Tensor]:
+    def prepare(self, extractor: Player) -> Metrics:
         self._take_lagged(extractor)
         metrics = self._until_plateau(self.lagged or extractor.module, self.config.warm_steps)
         self._take_snapshot()
         return metrics
 
-    def respond(self, extractor: Player, step: int) -> dict[str, Tensor]:
+    def respond(self, extractor: Player, step: int) -> Metrics:
         lazy, boundary = self.config.lazy, self.rounds % self.config.lazy.period == 0
         self.rounds += 1
-        metrics: dict[str, Tensor] = {}
+        metrics: Metrics = {}
         if lazy.mode == "snapshot" and boundary:
             self._take_lagged(extractor)
             renewed = lazy.restart > 0 and self.snapshots % lazy.restart == 0
@@ -177,7 +178,7 @@ class ReversalAdversary(Adversary):
                 self.ema.update(self.generator.held.weights())
         return metrics
 
-    def follow(self, step: int) -> dict[str, Tensor]:
+    def follow(self, step: int) -> Metrics:
         # What a gradient reversal layer does: the extractor's step and this one come from one forward of both.
         if self.met is None:
             return {}
@@ -195,7 +196,7 @@ class ReversalAdversary(Adversary):
             self.snapshot.load_state_dict(self.generator.held.weights())
             self.snapshots += 1
 
-    def _until_plateau(self, extractor: nn.Module, most: int) -> dict[str, Tensor]:
+    def _until_plateau(self, extractor: nn.Module, most: int) -> Metrics:
         """Turns until a window's mean error falls by less than the tolerance, ``most`` at the most."""
         window, before, errors = self.config.lazy.window, float("inf"), []
         for turn in range(1, most + 1):
@@ -206,7 +207,7 @@ class ReversalAdversary(Adversary):
                 if now > before * (1 - self.config.lazy.tolerance):
                     break
                 before, errors = now, []
-        return {"error": torch.tensor(now), "turns": torch.tensor(turn)}
+        return {"error": now, "turns": float(turn)}
 
     def _turn(self, extractor: nn.Module) -> dict[str, Tensor]:
         """One step of critic and generator against a frozen extractor."""
@@ -256,7 +257,7 @@ class ReversalAdversary(Adversary):
             return None
         total = rows * distributed.world_size()
         noise = np.random.default_rng([self.seed, *key]).standard_normal((total, self.noise_dim), dtype=np.float32)
-        return torch.from_numpy(noise[distributed.rank_rows(total)]).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(noise[distributed.rank_rows(total)]), device)
 
     # --- step B ---------------------------------------------------------------------------------------------
 

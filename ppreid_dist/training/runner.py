@@ -9,8 +9,9 @@
         trace.json, costs.json  where asked for, see ``trace``
         wandb.json  wandb/      where asked for, see ``tracking``
 
-Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ and the learning
-rate. A resumed run therefore continues as if it had never stopped.
+Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ, the learning
+rate, and what a backbone with stochastic depth or dropout drops (which is each process's own). A resumed run therefore
+continues as if it had never stopped.
 """
 
 import time
@@ -25,6 +26,7 @@ from torch import nn
 from ppreid_dist import distributed
 from ppreid_dist.errors import LostError, RunError, Stopped
 from ppreid_dist.models.ema import Ema
+from ppreid_dist.models.seeding import seed_of
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.storage import write_json
@@ -39,6 +41,7 @@ from ppreid_dist.training.stopping import StopRequests
 from ppreid_dist.training.trace import Trace, TraceConfig, part
 from ppreid_dist.training.tracking import Averages, rewind_metrics
 
+_ROUND = 41  # tag of what is drawn from the seed
 Probe = Callable[[nn.Module, list[View], int], dict[str, float]]
 
 
@@ -64,6 +67,7 @@ class Runner:
         self,
         *,
         folder: Path,
+        seed: int,
         config: TrainingConfig,
         privacy: PrivacyConfig,
         batch_rows: int,
@@ -79,7 +83,7 @@ class Runner:
         identity: Mapping[str, Any],
         progress: bool = True,
     ):
-        self.folder, self.config, self.privacy, self.engine = folder, config, privacy, engine
+        self.folder, self.seed, self.config, self.privacy, self.engine = folder, seed, config, privacy, engine
         self.extractor, self.adversaries, self.extractor_step = extractor, adversaries, step
         self.labelled, self.strangers, self.reversal = labelled, strangers, reversal
         self.probe, self.probe_every, self.progress = probe, probe_every, progress
@@ -156,6 +160,9 @@ class Runner:
 
     def _round(self) -> None:
         self.engine.watch.step = self.step
+        # For networks that draw as they train, which torch lets them do from its global generators only. Each process
+        # has numbers of its own, or all would drop the same rows of their parts of the batch.
+        torch.manual_seed(seed_of(self.seed, _ROUND, self.step, distributed.rank()))
         strength, strangers = self.strength(self.step), None
         if self.step >= self.game_from and not self.at.prepared:
             for adversary in self.adversaries:
@@ -178,7 +185,7 @@ class Runner:
                     self.averages.note(adversary.follow(self.step), adversary.kind)
         if self.ema is not None:
             self.ema.update(self.extractor.held.weights())
-        self.averages.note(terms | {"privacy/strength": torch.tensor(strength)})
+        self.averages.note({**terms, "privacy/strength": strength})
 
     @staticmethod
     def _pictures(feed: Feed | None, number: int) -> FeedBatch | None:

@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 
 from ppreid_dist import distributed
+from ppreid_dist.transfer import to_device
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL takes
 STOP_FILE = "stop"
@@ -54,9 +55,7 @@ class StopRequests:
         if self._device.type != "cuda":
             return bool(distributed.any_rank(torch.tensor(float(wish))))
         last, host = self._pending, torch.empty((), pin_memory=True)
-        host.copy_(
-            distributed.any_rank(torch.tensor(float(wish)).to(self._device, non_blocking=True)), non_blocking=True
-        )
+        host.copy_(distributed.any_rank(to_device(torch.tensor(float(wish)), self._device)), non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         self._pending = host, done

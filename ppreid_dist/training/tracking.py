@@ -3,7 +3,6 @@
 import json
 import netrc
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,33 @@ from torch import Tensor
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import MissingExtra
+<<<<<<< HEAD
 from ppreid_dist.storage import read_json, write_json, write_text
+=======
+from ppreid_dist.storage import write_text
+from ppreid_dist.training.adversary import Metrics
+>>>>>>> fix-train
 
 
 class Averages:
-    """Means of metrics between two rows of the log, kept on the device: one reduction over ranks a row."""
+    """Means of metrics between two rows of the log, kept where the metrics are: one reduction over ranks a row."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor | float, int]] = {}
 
-    def note(self, metrics: Mapping[str, Tensor], group: str = "") -> None:
+    def note(self, metrics: Metrics, group: str = "") -> None:
         """Count one value of each metric, named ``group/name`` where a group is given."""
         for key, value in metrics.items():
             name = f"{group}/{key}" if group else key
-            total, count = self._sums.get(name, (torch.zeros((), device=self._device), 0))
-            self._sums[name] = total + value.detach().float().to(self._device), count + 1
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + (value.detach().float() if isinstance(value, Tensor) else value), count + 1
 
     def take(self) -> dict[str, float]:
         """The means over values and ranks, which must have noted the same metrics; begins anew."""
         names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name][0] / self._sums[name][1] for name in names])
+        means = [total / count for total, count in (self._sums[name] for name in names)]
+        stacked = torch.stack([torch.as_tensor(mean, dtype=torch.float32, device=self._device) for mean in means])
         self._sums = {}
         return dict(zip(names, distributed.mean_over_ranks(stacked).tolist(), strict=True))
 
