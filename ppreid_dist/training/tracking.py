@@ -15,12 +15,8 @@ from torch import Tensor
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import MissingExtra
-<<<<<<< HEAD
 from ppreid_dist.storage import read_json, write_json, write_text
-=======
-from ppreid_dist.storage import write_text
 from ppreid_dist.training.adversary import Metrics
->>>>>>> fix-train
 
 
 class Averages:
