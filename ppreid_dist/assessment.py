@@ -26,7 +26,7 @@ from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import run_suite
 from ppreid_dist.attacks.victims import roles_of
-from ppreid_dist.data.dataset import open_split, open_training
+from ppreid_dist.data.dataset import is_synthetic, open_split, open_training
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
 from ppreid_dist.errors import ConfigError, RunError
@@ -174,7 +174,7 @@ def attack(
         ("per_query", {"/".join(key): torch.from_numpy(values) for key, values in result.per_query.items()}),
     ):
         write_tensors(out / f"{name}.safetensors", tensors)
-    beside = {"synthetic": config.data.kind == "synthetic", "settings": to_dict(config.report)}
+    beside = {"synthetic": is_synthetic(config.data), "settings": to_dict(config.report)}
     attackers = {"protected": result.strongest["protected"], "control": result.strongest["control"]}
     write_json(out / "attack.json", {"report": figures, "strongest": attackers, **beside})
 

@@ -17,7 +17,8 @@ import torch
 from ppreid_dist import __version__
 from ppreid_dist.attacks.judging import Judge
 from ppreid_dist.attacks.suite import SuiteResult
-from ppreid_dist.data.dataset import open_split
+from ppreid_dist.data.dataset import is_synthetic, open_split
+from ppreid_dist.data.index import read_meta
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import Config, load_run
@@ -103,7 +104,7 @@ def _protocol(
     config: Config, control: Path, result: SuiteResult, judges: dict[str, dict[str, Any]], pids_Q: np.ndarray
 ) -> str:
     trained = read_json(control / "model" / "extractor.json")
-    data = "synthetic people" if config.data.kind == "synthetic" else config.data.kind
+    data = "synthetic people" if is_synthetic(config.data) else read_meta(Path(config.data.shards))["kind"]
     dim = load_extractor(control / "model", "cpu").extractor.store.dim
     height, width = config.reversal.size
     return " · ".join(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from ppreid_dist import distributed
-from ppreid_dist.data.dataset import open_training, prepare_shards
+from ppreid_dist.data.dataset import is_synthetic, open_training, prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
@@ -160,6 +161,22 @@ def test_shards_of_other_settings_are_refused(world: list[str], tmp_path: Path, 
     open_training(load_settings(Config, None, elsewhere).data)
     forget_settings(tmp_path / "old")
     open_training(load_settings(Config, None, [*elsewhere, setting]).data)
+
+
+def test_people_are_synthetic_where_their_shards_say_so(world: list[str], tmp_path: Path) -> None:
+    """Whose pictures a report may show hangs on it: never on a setting, whose default is synthetic."""
+    data = load_settings(Config, None, world).data
+    assert is_synthetic(data)
+    shutil.copytree(data.shards, tmp_path / "real")
+    forget_settings(tmp_path / "real")
+    real = replace(data, shards=str(tmp_path / "real"))
+    assert real.kind == "synthetic" and not is_synthetic(real)
+    meta = json.loads((tmp_path / "real" / "meta.json").read_text())
+    for known in ({"kind": "market1501"}, {"settings": {"data.kind": "market1501"}}):
+        (tmp_path / "real" / "meta.json").write_text(json.dumps(meta | known))
+        assert not is_synthetic(real)
+        with pytest.raises(DataError, match=r"written with data\.kind=market1501, not with synthetic; [^\n]*$"):
+            open_training(real)
 
 
 @pytest.mark.faults

@@ -83,13 +83,21 @@ def _shaping(config: DataConfig) -> dict[str, Any]:
 def _check_settings(config: DataConfig) -> None:
     """DataError where the shards were written with other settings; of older ones it isn't known."""
     folder = Path(config.shards)
-    written = read_meta(folder).get("settings", {})
+    meta = read_meta(folder)
+    written = meta.get("settings", {})
+    if not written and meta.get("kind", "csv") != "csv":  # as older shards of synthetic people say too
+        written = {"data.kind": meta["kind"]}
     for key, value in _shaping(config).items():
         if written.get(key, value) != value:
             raise DataError(
                 f"{folder}: its shards were written with {key}={written[key]}, not with {value}; set it so, or name "
                 f"another folder by data.shards and write it by `ppreid shards`"
             )
+
+
+def is_synthetic(config: DataConfig) -> bool:
+    """Whether the people on the shards' pictures are rendered, as the shards themselves say: a setting may be wrong."""
+    return bool(read_meta(Path(config.shards)).get("settings", {}).get("data.kind") == "synthetic")
 
 
 def open_split(config: DataConfig, split: str) -> ShardedSplit:
