@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,13 @@ BACKENDS = ("auto", "pillow", "dali-cpu", "dali-mixed")
 _log = logging.getLogger(__name__)
 
 
+@cache
+def _say_once(line: str) -> None:
+    _log.info(line)
+
+
 def choose_backend(backend: str, device: torch.device) -> str:
-    """``auto`` resolved for this machine, said in one logged line; another name is checked and returned.
+    """``auto`` resolved for this machine, said once in a logged line; another name is checked and returned.
 
     Raises MissingExtra when DALI is asked for and not installed.
     """
@@ -39,7 +44,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise MissingExtra("DALI decoding", "gpu")
     if backend == "auto":
         backend = "pillow" if not present else "dali-mixed" if device.type == "cuda" else "dali-cpu"
-        _log.info("decoding by %s (DALI %s, device %s)", backend, "installed" if present else "absent", device)
+        _say_once(f"decoding by {backend} (DALI {'installed' if present else 'absent'}, device {device})")
     return backend
 
 
