@@ -117,7 +117,8 @@ def build_backbone(name: str, *, pretrained: bool, last_stride: int, ibn: bool) 
                 model = _load(name, pretrained, last_stride, local_files_only=False)
     except _LOADING_ERRORS as error:
         reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
-        reason = reason if folder else f"no such folder, and as a hub's: {reason}"
+        if folder is None and isinstance(error, OSError):
+            reason = f"no such folder here, nor can the hub's be had: {reason}"
         raise ConfigError(f"model.backbone: {name}: {reason}") from None
     family, config = model.config.model_type, model.config
     if ibn and family != "resnet":
