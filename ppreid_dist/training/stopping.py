@@ -30,8 +30,9 @@ class StopRequests:
     def listen(self) -> None:
         """Take over the signals. Python hands them to the main thread alone: elsewhere only the file is heard."""
         if threading.current_thread() is threading.main_thread():
-            ignored = {signal.SIGINT} - {n for n in SIGNALS if signal.getsignal(n) is signal.default_int_handler}
-            self._before = {number: signal.signal(number, self._hear) for number in set(SIGNALS) - ignored}
+            # Who put it into the background has Ctrl-C ignored.
+            deaf = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is not signal.default_int_handler else set()
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS if number not in deaf}
 
     def close(self) -> None:
         """Give the signals back."""
