@@ -219,10 +219,11 @@ def _play(
 
 def _check_world(config: Config) -> None:
     ranks = distributed.world_size()
+    kinds = {adversary.kind for adversary in config.privacy.adversaries} if config.privacy.weight else set()
     for key, rows, used in (
         ("data.identities_per_batch", config.data.identities_per_batch, True),
-        ("privacy.ridge.strangers", config.privacy.ridge.strangers, config.privacy.weight > 0),
-        ("reversal.batch", config.reversal.batch, config.privacy.weight > 0),
+        ("privacy.ridge.strangers", config.privacy.ridge.strangers, "ridge" in kinds),
+        ("reversal.batch", config.reversal.batch, bool(kinds & {"gan", "regression"})),
     ):
         if used and rows % ranks:
             raise ConfigError(f"{key}: {rows} can't be shared evenly by {ranks} processes")

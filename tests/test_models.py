@@ -1,16 +1,18 @@
 """Extractor, generator, critic and moving average: shapes, gradients and what each promises."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppreid_dist.errors import ConfigError
+from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.critic import Critic
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig, GeM
+from ppreid_dist.models.folder import load_extractor, save_extractor
 from ppreid_dist.models.generator import Generator, doublings
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.models.store import StoreConfig
@@ -214,3 +216,37 @@ def test_ema_against_the_sum() -> None:
     assert all(p.requires_grad for p in net.parameters())
     with pytest.raises(KeyError):
         ema.update(nn.Linear(3, 4).state_dict())
+
+
+@pytest.mark.parametrize("p", [1.0, 3.0, 8.0, 12.0])
+def test_gem_has_a_slope_where_nothing_is_seen(p: float) -> None:
+    gem = GeM()
+    gem.p.data.fill_(p)
+    map_BChw = torch.rand(2, 3, 4, 2)
+    map_BChw[:, 1] = 0  # a dead channel
+    map_BChw.requires_grad_()
+    gem(map_BChw).sum().backward()
+    assert map_BChw.grad is not None and gem.p.grad is not None
+    assert map_BChw.grad.isfinite().all() and gem.p.grad.isfinite()
+
+
+@pytest.mark.parametrize("name", ["plain", "a #2", "a: b", "a${x}", "[a]"])
+def test_an_extractor_is_read_from_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    config = ExtractorConfig(backbone=TINY)
+    save_extractor(tmp_path / name, Extractor(config, num_classes=2), config, (32, 16), {"steps": 1})
+    assert load_extractor(tmp_path / name, "cpu").size == (32, 16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"settings": {}, "size": [1, 2]}',
+        '{"settings": {"colour": 1}, "size": [1, 2], "about": {}}',
+    ],
+)
+def test_a_damaged_extractor_json_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "extractor.json").write_text(content)
+    with pytest.raises(RunError, match=rf"^{tmp_path}/extractor\.json: not what an extractor is kept with: [^\n]*$"):
+        load_extractor(tmp_path, "cpu")

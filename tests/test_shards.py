@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import webdataset
 from make_shards import encode, make_catalog
+from PIL import Image
 
 from ppreid_dist.data.index import read_index
 from ppreid_dist.data.shards import ShardedSplit, check_shards, join_splits, write_shards
@@ -190,6 +191,16 @@ def test_a_mask_of_another_size_is_refused(catalog, tmp_path):
     victim.write_bytes(encode(np.zeros((5, 5), np.uint8), "PNG"))
     with pytest.raises(DataError, match="mask must be a PNG"):
         write_shards(catalog, tmp_path / "shards", progress=False)
+
+
+def test_a_mask_of_a_picture_that_is_turned_when_decoded_is_refused(catalog, tmp_path):
+    record = next(record for record in catalog.records if record.mask is not None)
+    with Image.open(record.path) as picture:
+        turned = picture.getexif()
+        turned[0x0112] = 3
+        picture.save(record.path, format="JPEG", exif=turned)
+    with pytest.raises(DataError, match=rf"{record.path.name}: is turned by its EXIF orientation, its mask isn't"):
+        write_shards(catalog, tmp_path / "turned", progress=False)
 
 
 def test_an_empty_catalogue_is_refused(catalog, tmp_path):

@@ -35,6 +35,13 @@ def test_noise_is_of_its_norm_and_the_same_for_the_same_picture() -> None:
     apart = F.normalize(noise, dim=1) @ F.normalize(noise, dim=1).T
     assert (apart - torch.eye(200)).abs().max() < 0.3  # other features get other noise
     assert torch.equal(store(x[7:9]), store(x)[7:9])
+    # Gaussian: as many components beyond one, two and three standard deviations as there should be.
+    height = (noise / 0.5 * 512**0.5).abs()
+    shares = [float((height > deviations).float().mean()) for deviations in (1, 2, 3)]
+    assert shares == pytest.approx([0.3173, 0.0455, 0.0027], abs=0.004)
+    # What another batch's rounding moves by 1e-6 keeps its noise: who enrols a picture twice gets no second draw.
+    again = store(x * (1 + 3e-7 * torch.randn(x.shape)))
+    assert (again - store(x)).norm(dim=1).max() < 0.03
     other = Store(StoreConfig(kind="noise", strength=0.5, key=1), 512)
     assert not torch.allclose(other(x), store(x), atol=1e-3)
 
@@ -92,11 +99,11 @@ def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float) -> N
 
 
 def test_who_has_the_extractor_compares_without_noise() -> None:
-    """The noise of a picture says nothing of that of the next: a hair apart, two are as far as any."""
+    """The noise of a picture says nothing of that of the next, near as it may be."""
     x = F.normalize(features(40), dim=1)
-    store, hair = Store(StoreConfig(kind="noise", strength=0.5), 16), 1e-3 * torch.randn(40, 16)
+    store, hair = Store(StoreConfig(kind="noise", strength=0.5), 16), 0.01 * torch.randn(40, 16)
     assert (store(x + hair) - store(x)).norm(dim=1).mean() > 0.5
-    assert (store.expected(x + hair) - store.expected(x)).norm(dim=1).max() < 0.02
+    assert (store.expected(x + hair) - store.expected(x)).norm(dim=1).max() < 0.2
     assert F.cosine_similarity(store.expected(x), store(x)).mean() == pytest.approx(1 / 1.25**0.5, abs=0.02)
     for kind in ("plain", "rotation", "signs", "codes"):
         other = Store(StoreConfig(kind=kind), 16)

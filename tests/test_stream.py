@@ -4,6 +4,8 @@ import gc
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from ppreid_dist.data.stream import (
     open_source,
     open_stream,
 )
+from ppreid_dist.data.tolerant import Tolerant
 from ppreid_dist.errors import ConfigError, DataError
 
 SIZE, CPU = (32, 16), torch.device("cpu")
@@ -188,6 +191,33 @@ def test_streaming_processes_read_shards_of_their_own(split, monkeypatch):
     assert keys[0] | keys[1] == set(split.keys)
 
 
+def test_a_pool_of_all_there_is_is_not_filled_by_a_pass_for_every_batch(split, monkeypatch):
+    source, read = _source(split, pool=8192), []
+    samples = source._samples
+    monkeypatch.setattr(source, "_samples", lambda seed: (read.append(1) or sample for sample in samples(seed)))
+    batches = source.batches(3, 2, seed=0)
+    next(batches)
+    assert len(read) > len(split)  # until all was met again
+    before = len(read)
+    for _ in range(30):
+        next(batches)
+    assert len(read) - before < 30 * 0.7 * len(split)
+
+
+def test_all_processes_hear_of_one_that_would_be_dealt_too_few_people(split, monkeypatch):
+    plan = PKPlan(split.pids, 8, 2, seed=0)
+    assert len(np.unique(split.index.table_N["shard"])) == 4
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    first = np.isin(split.index.table_N["shard"], [0, 2])
+    few = split.subset(np.flatnonzero(first | (split.pids == split.pids[~first][0])))
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        rows = slice(8 * rank, 8 * rank + 8)
+        message = r"^data\.images_per_shard: process 1 of 2 would read shards with 1 people, and a batch has 4 of "
+        with pytest.raises(ConfigError, match=message):
+            open_stream(few, plan, source=_source(few), prefetch=2, device=CPU, start_step=0, rank_rows=rows)
+
+
 def test_streaming_from_far_away_needs_only_the_index_here(folder, tmp_path, split):
     here = tmp_path / "index"
     here.mkdir()
@@ -278,6 +308,29 @@ def test_a_few_damaged_pictures_are_named_and_replaced_by_the_same_person(tmp_pa
         _open(split, plan, placement, damaged=1) as stream,
     ):
         list(itertools.islice(stream, 4))
+
+
+def test_two_feeds_that_meet_a_damaged_picture_at_once_both_go_on():
+    """Each has a thread; here both have met it before either looks which it is."""
+    met = threading.Barrier(2)
+
+    class Met:
+        pids, index = np.array([1, 1, 2, 2]), SimpleNamespace(key=str)
+
+        def image_bytes(self, row):
+            return row
+
+        def decode(self, rows, keys):
+            if 0 not in rows:
+                return torch.tensor(rows)
+            if len(rows) > 1:
+                met.wait(timeout=10)
+            raise DataError("0: damaged")
+
+    tolerant = Tolerant(Met(), Met(), 1)
+    with ThreadPoolExecutor(2) as threads:
+        found = [thread.result() for thread in [threads.submit(tolerant.decode, rows) for rows in ([0, 2], [0, 3])]]
+    assert [of.tolist() for of in found] == [[1, 2], [1, 3]]
 
 
 @pytest.mark.faults

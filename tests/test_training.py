@@ -24,10 +24,13 @@ from transformers import AutoConfig, AutoModel
 from ppreid_dist import distributed
 from ppreid_dist.data.dataset import is_synthetic, open_training, prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
-from ppreid_dist.experiment import Config, train
+from ppreid_dist.experiment import Config, _check_world, train
 from ppreid_dist.settings import load_settings
+from ppreid_dist.training.adversary import Metrics
 from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
+from ppreid_dist.training.player import Player
+from ppreid_dist.training.reversal import ReversalAdversary
 from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics, tracker_options
 
@@ -484,6 +487,43 @@ def test_bad_input_is_one_line(world: list[str], tmp_path: Path, setting: str, m
 def test_an_uneven_world_is_refused_before_training(world: list[str], tmp_path: Path) -> None:
     done = launch(2, *world, f"output={tmp_path / 'run'}", "data.identities_per_batch=9", expect=-1)
     assert "data.identities_per_batch: 9 can't be shared evenly by 2 processes" in done.stderr
+
+
+def test_only_what_is_used_must_be_shared_evenly(world: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppreid_dist.distributed.world_size", lambda: 3)
+    common = [*world, "data.identities_per_batch=12", "privacy.ridge.strangers=10", "reversal.batch=10"]
+
+    def refused(*settings: str) -> str:
+        try:
+            _check_world(load_settings(Config, None, [*common, *settings]))
+        except ConfigError as error:
+            return str(error).partition(":")[0]
+        return ""
+
+    assert refused("privacy.weight=0") == refused("privacy.adversaries=[{kind: distance_correlation}]") == ""
+    assert refused("privacy.adversaries=[{kind: ridge}]") == "privacy.ridge.strangers"
+    assert refused("privacy.adversaries=[{kind: ridge}]", "privacy.ridge.strangers=9") == ""
+    assert refused("privacy.adversaries=[{kind: gan}]") == "reversal.batch"
+
+
+@pytest.mark.parametrize("kind", ["gan", "regression"])
+def test_a_moving_average_begins_with_what_was_learnt(world: list[str], tmp_path: Path, kind: str) -> None:
+    """Not with the generator as it was drawn, which would be the opponent for a hundred steps."""
+    opponents = []
+    prepare = ReversalAdversary.prepare
+
+    def looked_at(self: ReversalAdversary, extractor: Player) -> Metrics:
+        metrics = prepare(self, extractor)
+        assert self.ema is not None
+        average, live = self.ema.module.state_dict(), self.generator.held.weights()
+        opponents.append(all(torch.equal(average[name], live[name]) for name in live))
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReversalAdversary, "prepare", looked_at)
+        game = [f"privacy.adversaries=[{{kind: {kind}}}]", "reversal.lazy.mode=ema", "reversal.warm_steps=3"]
+        run(world, tmp_path / "run", *game)
+    assert opponents == [True]
 
 
 @given(st.floats(0, 1), st.floats(0.01, 0.5), st.sampled_from(["none", "steps", "cosine"]))

@@ -32,7 +32,7 @@ from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ppreid_dist.data.catalog import Catalog
@@ -147,13 +147,15 @@ def _write_split(
                 if stop.is_set():
                     break
                 key = f"{first + row:06d}_{re.sub(r'[^A-Za-z0-9_-]', '_', record.path.stem)[:60]}"
-                picture, extension, size = _read_picture(record.path)
+                picture, extension, size, turned = _read_picture(record.path)
                 where = _append(tar, f"{key}.{extension}", picture)
                 mask_where = (0, 0, 0)
                 if record.mask is not None:
-                    mask, extension, mask_size = _read_picture(record.mask)
+                    mask, extension, mask_size, _ = _read_picture(record.mask)
                     if extension != "png" or mask_size != size:
                         raise DataError(f"{record.mask}: a mask must be a PNG of its picture's size {size}")
+                    if turned:
+                        raise DataError(f"{record.path}: is turned by its EXIF orientation, its mask isn't; turn both")
                     mask_where = _append(tar, f"{key}.mask.png", mask)
                 about = dict(pid=record.pid, camid=record.camid, split=split, attributes=dict(record.attributes))
                 _append(tar, f"{key}.json", json.dumps(about).encode())
@@ -171,8 +173,9 @@ def _write_split(
     return Index(tuple(shards), np.array(keys), table, attributes)
 
 
-def _read_picture(file: Path) -> tuple[bytes, str, tuple[int, int]]:
-    """The bytes, the extension they deserve and (width, height) of a picture that decodes to its end."""
+def _read_picture(file: Path) -> tuple[bytes, str, tuple[int, int], bool]:
+    """The bytes, the extension they deserve and (width, height) of a picture that decodes to its end, and whether its
+    EXIF orientation turns it when it is decoded."""
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -180,12 +183,12 @@ def _read_picture(file: Path) -> tuple[bytes, str, tuple[int, int]]:
     try:
         with Image.open(io.BytesIO(data), formats=list(EXTENSIONS)) as picture:
             picture.load()
-            mode = picture.mode
+            mode, turned = picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{file}: not a whole JPEG, PNG or BMP picture: {error}") from None
     if mode[0] in "IF":  # Pillow clips 16 bits where DALI scales them
         raise DataError(f"{file}: has more than 8 bits a channel (mode {mode}); convert it first")
-    return data, EXTENSIONS[str(picture.format)], picture.size
+    return data, EXTENSIONS[str(picture.format)], picture.size, turned
 
 
 def _append(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:

@@ -164,16 +164,19 @@ class WebDatasetSource:
         hold P identities.
         """
         rng = np.random.default_rng([seed, _POOL, distributed.rank()])
-        samples, size = self._samples(int(rng.integers(2**31))), 0
+        samples, size, most = self._samples(int(rng.integers(2**31))), 0, self._pool
         pool: dict[int, dict[str, tuple[bytes, int]]] = {}  # pid -> key -> (picture, camid)
         while True:
             known = 0  # met again: as many as the pool holds mean that the shards hold no more
-            while size < self._pool and known <= size:
+            while size < most and known <= size:
                 key, pid, camid, picture = next(samples)
                 before = len(pool.setdefault(pid, {}))
                 pool[pid].setdefault(key, (picture, camid))
                 size += len(pool[pid]) - before
                 known += len(pool[pid]) == before
+            if known > size:
+                # All that there is. A pool of half of it is filled again in a few steps, a full one by a whole pass.
+                most = max(size // 2, P * K)
             if len(pool) < P:
                 raise DataError(f"{self._urls[0]}: a pool of {size} pictures holds {len(pool)} people, {P} are needed")
             shuffled = rng.permutation(sorted(pool)).tolist()
@@ -205,6 +208,19 @@ class WebDatasetSource:
                     yield key, about["pid"], about["camid"], picture
         except (OSError, ValueError, KeyError, StopIteration, tarfile.TarError) as error:
             raise DataError(f"{self._urls[0]} …: streaming failed: {' '.join(str(error).split())}") from error
+
+
+def _check_dealing(split: ShardedSplit, people: int) -> None:
+    """ConfigError, on all processes, where one of them would be dealt shards with fewer people: it would end alone."""
+    shard_N, ranks = split.index.table_N["shard"], distributed.world_size()
+    shards = np.unique(shard_N)
+    for rank in range(ranks):
+        there = len(np.unique(split.pids[np.isin(shard_N, shards[rank::ranks])]))
+        if there < people:
+            raise ConfigError(
+                f"data.images_per_shard: process {rank} of {ranks} would read shards with {there} people, and a batch "
+                f"has {people} of each process; write smaller shards"
+            )
 
 
 class BatchStream:
@@ -282,6 +298,7 @@ def open_stream(
         return Batch(step, images, to_device(labels, device), to_device(torch.from_numpy(camids), device))
 
     if isinstance(source, WebDatasetSource):
+        _check_dealing(split, local // plan.K)
         seed = int(np.random.default_rng([plan.seed, _POOL, start_step]).integers(2**31))
         found = source.batches(local // plan.K, plan.K, seed=seed)
         streamed = (batch(step, *next(found)) for step in steps)

@@ -4,6 +4,7 @@ B pictures, H height, W width.
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ class Tolerant:
     def __init__(self, split: ShardedSplit, decoder: Decoder, limit: int):
         self._split, self._decoder, self._limit = split, decoder, limit
         self._damaged: set[int] = set()
+        self._one_at_a_time = threading.Lock()
 
     def decode(self, rows: Sequence[int]) -> Tensor:
         """uint8 (B,3,H,W) of these rows."""
@@ -35,10 +37,10 @@ class Tolerant:
             except DataError as error:
                 if self._limit == 0:
                     raise
-                before = len(self._damaged)
-                for row in set(rows):
-                    self._examine(row)
-                if len(self._damaged) == before:  # it isn't any one of them
+                with self._one_at_a_time:  # several feeds share a source, each with a thread of its own
+                    for row in set(rows) - self._damaged:
+                        self._examine(row)
+                if not self._damaged.intersection(rows):  # it isn't any one of them
                     raise error
                 rows = [self._stand_in(row) for row in rows]
 

@@ -51,7 +51,8 @@ class GeM(nn.Module):
         self.p = nn.Parameter(torch.tensor(3.0))
 
     def forward(self, map_BChw: Tensor) -> Tensor:
-        return map_BChw.clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+        # Where nothing is seen, 1e-6 to a large power would be 0, at which the root has no slope.
+        return map_BChw.clamp(min=1e-6).pow(self.p).mean((2, 3)).clamp(min=1e-30).pow(1 / self.p)
 
 
 class Extractor(nn.Module):

@@ -5,13 +5,13 @@ model/
     extractor.json          its settings, input size and what it was trained on
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppreid_dist.errors import RunError
+from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.storage import read_json, read_tensors, write_json, write_tensors, write_text
@@ -44,13 +44,17 @@ def load_extractor(folder: Path, device: torch.device | str) -> SavedExtractor:
     if not folder.is_dir():
         raise RunError(f"{folder}: no finished extractor there; train the run to its end first")
     saved, file = read_json(folder / "extractor.json"), folder / "extractor.safetensors"
-    settings = [f"{name}={'null' if value is None else value}" for name, value in saved["settings"].items()]
+    try:
+        kept = {name: value for name, value in saved["settings"].items() if name != "backbone"}
+        settings = [f"{name}={'null' if value is None else value}" for name, value in kept.items()]
+        config, size, about = load_settings(ExtractorConfig, None, settings), tuple(saved["size"]), saved["about"]
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder / 'extractor.json'}: not what an extractor is kept with: {error}") from None
     # Shape and weights come from the folder, not from where the training began.
-    settings += [f"backbone={folder / 'backbone'}", "pretrained=false"]
-    extractor = Extractor(load_settings(ExtractorConfig, None, settings), num_classes=0)
+    extractor = Extractor(replace(config, backbone=str(folder / "backbone"), pretrained=False), num_classes=0)
     try:
         extractor.load_state_dict(read_tensors(file))
     except RuntimeError as error:
         raise RunError(f"{file}: doesn't hold this extractor: {' '.join(str(error).split())[:200]}") from None
     extractor.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
-    return SavedExtractor(extractor, tuple(saved["size"]), saved["about"])
+    return SavedExtractor(extractor, size, about)

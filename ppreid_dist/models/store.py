@@ -40,6 +40,7 @@ USES = {
 }
 """The settings, beside ``quantise``, that each kind has."""
 KEYED = ("noise", "rotation", "signs", "codes")
+NOISE_WAVES = 64.0  # of noise, per unit of distance
 INT8_MAX = 127
 INT8_SIGMAS = 4.0
 
@@ -90,7 +91,7 @@ class Store(nn.Module):
         if axes > dim:
             raise ConfigError(f"model.store.{setting}: {axes} is more than the embedding's {dim}")
         secret_AS, phases_S = torch.empty(0), torch.empty(0)  # two: who counts buffers counts a shared one once
-        if config.kind in ("rotation", "signs", "codes"):
+        if "key" in USES[config.kind]:
             secret = torch.Generator().manual_seed(config.key)
             secret_AS = torch.randn(axes or dim, self.dim, generator=secret)
             phases_S = 2 * math.pi * torch.rand(self.dim, generator=secret)
@@ -227,12 +228,16 @@ class Store(nn.Module):
         return shift_BD.detach()
 
     def _noise(self, plain_BD: Tensor) -> Tensor:
-        """Drawn by the key and the embedding itself, so that it does not hang on what else is in the batch."""
-        levels_BD = (plain_BD.detach().double() * 2**16).round().long().cpu()
-        odd_D = torch.randint(2**40, plain_BD.shape[1:], generator=torch.Generator().manual_seed(self.config.key))
-        seeds = (levels_BD * (2 * odd_D + 1)).sum(1).tolist()
-        rows = [torch.randn(plain_BD.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(plain_BD) * self.config.strength / plain_BD.shape[1] ** 0.5
+        """Gaussian, drawn by the key and the embedding itself, so that it does not hang on what else is in the batch.
+
+        Each component is a wave over the embeddings, so short that features a hundredth apart share nothing, and so
+        long that another batch's rounding (1e-6) hardly moves it; its height, evenly spread, is made
+        Gaussian.
+        """
+        phase_BD = plain_BD.detach().double() @ self.secret_AS.double() * NOISE_WAVES
+        even_BD = (2 * (phase_BD - phase_BD.floor()) - 1).abs().clamp(1e-6, 1 - 1e-6)
+        normal_BD = math.sqrt(2) * torch.erfinv(2 * even_BD - 1)
+        return (normal_BD * self.config.strength / plain_BD.shape[1] ** 0.5).to(plain_BD.dtype)
 
 
 def int8_step(dim: int) -> float:

@@ -152,6 +152,8 @@ class ReversalAdversary(Adversary):
         self._take_lagged(extractor)
         metrics = self._until_plateau(self.lagged or extractor.module, self.config.warm_steps)
         self._take_snapshot()
+        if self.ema is not None:  # or the game would begin against one that has learnt nothing
+            self.ema.module.load_state_dict(self.generator.held.weights())
         return metrics
 
     def respond(self, extractor: Player, step: int) -> Metrics:
