@@ -107,9 +107,11 @@ def attack(
     protection, each judge another model than all others, the auxiliary people unknown to control and protected.
     """
     device, other = default_device(), _other_domain(config)
+    runs = {"control": control, "protected": protected}
     _check_comparable(control, protected, judges)
     _check_leaked(config)
-    _check_pictures(config, control, protected, device)
+    extractors = {role: load_extractor(run / "model", device) for role, run in runs.items()}
+    _check_pictures(config, runs, extractors)
     kept = trained or out / "trained"
     for folder in (kept, out):
         check_writable(folder)  # or it would be known only when the first attacker has been trained
@@ -122,10 +124,8 @@ def attack(
 
     judging = open_judges(judges, config.attack.onnx, partial(pictures_of, "gallery"), device)
     aux, query = pictures_of("aux", size), pictures_of("query", size)
-    victims, rankings, extractors, galleries_GD = {}, {}, {}, {}
-    for role, run in (("control", control), ("protected", protected)):
-        saved = load_extractor(run / "model", device)
-        extractors[role] = saved
+    victims, rankings, galleries_GD = {}, {}, {}
+    for role, saved in extractors.items():
         seen = {split: pictures_of(split, saved.size) for split in ("aux", "query", "gallery", *config.attack.leaked)}
         victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen, config.attack.leaked)
         if config.attack.whitebox.people and not ahead:
@@ -304,21 +304,22 @@ def _check_leaked(config: Config) -> None:
         raise ConfigError(f"attack.leaked: {config.data.shards} has no split {absent[0]}, only {', '.join(splits)}")
 
 
-def _check_pictures(config: Config, control: Path, protected: Path, device: torch.device) -> None:
+def _check_pictures(config: Config, runs: Mapping[str, Path], extractors: Mapping[str, SavedExtractor]) -> None:
     """Where the pictures lie may differ from run to run, so their settings say little of who is on them."""
-    trained = {}
-    for run in (control, protected):
-        about, splits = load_extractor(run / "model", device).about, load_run(run).data.train_splits
-        trained[run] = about.get("training pictures")
+    trained = {role: saved.about.get("training pictures") for role, saved in extractors.items()}
+    for role, run in runs.items():
+        splits = load_run(run).data.train_splits
         if not set(splits) <= set(read_meta(Path(config.data.shards))["splits"]):
             continue  # of a data set that nobody trained on
-        if trained[run] != open_training(replace(config.data, train_splits=splits)).fingerprint:
+        if trained[role] != open_training(replace(config.data, train_splits=splits)).fingerprint:
             raise RunError(
                 f"{run}: trained on other pictures than {', '.join(splits)} of {config.data.shards} (data.shards), so "
                 "that the attackers' people may be among them"
             )
-    if trained[control] != trained[protected]:
-        raise RunError(f"{control}: not the control of {protected}: they were trained on different pictures")
+    if trained["control"] != trained["protected"]:
+        raise RunError(
+            f"{runs['control']}: not the control of {runs['protected']}: they were trained on different pictures"
+        )
 
 
 # --- report -----------------------------------------------------------------------------------------------------

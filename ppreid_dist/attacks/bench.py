@@ -27,6 +27,7 @@ from ppreid_dist.attacks.base import (
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
+from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.plateau import Learner
 from ppreid_dist.attacks.recogniser import Recogniser, train_recogniser, untrained
@@ -68,7 +69,7 @@ class Victim:
     see: See
     opened: Opened | None = None
     reversal: Generator | None = None
-    rekeyed: tuple[Tensor, Tensor] | None = None
+    rekeyed: Stored | None = None
     leaked_LD: Tensor | None = None
 
 

@@ -39,7 +39,7 @@ USES = {
     "codes": ("dim", "axes", "width", "key"),
 }
 """The settings, beside ``quantise``, that each kind has."""
-KEYED = ("noise", "rotation", "signs", "codes")
+KEYED = ("noise", "rotation", "signs", "codes")  # the key is all of their secret; adversarial's trains a decoder too
 NOISE_WAVES = 64.0  # of noise, per unit of distance
 INT8_MAX = 127
 INT8_SIGMAS = 4.0
@@ -231,8 +231,7 @@ class Store(nn.Module):
         """Gaussian, drawn by the key and the embedding itself, so that it does not hang on what else is in the batch.
 
         Each component is a wave over the embeddings, so short that features a hundredth apart share nothing, and so
-        long that another batch's rounding (1e-6) hardly moves it; its height, evenly spread, is made
-        Gaussian.
+        long that another batch's rounding (1e-6) hardly moves it; its height, evenly spread, is made Gaussian.
         """
         phase_BD = plain_BD.detach().double() @ self.secret_AS.double() * NOISE_WAVES
         even_BD = (2 * (phase_BD - phase_BD.floor()) - 1).abs().clamp(1e-6, 1 - 1e-6)
