@@ -1,6 +1,7 @@
 """Small data sets made for the tests of the data room."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,10 @@ def make_catalog(
                     Record(path=path, pid=pid, camid=shot + 1, split=split, mask=mask, attributes=attributes)
                 )
     return Catalog(kind="csv", root=folder, records=tuple(records), notes=("made for a test",))
+
+
+def forget_settings(shards: Path) -> None:
+    """As if the shards had been written before their settings were."""
+    meta = json.loads((shards / "meta.json").read_text())
+    del meta["settings"]
+    (shards / "meta.json").write_text(json.dumps(meta))

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +14,13 @@ from backbone_families import write_backbone
 from conftest import launch
 from hypothesis import given
 from hypothesis import strategies as st
+from make_shards import forget_settings
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from ppreid_dist import distributed
-from ppreid_dist.data.dataset import is_synthetic, open_training, prepare_shards
+from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, _check_world, train
 from ppreid_dist.settings import load_settings
@@ -32,7 +30,7 @@ from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import ReversalAdversary
 from ppreid_dist.training.runner import Runner
-from ppreid_dist.training.tracking import read_metrics, tracker_options
+from ppreid_dist.training.tracking import read_metrics
 
 
 def run(world: list[str], folder: Path, *settings: str, resume: bool = False) -> dict[str, Tensor]:
@@ -135,51 +133,6 @@ def test_a_resume_with_other_data_is_refused(world: list[str], whole: Path, tmp_
         prepare_shards(load_settings(Config, None, [*other, people]).data, progress=False)
         forget_settings(tmp_path / "s")
         run(other, tmp_path / "run", resume=True)
-
-
-def forget_settings(shards: Path) -> None:
-    """As if the shards had been written before their settings were."""
-    meta = json.loads((shards / "meta.json").read_text())
-    del meta["settings"]
-    (shards / "meta.json").write_text(json.dumps(meta))
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("data.kind=market1501", "data.kind=synthetic, not with market1501"),
-        ("data.split_seed=7", "data.split_seed=0, not with 7"),
-        ("data.synthetic.train=25", "data.synthetic.train=24, not with 25"),
-    ],
-)
-def test_shards_of_other_settings_are_refused(world: list[str], tmp_path: Path, setting: str, message: str) -> None:
-    """…and those that don't say what they were written with are taken; where the pictures lie is no matter."""
-    shards = Path(load_settings(Config, None, world).data.shards)
-    with pytest.raises(DataError) as error:
-        run(world, tmp_path / "run", setting)
-    assert str(error.value).startswith(f"{shards}: its shards were written with {message}; ")
-    assert "\n" not in str(error.value)
-    shutil.copytree(shards, tmp_path / "old")
-    elsewhere = [*world, "data.root=/nowhere", "data.images_per_shard=7", f"data.shards={tmp_path / 'old'}"]
-    open_training(load_settings(Config, None, elsewhere).data)
-    forget_settings(tmp_path / "old")
-    open_training(load_settings(Config, None, [*elsewhere, setting]).data)
-
-
-def test_people_are_synthetic_where_their_shards_say_so(world: list[str], tmp_path: Path) -> None:
-    """Whose pictures a report may show hangs on it: never on a setting, whose default is synthetic."""
-    data = load_settings(Config, None, world).data
-    assert is_synthetic(data)
-    shutil.copytree(data.shards, tmp_path / "real")
-    forget_settings(tmp_path / "real")
-    real = replace(data, shards=str(tmp_path / "real"))
-    assert real.kind == "synthetic" and not is_synthetic(real)
-    meta = json.loads((tmp_path / "real" / "meta.json").read_text())
-    for known in ({"kind": "market1501"}, {"settings": {"data.kind": "market1501"}}):
-        (tmp_path / "real" / "meta.json").write_text(json.dumps(meta | known))
-        assert not is_synthetic(real)
-        with pytest.raises(DataError, match=r"written with data\.kind=market1501, not with synthetic; [^\n]*$"):
-            open_training(real)
 
 
 @pytest.mark.faults
@@ -410,56 +363,6 @@ def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
         row["loss/identity"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/identity" in row
     ]
     assert all(np.isfinite(losses))
-
-
-@pytest.fixture
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Somebody who isn't logged in to wandb; what it found out is forgotten before and after."""
-    wandb = pytest.importorskip("wandb")
-    for variable in [key for key in os.environ if key.startswith("WANDB_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    wandb.teardown()
-    yield
-    wandb.teardown()
-
-
-@pytest.mark.usefixtures("nobody")
-def test_trackers_write_beside_the_log(world: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    folder = tmp_path / "run"
-    settings = ("engine.trackers=[wandb,tensorboard]", "training.images=48", "privacy.weight=0")
-    run(world, folder, *settings)
-    (once,) = folder.rglob("*.wandb")
-    assert list(folder.rglob("events.out.tfevents.*"))
-    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 3
-    run(world, folder, *settings, resume=True)
-    parts = list(folder.rglob("*.wandb"))
-    assert len(parts) == 2 and {part.name for part in parts} == {once.name}, "another run of wandb's"
-
-
-@pytest.mark.usefixtures("nobody")
-def test_wandb_is_offline_where_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    def options() -> dict[str, str]:
-        wandb.teardown()
-        return tracker_options(["wandb"], tmp_path)["wandb"]
-
-    logged_out = options()
-    assert logged_out["mode"] == "offline" and logged_out["name"] == tmp_path.name
-    logged_in = {key: value for key, value in logged_out.items() if key != "mode"}
-    (tmp_path / "netrc").write_text("machine wandb.example login user password " + 40 * "a" + "\n")
-    assert options() == logged_out
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
-    assert options() == logged_in
-    (tmp_path / "netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
-    assert options() == logged_in
-    monkeypatch.setenv("WANDB_NAME", "of a sweep")
-    assert options() == {key: value for key, value in logged_in.items() if key != "name"}
-    assert tracker_options(["tensorboard"], tmp_path) == {}
 
 
 @pytest.mark.parametrize(
