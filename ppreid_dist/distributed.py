@@ -6,6 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed them and warns of the older names.
+_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def rank() -> int:
     """This process's number, 0 without a process group."""
@@ -27,14 +31,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         whole = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous())
+        _gather_rows(whole, x.contiguous())
         ctx.shape = x.shape
         return whole
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         own = gradients[0].new_empty(ctx.shape)  # a process needs the sum of its own rows only
-        dist.reduce_scatter_tensor(own, gradients[0].contiguous())
+        _scatter_sums(own, gradients[0].contiguous())
         return own
 
 

@@ -32,6 +32,7 @@ from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
 from ppreid_dist.storage import check_writable
 from ppreid_dist.training.adversary import Adversary
+from ppreid_dist.training.checkpoint import CheckpointFolder
 from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary
 from ppreid_dist.training.engine import Engine, EngineConfig, open_engine
 from ppreid_dist.training.feed import Feed
@@ -113,7 +114,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
             f"model.store.kind: {config.model.store.kind} is put on a finished extractor: train it plain, then `ppreid "
             f"store`"
         )
-    if not resume and (folder / "checkpoints" / "latest").exists():
+    if not resume and CheckpointFolder(folder, config.training.keep).steps():
         raise RunError(f"{folder}: holds a run already; continue it by --resume or choose another output=FOLDER")
     random.seed(config.seed)
     torch.manual_seed(config.seed)  # the runner does it anew for every step
@@ -122,7 +123,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
     try:
         with using(config.kernels, engine.device, partitioned=engine.kind != "ddp"):
-            result = _play(config, folder, split, engine, resume=resume, progress=progress)
+            result = _play(config, folder, split, engine, progress=progress)
     except Stopped:
         engine.close()
         raise
@@ -133,9 +134,8 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     return result
 
 
-def _play(
-    config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, resume: bool, progress: bool
-) -> dict[str, Any]:
+def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, progress: bool) -> dict[str, Any]:
+    """Build all players, go on from the newest checkpoint if there is one, train, and save the extractor."""
     _check_world(config)
     classes, labels_N = np.unique(split.pids, return_inverse=True)
     split_head = config.identity.head == "split"
@@ -179,7 +179,7 @@ def _play(
         adversaries=adversaries,
         step=ExtractorStep(
             extractor,
-            list(zip(adversaries, weights, strict=False)),
+            list(zip(adversaries, weights, strict=True)),
             engine=engine,
             identity=config.identity,
             triplet=config.triplet,

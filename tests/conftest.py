@@ -96,4 +96,5 @@ def launch(
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     assert done.returncode == expect or (expect < 0 and done.returncode), done.stdout + done.stderr
+    assert "FutureWarning" not in done.stderr, done.stderr
     return done

@@ -63,6 +63,7 @@ def runs(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """judge, control, trained and protected, made by the demo's commands, and attacked."""
     folder = tmp_path_factory.mktemp("demo") / "runs"
     said = demo(world, folder)
+    assert re.search(r"^synthetic at .*pictures$", said, re.MULTILINE)
     assert [line.split()[0] for line in said.strip().splitlines()[-5:]] == [
         "utility", "attackers", "pixel:", "probe", "look",
     ]  # fmt: skip

@@ -105,11 +105,15 @@ def test_stochastic_depth_resumes_too(world: list[str], tmp_path: Path, monkeypa
     assert any(not torch.equal(alone[name], other[name]) for name in alone)
 
 
-def test_a_finished_run_is_left_alone(world: list[str], whole: Path) -> None:
+def test_a_finished_run_is_left_alone(world: list[str], whole: Path, tmp_path: Path) -> None:
+    """…and one whose process was killed before it could point to its first checkpoint is nothing to begin anew in."""
     before = last(whole)
     assert_same(before, run(world, whole, resume=True))
-    with pytest.raises(RunError, match="holds a run already"):
-        run(world, whole)
+    shutil.copytree(whole, tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoints" / "latest").unlink()
+    for folder in (whole, tmp_path / "killed"):
+        with pytest.raises(RunError, match="holds a run already"):
+            run(world, folder)
 
 
 @pytest.mark.parametrize(

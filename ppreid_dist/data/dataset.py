@@ -1,7 +1,7 @@
 """The dataset of a configuration: where its pictures are, how they become shards, which splits train."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def prepare_shards(config: DataConfig, *, progress: bool = True) -> str:
         progress=progress,
     )
     _check_settings(config)
-    return catalog.table()
+    return replace(catalog, kind=config.kind).table()
 
 
 def _shaping(config: DataConfig) -> dict[str, Any]:

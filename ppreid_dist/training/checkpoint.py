@@ -111,14 +111,17 @@ class CheckpointFolder:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
+    def steps(self) -> list[Path]:
+        """All checkpoints, the oldest first, whole or damaged. The pointer may lag behind: a kill came between."""
+        return sorted(self.folder.glob("step_*"))
+
     def newest_whole(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; newer ones are set aside, which is said.
 
         None where there is no checkpoint at all; RunError where none is whole. Call on one process only.
         """
-        found = sorted(self.folder.glob("step_*"), reverse=True)
         problem = None
-        for folder in found:
+        for folder in reversed(self.steps()):
             if (wrong := damage(folder)) is None:
                 if problem is not None:
                     _log.warning("going back to %s", folder)
@@ -143,7 +146,7 @@ class CheckpointFolder:
                 raise RunError(str(error)) from error
         write_text(self.folder / "latest", target.name + "\n")
         killed = self.folder.glob(".step_*.tmp")  # what a process left that was killed while it wrote
-        for old in [*sorted(self.folder.glob("step_*"))[: -self._keep], *killed]:
+        for old in [*self.steps()[: -self._keep], *killed]:
             if old != target:
                 shutil.rmtree(old, ignore_errors=True)
         return target
