@@ -40,12 +40,12 @@ from ppreid_dist.kernels.choice import using
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import KEYED, Store, StoreConfig
+from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.progress import note, progress_bar, say
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.storage import check_writable, read_json, read_tensors, write_json, write_tensors
-from ppreid_dist.training.reversal import resize
 
 # Control and protected must be the same training but for these.
 METHOD = ("privacy.", "neighbourhood.", "reversal.", "data.strangers_split", "training.warm", "model.store.")
@@ -270,7 +270,7 @@ def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | No
         return store.coded(saved.extractor(resize(images_B3hw, saved.size)).embedding_BD)
 
     with torch.no_grad():
-        known_NA = torch.cat([see(images_B3HW.float() / 255) for images_B3HW in aux.images_N3HW.split(256)])
+        known_NA = torch.cat([see(to_float(images_B3HW)) for images_B3HW in aux.images_N3HW.split(256)])
     people = np.unique(aux.pids_N)
     first_N = torch.from_numpy(np.isin(aux.pids_N, people[: len(people) // 2])).to(known_NA.device)
     aux_NA = torch.empty_like(known_NA)

@@ -18,7 +18,7 @@ from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import load_run
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.onnx_model import OnnxConfig, OnnxModel
-from ppreid_dist.training.reversal import resize
+from ppreid_dist.pixels import resize
 
 Gallery = Callable[[tuple[int, int]], Pictures]  # the gallery's pictures at a size
 

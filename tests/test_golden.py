@@ -36,8 +36,8 @@ from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import DecoderConfig, Store, StoreConfig
+from ppreid_dist.pixels import resize
 from ppreid_dist.settings import load_settings
-from ppreid_dist.training.reversal import resize
 
 SIZE, SMALL = (32, 16), (16, 8)  # what the extractor sees, what attackers draw
 Kept = Callable[[Tensor], Tensor]  # plain features to what a gallery keeps of them

@@ -226,18 +226,22 @@ def entries(problem):
 @pytest.mark.parametrize(("k1", "k2", "weight"), [(20, 6, 0.3), (7, 3, 0.5), (4, 1, 0.0), (200, 6, 0.3)])
 def test_reranking_is_what_the_paper_says(k1, k2, weight):
     problem = real_valued(q=12, g=110, d=16, people=9)
-    found = rerank(*entries(problem), Reranking(neighbours=k1, expansion=k2, weight=weight), chunk=5)
+    found = rerank(*entries(problem), Reranking(k1=k1, k2=k2, lambda_value=weight), chunk=5)
     np.testing.assert_allclose(found.ap_Q, plainly_reranked(*problem, k1, k2, weight), rtol=1e-6)
 
 
 def test_reranking_by_the_features_alone_changes_nothing_and_with_neighbours_finds_more():
     problem = real_valued(q=60, g=400, d=32, people=25, seed=1)
-    plain, alone, mixed = rank(problem), rerank(*entries(problem), Reranking(weight=1.0)), rerank(*entries(problem))
+    plain, alone, mixed = (
+        rank(problem),
+        rerank(*entries(problem), Reranking(lambda_value=1.0)),
+        rerank(*entries(problem)),
+    )
     np.testing.assert_allclose(measures(alone), measures(plain))
     assert mixed.summary()["mAP"] > plain.summary()["mAP"] + 0.03
 
 
 def test_reranking_refuses_what_makes_no_sense():
-    for wrong in ({"neighbours": 0}, {"expansion": 0}, {"weight": 1.5}):
+    for wrong in ({"k1": 0}, {"k2": 0}, {"lambda_value": 1.5}):
         with pytest.raises(ConfigError, match=r"^rerank: [^\n]*$"):
             Reranking(**wrong)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_results_are_strict_json(protected):
         "silent": constant(PIDS, math.nan, 1, 0),
     }
     for result in (urr(PIDS, FULL, FULL, attackers), attack_curve(PIDS, {10: attackers, 20: {}})):
-        assert json.loads(json.dumps(result.to_dict(), allow_nan=False)) == result.to_dict()
+        assert json.loads(json.dumps(asdict(result), allow_nan=False)) == asdict(result)
 
 
 def coverage(simulations, resamples=300, people=40, pictures=6):

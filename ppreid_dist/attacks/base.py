@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
+from ppreid_dist.pixels import to_float
 
 if TYPE_CHECKING:
     from ppreid_dist.attacks.recogniser import Recogniser
@@ -177,11 +178,6 @@ def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
         matrix_DK = axes_KD.T / shrunk_K.sqrt()
     power = (x_ND @ matrix_DK).square().sum(1).mean().clamp_min(1e-12)
     return View(mean_D, matrix_DK / power.sqrt())
-
-
-def to_float(pictures_N3hw: Tensor) -> Tensor:
-    """uint8 pictures as float in [0,1]."""
-    return pictures_N3hw.float() / 255
 
 
 def to_uint8(images_N3hw: Tensor) -> Tensor:

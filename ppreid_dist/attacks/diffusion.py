@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import picture_size, register, to_float
+from ppreid_dist.attacks.base import picture_size, register
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, RecipeConfig, Split, Trainee, race
 from ppreid_dist.models.denoiser import TIMES, Denoiser, need_diffusers
 from ppreid_dist.models.seeding import seeded
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import option
 
 

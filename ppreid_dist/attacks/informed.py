@@ -22,6 +22,7 @@ from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import compare
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import to_dict
 
 
@@ -82,5 +83,5 @@ def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Outco
 @torch.no_grad()
 def _matched(victim: Victim, outcome: Outcome, asked: np.ndarray) -> float:
     stored_QD = victim.query_QD[torch.from_numpy(asked)]
-    seen_QD = victim.see(outcome.shown.to(stored_QD.device).float() / 255)
+    seen_QD = victim.see(to_float(outcome.shown.to(stored_QD.device)))
     return float(torch.nn.functional.cosine_similarity(seen_QD, stored_QD).mean())

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import to_float
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.ranking import Ranking, rank_queries
+from ppreid_dist.pixels import to_float
 
 WEAK_JUDGE = 3.0  # times chance
 Look = Callable[[Tensor], Tensor]  # float pictures (N,3,h,w) in [0,1], of any size → features (N,D)

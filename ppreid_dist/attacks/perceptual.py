@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import to_float
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.kid import kernel_distance
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.lpips import load_lpips
+from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.settings import Settings, option
-from ppreid_dist.training.reversal import resize
 
 AXIS = "perceptual"
 KID_SIZE = (256, 128)  # the pictures are brought to it for the backbone

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, View, fit_view, split_people, to_float
+from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, View, fit_view, split_people
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.ema import Ema
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 T = TypeVar("T", bound="Trainee")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppreid_dist.attacks.base import to_float
 from ppreid_dist.data.augment import AugmentConfig, augment
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss
@@ -26,6 +25,7 @@ from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig, neighbourhood_
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.seeding import seeded
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate, make_optimiser
 

@@ -9,16 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import (
-    VIEWS,
-    Attacker,
-    Progress,
-    fit_view,
-    held_out_error,
-    register,
-    split_people,
-    to_float,
-)
+from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, fit_view, held_out_error, register, split_people
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 

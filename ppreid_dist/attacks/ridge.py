@@ -9,16 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import (
-    VIEWS,
-    Attacker,
-    Progress,
-    fit_view,
-    register,
-    split_people,
-    to_float,
-)
+from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, fit_view, register, split_people
 from ppreid_dist.kernels import kernel_ridge
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 

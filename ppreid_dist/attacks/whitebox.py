@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.base import Attacker, Progress, held_out_error, split_people, to_float
+from ppreid_dist.attacks.base import Attacker, Progress, held_out_error, split_people
 from ppreid_dist.attacks.ridge import Ridge, RidgeConfig
 from ppreid_dist.errors import ConfigError
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 See = Callable[[Tensor], Tensor]  # float pictures (B,3,h,w) in [0,1] → their stored features (B,D), differentiable

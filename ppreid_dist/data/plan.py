@@ -91,12 +91,6 @@ class PKPlan:
         """Rows of a global batch."""
         return self.P * self.K
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which each identity (but the dropped remainder, fewer than P) comes once. Papers count an epoch
-        by pictures instead: ``len(pids) / (P * K)`` steps."""
-        return len(self._people) // self.P
-
     def batch(self, step: int) -> np.ndarray:
         """The rows of the global batch of ``step``, shape (P*K,); the K rows of an identity are consecutive."""
         people, rng = self._people, np.random.default_rng([self.seed, _PICTURES, step])
@@ -136,11 +130,6 @@ class StrangersPlan:
     def total(self) -> int:
         """Rows of a global batch."""
         return self.count
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which each identity (but the dropped remainder) comes once."""
-        return len(self._people) // self.count
 
     def batch(self, step: int) -> np.ndarray:
         """The rows of the global batch of ``step``, shape (count,)."""

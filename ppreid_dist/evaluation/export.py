@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.ranking import Entries, Ranking, rank_queries
 from ppreid_dist.evaluation.reranking import Reranking, rerank
+from ppreid_dist.pixels import to_float
 from ppreid_dist.storage import write_tensors, write_text
 
 
@@ -18,7 +19,7 @@ def stored_features(extractor: nn.Module, images_N3HW: Tensor, *, batch: int = 2
     parts = []
     for x in images_N3HW.split(batch):
         x = x.to(device)
-        parts.append(extractor(x.float() / 255 if x.dtype == torch.uint8 else x).stored_BD.float())
+        parts.append(extractor(to_float(x)).stored_BD.float())
     return torch.cat(parts)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppreid_dist.errors import DataError
 from ppreid_dist.kernels.ssim import ssim_map
+from ppreid_dist.pixels import to_float
 
 CLEANEST = 1e-10  # the squared error that counts as none: PSNR ends at 100 dB instead of infinity
 
@@ -32,7 +33,7 @@ def scores(
     device, parts = recon_N3HW.device, []
     for start in range(0, n, chunk):
         rows = slice(start, start + chunk)
-        x, y = _unit(recon_N3HW[rows]), _unit(real_N3HW[rows].to(device))
+        x, y = to_float(recon_N3HW[rows]), to_float(real_N3HW[rows].to(device))
         person = (masks_N1HW[rows].to(device) > 0).float() if masks_N1HW is not None else torch.ones_like(x[:, :1])
         area = person.sum((1, 2, 3))
         difference = x - y
@@ -40,7 +41,3 @@ def scores(
         parts.append(torch.stack([(m * person).sum((1, 2, 3)) / area for m in maps]))
     ssim, mse, l1 = torch.cat(parts, 1).double().cpu().numpy() if parts else np.empty((3, 0))
     return {"ssim": ssim, "psnr": -10 * np.log10(np.maximum(mse, CLEANEST)), "l1": l1}
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x.float() / 255 if x.dtype == torch.uint8 else x.float()

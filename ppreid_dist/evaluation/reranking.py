@@ -25,15 +25,16 @@ PAIRS = 2**16  # whose distances are computed at once
 
 @dataclass(frozen=True, kw_only=True)
 class Reranking:
-    """The paper's k1, k2 and lambda, with its values."""
+    """The paper's names and values: ``k1`` reciprocal neighbours, ``k2`` for the query expansion, ``lambda_value`` the
+    weight of the features' own distance (1 leaves the order as it is)."""
 
-    neighbours: int = 20
-    expansion: int = 6
-    weight: float = 0.3  # of the features' own distance; 1 leaves the order as it is
+    k1: int = 20
+    k2: int = 6
+    lambda_value: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or self.expansion < 1 or not 0 <= self.weight <= 1:
-            raise ConfigError("rerank: neighbours and expansion must be at least 1, the weight between 0 and 1")
+        if self.k1 < 1 or self.k2 < 1 or not 0 <= self.lambda_value <= 1:
+            raise ConfigError("rerank: k1 and k2 must be at least 1, lambda_value between 0 and 1")
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def rerank(queries: Entries, gallery: Entries, config: Reranking = Reranking(), 
     Features lie on one device, where ``chunk`` x N similarities are held at a time; the codes are made on the CPU.
     """
     x_ND = torch.cat([queries.unit(slice(None)), gallery.unit(slice(None))])
-    near_NK, farthest_N = _neighbours(x_ND, config.neighbours + 1, chunk)
+    near_NK, farthest_N = _neighbours(x_ND, config.k1 + 1, chunk)
     codes_NN = _codes(x_ND, near_NK, farthest_N, config)
     size = len(queries.pids_N)
     of_gallery_NG = codes_NN[size:].T.tocsr()  # by place: who has it in their code
@@ -53,7 +54,7 @@ def rerank(queries: Entries, gallery: Entries, config: Reranking = Reranking(), 
         own_QG = (_distances(x_ND[rows], x_ND[size:]) / farthest_N[rows, None]).cpu().numpy()
         for row, own_G in zip(range(rows.start, rows.stop), own_QG, strict=True):
             shared_G = _shared(codes_NN[row], of_gallery_NG)
-            mixed_G = config.weight * own_G + (1 - config.weight) * (1 - shared_G / (2 - shared_G))
+            mixed_G = config.lambda_value * own_G + (1 - config.lambda_value) * (1 - shared_G / (2 - shared_G))
             same_G = gallery.pids_N == queries.pids_N[row]
             kept = np.flatnonzero(~(same_G & (gallery.camids_N == queries.camids_N[row])))
             order = kept[np.argsort(mixed_G[kept], kind="stable")]
@@ -98,7 +99,7 @@ def _reciprocal(near_NK: np.ndarray) -> sparse.csr_matrix:
 def _codes(x_ND: Tensor, near_NK: np.ndarray, farthest_N: Tensor, config: Reranking) -> sparse.csr_matrix:
     """(N, N): how much each picture is one of another's neighbours; a row sums to 1."""
     mutual_NN = _reciprocal(near_NK)
-    half = floor(config.neighbours / 2 + 0.5) + 1
+    half = floor(config.k1 / 2 + 0.5) + 1
     tight_NN = _reciprocal(near_NK[:, :half])
     # A neighbour brings its own half as many neighbours where more than two thirds of those are mine already.
     known_NN = (mutual_NN @ tight_NN.T).multiply(mutual_NN).tocoo()
@@ -114,8 +115,8 @@ def _codes(x_ND: Tensor, near_NK: np.ndarray, farthest_N: Tensor, config: Rerank
     distance_P = (2 - 2 * torch.cat(similar)).clamp_min_(0) / farthest_N[row_P]
     codes_NN = sparse.csr_matrix((torch.exp(-distance_P).cpu().numpy(), (all_NN.row, all_NN.col)), mutual_NN.shape)
     codes_NN = sparse.diags(1 / np.asarray(codes_NN.sum(1)).ravel()) @ codes_NN
-    if config.expansion > 1:
-        some_NK = near_NK[:, : config.expansion]
+    if config.k2 > 1:
+        some_NK = near_NK[:, : config.k2]
         codes_NN = _indicator(some_NK) @ codes_NN / some_NK.shape[1]
     return codes_NN.tocsr()
 

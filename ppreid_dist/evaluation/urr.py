@@ -17,9 +17,8 @@ Shapes: Q query pictures, B the statistic itself, then each resample.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -53,10 +52,6 @@ class AxisResult:
     reason: str | None
     attackers: dict[str, AttackerResult]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of finite numbers, strings and None, ready for strict JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
@@ -74,10 +69,6 @@ class AttackCurve:
     points: list[CurvePoint]
     n50: float | None
     n50_reason: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of finite numbers, strings and None, ready for strict JSON."""
-        return asdict(self)
 
 
 def urr(

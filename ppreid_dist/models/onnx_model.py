@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.errors import MissingExtra, RunError
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 SIZE = (256, 128)  # of a model that takes any: what ReID models are mostly trained with
@@ -84,7 +85,7 @@ class OnnxModel:
         return torch.cat([self._run(x_B3HW.to(self.device)) for x_B3HW in images_N3HW.split(self.batch)])
 
     def _run(self, x_B3HW: Tensor) -> Tensor:
-        x_B3HW = x_B3HW.float() / 255 if x_B3HW.dtype == torch.uint8 else x_B3HW
+        x_B3HW = to_float(x_B3HW)
         x = ((x_B3HW - self.mean) / self.std).cpu().numpy()
         try:
             found = self.session.run([self.session.get_outputs()[0].name], {self.input: x})[0]

@@ -146,7 +146,7 @@ def legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
 
 
-def _attacker_rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
+def _attacker_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -169,7 +169,7 @@ def _scores(axis: dict[str, Any], theme: Theme) -> Figure:
     axes.scatter(control, y, marker="|", s=120, color=orange, **points)
     axes.scatter([], [], marker="o", s=26, color=theme.protected, label="protected")
     axes.scatter([], [], marker="|", s=120, linewidths=1.8, color=theme.control, label="unprotected")
-    _attacker_rows(axes, [name if ok else f"{name} (broken)" for (name, _), ok in zip(rows, works, strict=True)], theme)
+    _attacker_rows(axes, [name if ok else f"{name} (broken)" for (name, _), ok in zip(rows, works, strict=True)])
     axes.set_xlabel(axis["metric"])
     scored = np.concatenate([floor, protected, control])
     scored = scored[np.isfinite(scored)]
@@ -202,7 +202,7 @@ def _leak(axis: dict[str, Any], theme: Theme) -> Figure:
         dashes = (0, (4, 3))
         axes.axvline(np.clip(leak, left, right), color=theme.protected, linewidth=1.2, linestyle=dashes, label="r")
     axes.plot([], [], "o", color=theme.protected, markersize=6.5, label="finds most")
-    _attacker_rows(axes, [name for name, _ in rows], theme)
+    _attacker_rows(axes, [name for name, _ in rows])
     axes.set_xlim(left, right)
     axes.set_xlabel("each attacker's own ratio, with its interval; r of all")
     legend(figure, axes)

@@ -20,6 +20,7 @@ from ppreid_dist.losses.ridge import (
     seen_as,
     split_groups,
 )
+from ppreid_dist.pixels import to_float
 from ppreid_dist.training.adversary import Adversary, Exposure, View
 
 
@@ -64,7 +65,7 @@ class _RidgeView(View):
     @torch.no_grad()
     def meet(self, features_ND: Tensor, pictures_N3hw: Tensor, pids_N: np.ndarray) -> None:
         views, widths, ridges = self._config.views, self._config.widths, self._config.ridges
-        targets_NM = pictures_N3hw.flatten(1).float() / 255
+        targets_NM = to_float(pictures_N3hw.flatten(1))
         fit, held = split_groups(pids_N, self._config.fit_fraction, self._seed, 0)
         looks = [seen_as(view, features_ND) for view in views]
         errors_VWR = torch.stack(

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
@@ -25,6 +24,7 @@ from ppreid_dist.models.critic import Critic, CriticConfig
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.models.generator import Generator, GeneratorConfig
 from ppreid_dist.models.seeding import seeded
+from ppreid_dist.pixels import resize
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.adversary import Adversary, Exposure, Metrics, View
 from ppreid_dist.training.engine import Engine
@@ -89,13 +89,6 @@ class ReversalConfig(Settings):
             schedule = getattr(self, key)
             if schedule.warmup or schedule.decay != "none":
                 raise ConfigError(f"{key}: warmup and decay aren't for the reversal, whose learning rate is constant")
-
-
-def resize(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures at the reversal's size (antialiased bilinear); the same tensor where it has that size already."""
-    if tuple(x_BCHW.shape[-2:]) == tuple(size):
-        return x_BCHW
-    return F.interpolate(x_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 class ReversalAdversary(Adversary):

@@ -19,12 +19,12 @@ from ppreid_dist.losses.ridge import RidgeConfig
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
 from ppreid_dist.models.extractor import ExtractorOutput
 from ppreid_dist.models.split_head import SplitHead
+from ppreid_dist.pixels import resize
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.adversary import Adversary, AdversaryConfig, Exposure
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import FeedBatch
 from ppreid_dist.training.player import Player
-from ppreid_dist.training.reversal import resize
 from ppreid_dist.training.trace import part
 
 
