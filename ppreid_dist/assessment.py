@@ -9,10 +9,12 @@ DIR/                        of `ppreid attack --out DIR`
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception
-from ppreid_dist.attacks.suite import run_suite
+from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.victims import roles_of
 from ppreid_dist.data.dataset import is_synthetic, open_split, open_training
 from ppreid_dist.data.index import read_meta
@@ -37,6 +39,7 @@ from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.findings import findings
 from ppreid_dist.judges import check_judges, open_judges
 from ppreid_dist.kernels.choice import using
+from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import KEYED, Store, StoreConfig
@@ -123,21 +126,25 @@ def attack(
         return _pictures(config, split, size, device, progress)
 
     judging = open_judges(judges, config.attack.onnx, partial(pictures_of, "gallery"), device)
-    aux, query = pictures_of("aux", size), pictures_of("query", size)
+    aux, query, gallery = (pictures_of(split, size) for split in ("aux", "query", "gallery"))
+    splits = ("aux", "query", "gallery", *config.attack.leaked)
+    seen = {role: {split: pictures_of(split, saved.size) for split in splits} for role, saved in extractors.items()}
     victims, rankings, galleries_GD = {}, {}, {}
     for role, saved in extractors.items():
-        seen = {split: pictures_of(split, saved.size) for split in ("aux", "query", "gallery", *config.attack.leaked)}
-        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen, config.attack.leaked)
+        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen[role], config.attack.leaked)
         if config.attack.whitebox.people and not ahead:
-            victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen["aux"]))
-    stored = (seen["aux"], victims["protected"].aux_ND)
-    reversal, rekeyed = _reversal(protected, size, device, *stored), _rekeyed(protected, seen, device)
-    victims["protected"] = replace(victims["protected"], reversal=reversal, rekeyed=rekeyed)
+            victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen[role]["aux"]))
+    extractor, known = extractors["protected"].extractor, seen["protected"]
+    victims["protected"] = replace(
+        victims["protected"],
+        reversal=_reversal(protected, extractor, known["aux"], victims["protected"].aux_ND, size),
+        rekeyed=_rekeyed(extractor, known["aux"], known["query"]),
+    )
     auxiliaries = []
     if other is not None and not ahead:
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
     if "same_people" in config.attack.auxiliary.variants and not ahead:
-        auxiliaries.append(same_people(pictures_of("gallery", size), query, galleries_GD))
+        auxiliaries.append(same_people(gallery, query, galleries_GD))
     with using(config.kernels, device), progress_bar(shown=progress, desc="attack", unit=" training") as bar:
 
         def found(line: str) -> None:
@@ -147,8 +154,8 @@ def attack(
         bench = Bench(
             aux=aux,
             query=query,
-            gallery_pids=seen["gallery"].pids_N,
-            gallery_camids=seen["gallery"].camids_N,
+            gallery_pids=gallery.pids_N,
+            gallery_camids=gallery.camids_N,
             judges=judging,
             config=config.attack,
             progress=partial(note, bar),
@@ -167,20 +174,36 @@ def attack(
         )
     figures = findings(config, control, protected, judging, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))
+    _write_found(
+        out, figures, result, query, {"synthetic": is_synthetic(config.data), "settings": to_dict(config.report)}
+    )
+
+
+def _write_found(
+    out: Path, figures: Mapping[str, Any], result: SuiteResult, query: Pictures, beside: Mapping[str, Any]
+) -> None:
+    """attack.json last: where it is, the others are."""
     pictures = {f"{victim}/{name}": drawn for (victim, name), drawn in result.reconstructions.items()}
     pictures["real"] = query.images_N3HW[torch.from_numpy(result.shown)]
-    for name, tensors in (
-        ("pictures", pictures),
-        ("per_query", {"/".join(key): torch.from_numpy(values) for key, values in result.per_query.items()}),
-    ):
-        write_tensors(out / f"{name}.safetensors", tensors)
-    beside = {"synthetic": is_synthetic(config.data), "settings": to_dict(config.report)}
+    per_query = {"/".join(key): torch.from_numpy(values) for key, values in result.per_query.items()}
+    write_tensors(out / "pictures.safetensors", pictures)
+    write_tensors(out / "per_query.safetensors", per_query)
     attackers = {"protected": result.strongest["protected"], "control": result.strongest["control"]}
     write_json(out / "attack.json", {"report": figures, "strongest": attackers, **beside})
 
 
+@contextmanager
+def _storing(extractor: Extractor, store: Store) -> Iterator[Extractor]:
+    """The extractor with another store for as long as it takes."""
+    before, extractor.store = extractor.store, store
+    try:
+        yield extractor
+    finally:
+        extractor.store = before
+
+
 def _reversal(
-    run: Path, size: tuple[int, int], device: torch.device, aux: Pictures, stored_NS: Tensor
+    run: Path, extractor: Extractor, aux: Pictures, stored_NS: Tensor, size: tuple[int, int]
 ) -> Generator | None:
     """The generator that the run was trained against, if it draws pictures of this size, for what the run stores."""
     config = load_run(run)
@@ -188,22 +211,20 @@ def _reversal(
         return None
     if (generator := trained_generator(run, config.reversal)) is None:
         return None
-    generator = generator.to(device)
+    generator = generator.to(stored_NS.device)
     if config.model.store.kind not in TURNED:
         return generator
-    plain = load_extractor(run / "model", device).extractor
-    plain.store = Store(StoreConfig(), plain.feature_dim)
-    plain_ND = stored_features(plain, aux.images_N3HW)
+    with _storing(extractor, Store(StoreConfig(), extractor.feature_dim)):
+        plain_ND = stored_features(extractor, aux.images_N3HW)
     return for_stored(generator, stored_NS, plain_ND, aux.pids_N, seed=config.seed)
 
 
-def _rekeyed(run: Path, seen: Mapping[str, Pictures], device: torch.device) -> Stored | None:
+def _rekeyed(extractor: Extractor, aux: Pictures, query: Pictures) -> Stored | None:
     """The same people as the same extractor would store them under another key; None where there is no key."""
-    extractor = load_extractor(run / "model", device).extractor
     if extractor.store.config.kind not in KEYED:
         return None
-    extractor.store = extractor.store.rekeyed()
-    aux_ND, query_QD = (stored_features(extractor, seen[split].images_N3HW) for split in ("aux", "query"))
+    with _storing(extractor, extractor.store.rekeyed()):
+        aux_ND, query_QD = (stored_features(extractor, split.images_N3HW) for split in (aux, query))
     return aux_ND, query_QD
 
 

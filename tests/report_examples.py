@@ -27,7 +27,7 @@ def good_report() -> dict[str, Any]:
             },
             "urr": {
                 **interval(2.247, 1.93, 2.58), "display": "2.25 [1.93, 2.58]", "status": "ok", "reason": None,
-                "raw": 1.714, "base": 1.186,
+                "broken": False, "raw": 1.714, "base": 1.186,
             },
             "attackers": {
                 "gan": attacker((0.3312, 0.3574, 0.4028), (0.3661, 0.29, 0.445)),
@@ -112,6 +112,6 @@ def ugly_report() -> dict[str, Any]:
     pixel["attackers"]["gan"] = attacker((0.402, 0.398, 0.401), (None, None, None), "it doesn't beat its floor")
     pixel["leak"]["own"] = {**interval(1.182, 1.05, 1.33), "attacker": "ridge"}
     closed = {"display": "n/a", "status": "n/a", "reason": "utility is 0.914", "raw": None, "base": None}
-    pixel["urr"] = {**interval(None, None, None), **closed}
+    pixel["urr"] = {**interval(None, None, None), **closed, "broken": False}
     report["probe"]["warned"] = True
     return report

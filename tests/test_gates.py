@@ -6,7 +6,7 @@ import pytest
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.gates import LIFT, LOSS, broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores
-from ppreid_dist.evaluation.urr import BROKEN, urr
+from ppreid_dist.evaluation.urr import urr
 
 PEOPLE, CHANCE, FLOOR, REACH = 60, 0.02, 0.02, 0.5
 PIDS = np.repeat(np.arange(PEOPLE), 3)
@@ -100,7 +100,8 @@ def test_a_broken_attack_has_no_urr_and_says_why() -> None:
     sound = urr(PIDS, utility, utility, {"ridge": attacker()}, resamples=100)
     broken = urr(PIDS, utility, utility, {"ridge": attacker()}, broken=["a floor flies", "more is less"], resamples=100)
     assert (sound.status, broken.status, broken.display) == ("ok", "n/a", "n/a")
-    assert broken.reason == BROKEN + "a floor flies; more is less"
+    assert broken.broken and not sound.broken
+    assert broken.reason == "attack broken: a floor flies; more is less"
     assert broken.urr.value is None and broken.r == sound.r
     blind = urr(PIDS, utility, utility, {"ridge": attacker(FLOOR)}, resamples=100)
-    assert blind.status == "n/a" and blind.reason and blind.reason.startswith(BROKEN + "no attacker")
+    assert blind.status == "n/a" and blind.reason and blind.reason.startswith("attack broken: no attacker")

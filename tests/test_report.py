@@ -208,7 +208,7 @@ def test_the_words_for_a_leak(r: tuple[Any, Any, Any], tone: str, words: str) ->
     [
         ({"status": "n/a", "reason": "why", "display": "n/a", "value": None}, "not applicable (pixels)"),
         (
-            {"status": "n/a", "reason": "attack broken: why", "display": "n/a", "value": None},
+            {"status": "n/a", "reason": "why", "broken": True, "display": "n/a", "value": None},
             "nothing is established (pixels)",
         ),
         ({"status": "bound", "reason": "r is within noise", "display": "≥ 2.10", "value": None}, "Leaks less than"),

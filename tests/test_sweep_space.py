@@ -142,7 +142,7 @@ def row(weight: float, seed: int = 0, *, mAP: float = 0.5, leak: float | None = 
         "high": None if leak is None else leak + 0.1,
     }
     ratio = {"value": 2.0, "low": 1.5, "high": None}
-    urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞]", "reason": None, "raw": None, "base": 1.0}
+    urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞]", "reason": None, "broken": False}
     attackers = {"ridge": interval, "regression": interval}
     axes = {
         axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr, "attackers": attackers, "curve": []}
@@ -173,7 +173,8 @@ def test_a_point_is_the_mean_of_its_seeds() -> None:
 
 def test_a_ratio_that_one_seed_lacks_is_not_averaged() -> None:
     rows = [row(1, 0), row(1, 1)]
-    none = {"value": None, "low": None, "high": None, "status": "n/a", "display": "n/a", "reason": "utility is 0.8"}
+    none = dict.fromkeys(("value", "low", "high")) | {"status": "n/a", "display": "n/a", "reason": "utility is 0.8"}
+    none |= {"broken": False}
     rows[1]["axes"]["pixel"] = {**rows[1]["axes"]["pixel"], "urr": none}
     urr = make_points(rows)[0]["axes"]["pixel"]["urr"]
     assert (urr["value"], urr["status"], urr["display"]) == (None, "n/a", "2.00 [1.50, ∞], n/a")
@@ -185,7 +186,7 @@ def test_the_least_leak_that_keeps_enough_utility_is_recommended() -> None:
     assert recommend(points, "identity", 0.95) == points[1]["name"]
     assert recommend(points, "identity", 0.5) == points[2]["name"]
     assert recommend(points, "identity", 1.01) is None
-    points[1]["axes"]["identity"]["urr"] |= {"status": "n/a", "reason": "attack broken: why"}
+    points[1]["axes"]["identity"]["urr"] |= {"status": "n/a", "broken": True}
     assert recommend(points, "identity", 0.95) == points[0]["name"]
 
 

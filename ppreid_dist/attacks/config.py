@@ -42,6 +42,9 @@ class AttackConfig(Settings):
         choices=("gallery", "unlabelled", "train"),
         may_be_empty=True,
     )
+    min_utility: float = option(
+        0.95, "share of the control's mAP below which a run has no utility-reversibility ratio", at_least=0, at_most=1
+    )
     resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
     seed: int = option(0, "everything is drawn from it", at_least=0)
     seeds: int = option(

@@ -1,7 +1,8 @@
 """Trainings that are done, kept in a folder: a stopped attack goes on, and what the same data gave is not made twice.
 
 A training is found again by a digest of all it was made of: features, pictures, people, settings, seed, judge, and the
-source of this package, so that an attacker that was changed never answers with an old figure.
+source of this package but for what only shows figures or starts runs, so that an attacker that was changed never
+answers with an old figure.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from ppreid_dist.storage import read_tensors, write_tensors
 
 _NUMBERS = ("l1", "psnr", "kid", "best", "seconds", "held_out", "still_falling")
 _SCORES = "scores/"
+_ELSEWHERE = ("reporting/", "sweep/", "cli.py", "doctor.py", "findings.py", "progress.py")
 
 
 def digest(*parts: Any) -> str:
@@ -39,9 +41,10 @@ def digest(*parts: Any) -> str:
 
 @cache
 def source_digest() -> str:
-    """Digest of this package's own source files."""
+    """Digest of the source files that can change an attacker's figures."""
     root = Path(ppreid_dist.__file__).parent
-    return digest(*[[str(file.relative_to(root)), file.read_text()] for file in sorted(root.rglob("*.py"))])
+    files = {str(file.relative_to(root)): file for file in sorted(root.rglob("*.py"))}
+    return digest(*[[name, file.read_text()] for name, file in files.items() if not name.startswith(_ELSEWHERE)])
 
 
 class Kept:

@@ -27,7 +27,7 @@ from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
-from ppreid_dist.evaluation.urr import BROKEN, attack_curve, urr
+from ppreid_dist.evaluation.urr import attack_curve, urr
 
 PLATEAU = 0.01  # a training is over where its error fell by no more over the last quarter
 
@@ -118,8 +118,8 @@ def summarise(
     }
     bootstrap = Bootstrap(bench.query.pids_N, config.resamples, config.seed, 0.95)
     for axis, found_there in axes.items():
-        if (reason := found_there["urr"]["reason"] or "").startswith(BROKEN):
-            notes.append(f"{axis}: {reason}")
+        if found_there["urr"]["broken"]:
+            notes.append(f"{axis}: {found_there['urr']['reason']}")
         notes += [f"{axis}: {line}" for line in ruined_attackers(bootstrap, *all_scores[axis])]
     victims = {control.name: roles["control"], protected.name: roles["protected"]}
     final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
@@ -240,7 +240,15 @@ def _axis(
     bootstrap = {"resamples": config.resamples, "seed": config.seed}
     attackers, by_n = scores
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
-    whole = urr(pids_Q, protected.utility_ap_Q, control.utility_ap_Q, attackers, broken=broken, **bootstrap)
+    whole = urr(
+        pids_Q,
+        protected.utility_ap_Q,
+        control.utility_ap_Q,
+        attackers,
+        broken=broken,
+        min_utility=config.min_utility,
+        **bootstrap,
+    )
     curve = attack_curve(pids_Q, by_n, **bootstrap)
     alone = {
         name: attack_curve(pids_Q, {n: {name: by_n[n][name]} for n in by_n}, **bootstrap).points
@@ -260,6 +268,7 @@ def _axis(
             "display": whole.display,
             "status": whole.status,
             "reason": whole.reason,
+            "broken": whole.broken,
             "raw": whole.urr_raw,
             "base": whole.urr_base,
         },

@@ -26,12 +26,12 @@ from ppreid_dist.evaluation.bootstrap import Bootstrap, Interval, finite
 from ppreid_dist.evaluation.leak import AttackerResult, AttackScores, measure_leak
 
 NO_ATTACKER = "no attacker beats its floor without protection"
-BROKEN = "attack broken: "
 
 
 @dataclass(frozen=True, kw_only=True)
 class AxisResult:
-    """The ratio on one axis. ``status`` is "ok", "bound" or "n/a", the latter two with a ``reason``.
+    """The ratio on one axis. ``status`` is "ok", "bound" or "n/a", the latter two with a ``reason``; ``broken`` where
+    that is the attack itself.
 
     ``r``, ``attacker``, ``against``, ``own`` and ``own_attacker`` are those of ``evaluation.leak.Leak``. Without a
     floor, for comparison: ``urr_raw`` = U/R and ``urr_base`` = (U/U_b)/(R/R_b), R the score of ``attacker`` and R_b
@@ -50,6 +50,7 @@ class AxisResult:
     display: str
     status: str
     reason: str | None
+    broken: bool
     attackers: dict[str, AttackerResult]
 
 
@@ -98,15 +99,14 @@ def urr(
     results, leak = measure_leak(bootstrap, attackers)
 
     ratio, urr_raw, urr_base, status = Interval(), None, None, "n/a"
+    why_broken = [NO_ATTACKER] if leak is None else list(broken)
     if leak is not None:
         found, before = results[leak.attacker].protected, results[leak.against].control
         urr_raw, urr_base = _ratio(utility[0], found), _ratio(u.value, _ratio(found, before))
     if u.value is None:
         reason = "a utility has no score, or the baseline's is not above 0"
-    elif leak is None:
-        reason = BROKEN + NO_ATTACKER
-    elif broken:
-        reason = BROKEN + "; ".join(broken)
+    elif leak is None or broken:
+        reason = "attack broken: " + "; ".join(why_broken)
     elif u.value < min_utility:
         reason = f"utility is {u.value:.3f} of the baseline's, below {min_utility:g}"
     elif min(leak.low, leak.r_B[0]) <= 0:
@@ -130,6 +130,7 @@ def urr(
         display=display,
         status=status,
         reason=reason,
+        broken=bool(why_broken),
         attackers=results,
     )
 

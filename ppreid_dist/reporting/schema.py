@@ -60,6 +60,7 @@ AXIS = {
         "display": TEXT,
         "status": TEXT,
         "reason": Maybe(TEXT),
+        "broken": FLAG,
         "raw": Maybe(NUMBER),
         "base": Maybe(NUMBER),
     },

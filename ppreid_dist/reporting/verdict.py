@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ppreid_dist.evaluation.urr import BROKEN
-
 AXIS_TITLES = {"pixel": "Pixels", "identity": "Identity", "perceptual": "Perception", "attributes": "Attributes"}
 LEARNT_FROM = {"other_domain": "people of another domain", "same_people": "of the tested people"}
 
@@ -85,7 +83,7 @@ def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], 
 
 
 def _attack_broken(axis: dict[str, Any]) -> bool:
-    return (axis["urr"]["reason"] or "").startswith(BROKEN)
+    return bool(axis["urr"]["broken"])
 
 
 def _reaches_one(leak: dict[str, Any]) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ppreid_dist.evaluation.urr import BROKEN
 from ppreid_dist.sweep.folder import Folder
 
 SCHEMA = "ppreid-front/1"
@@ -96,8 +95,9 @@ def _urr(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     whole = mean(seeds)
     if statuses == {"ok"}:
         low, high = (f"{whole[end]:.2f}" if whole[end] is not None else "∞" for end in ("low", "high"))
-        return {**whole, "status": "ok", "display": f"{whole['value']:.2f} [{low}, {high}]", "reason": None}
-    empty = dict.fromkeys(whole)
+        display = f"{whole['value']:.2f} [{low}, {high}]"
+        return {**whole, "status": "ok", "display": display, "reason": None, "broken": False}
+    empty = dict.fromkeys(whole) | {"broken": any(urr["broken"] for urr in seeds)}
     reasons = "; ".join(dict.fromkeys(urr["reason"] for urr in seeds if urr["reason"]))
     if statuses == {"bound"}:
         bound = {**empty, "low": whole["low"]}
@@ -126,7 +126,7 @@ def pairs_of(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Pair]:
 def recommend(points: Sequence[Mapping[str, Any]], axis: str, min_utility: float) -> str | None:
     """Of the front of the points whose attack isn't broken, the one with the least leak of those that keep enough
     utility; None if none does."""
-    pairs = pairs_of([p for p in points if BROKEN not in (p["axes"][axis]["urr"]["reason"] or "")], axis)
+    pairs = pairs_of([p for p in points if not p["axes"][axis]["urr"]["broken"]], axis)
     useful = {point["name"] for point in points if (point["utility"]["value"] or 0.0) >= min_utility}
     return next((name for name in pareto(pairs) if name in useful), None)
 

@@ -59,7 +59,7 @@ def table_of(front: Mapping[str, Any]) -> dict[str, Any]:
 def _unprotected(front: Mapping[str, Any], axes: Sequence[str]) -> dict[str, Any]:
     """What everything is measured by."""
     mAPs = list(front["controls"].values())
-    ratio = {**_WHOLE, "status": "ok", "display": "1", "reason": None}
+    ratio = {**_WHOLE, "status": "ok", "display": "1", "reason": None, "broken": False}
     return {
         "method": "unprotected",
         "seeds": sorted({seed for point in front["points"] for seed in point["seeds"]}),
