@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/5"
+SCHEMA = "ppreid-report/6"
 
 
 @dataclass(frozen=True)
