@@ -167,7 +167,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         crowd = StrangersPlan(split.pids, config.reversal.batch, config.seed + 1, key="reversal.batch")
         reversal = _feed(config, split, source, crowd, labels_N, engine, _REVERSAL)
     adversaries = [_adversary(kind, config, extractor, engine, reversal) for kind in kinds]
-    weights = [adversary.weight for adversary in config.privacy.adversaries]
+    weights = [adversary.weight for adversary in config.privacy.adversaries if private]
     runner = Runner(
         folder=folder,
         seed=config.seed,

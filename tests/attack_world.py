@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppreid_dist.attacks.averaged import AveragedConfig
 from ppreid_dist.attacks.base import ATTACKERS, Attacker
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.diffusion import DiffusionConfig
@@ -89,7 +90,7 @@ def see_colours(images_B3hw: Tensor) -> Tensor:
     return torch.nn.functional.normalize(fields_BC @ mixing_CD, dim=1)
 
 
-NAMES = ["retrieval", "ridge", "regression", "isomap", "gan"]
+NAMES = ["retrieval", "ridge", "regression", "averaged", "isomap", "gan"]
 if find_spec("diffusers"):
     NAMES.append("diffusion")
 
@@ -110,6 +111,15 @@ def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> A
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
+        averaged=AveragedConfig(
+            likeness=likeness,
+            neighbours=[2],
+            widths=start.widths,
+            lrs=start.lrs,
+            batch=start.batch,
+            ema=start.ema,
+            plateau=start.plateau,
+        ),
         isomap=IsomapConfig(
             likeness=likeness,
             neighbours=[8, 20],

@@ -10,6 +10,7 @@ from attack_world import NAMES, judged_ap, make, make_people, person_l1, small_c
 from sklearn.manifold import Isomap
 from torch import Tensor
 
+from ppreid_dist.attacks.averaged import Average
 from ppreid_dist.attacks.base import (
     VIEWS,
     Attacker,
@@ -204,6 +205,28 @@ def test_a_stolen_database_unrolls_what_few_pictures_cannot() -> None:
         attacker.fit(features[own], pictures[own], np.arange(24), seed=0)
         errors.append(float((attacker.reconstruct(features) - pictures / 255).abs().mean()))
     assert errors[1] < 0.6 * errors[0]
+
+
+def test_noise_that_a_gallery_adds_averages_away_over_its_entries() -> None:
+    random = torch.Generator().manual_seed(0)
+    person = torch.nn.functional.normalize(torch.randn(60, 1, 32, generator=random), dim=2).expand(-1, 8, -1)
+    noisy = (person + 0.1 * torch.randn(60, 8, 32, generator=random)).flatten(0, 1)
+
+    def from_clean(features: torch.Tensor) -> float:
+        return float(1 - torch.cosine_similarity(features, person.flatten(0, 1)).mean())
+
+    assert from_clean(Average(noisy, 7, alpha=3.0)(noisy)) < 0.35 * from_clean(noisy)
+
+
+def test_averages_are_those_of_a_loop() -> None:
+    pool = torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
+    strangers = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    found = Average(pool, 3, alpha=2.0)(torch.cat([pool[:5], strangers]))
+    for row, feature in zip(found, torch.cat([pool[:5], strangers]), strict=True):
+        cosines = [float(torch.cosine_similarity(feature, other, dim=0)) for other in pool]
+        nearest = sorted((c, i) for i, c in enumerate(cosines) if not torch.equal(pool[i], feature))[-3:]
+        whole = feature / feature.norm() + sum(max(c, 0) ** 2 * pool[i] / pool[i].norm() for c, i in nearest)
+        torch.testing.assert_close(row, whole / whole.norm())
 
 
 @pytest.mark.parametrize("rows", [60, 300])

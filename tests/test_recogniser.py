@@ -33,7 +33,7 @@ from ppreid_dist.evaluation.ranking import rank_queries
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.storage import read_tensors, write_tensors
 
-DECODERS = ["regression", "isomap", "gan", "adaptive"]
+DECODERS = ["regression", "averaged", "isomap", "gan", "adaptive"]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.linkage import LinkageConfig, learnt_map
 from ppreid_dist.attacks.plateau import Learner, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.recogniser import Recogniser
-from ppreid_dist.attacks.regression import LIKENESS, Decoder
+from ppreid_dist.attacks.regression import LIKENESS, Decoder, as_stored
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.reconstruction import ReconstructionConfig
 from ppreid_dist.models.generator import Generator
@@ -130,6 +130,7 @@ class Continued(Decoder):
         recogniser: Recogniser | None = None,
     ):
         self.about, self.noise_dim, self.loss = f"lr {lr:g}", generator.noise_dim, config.loss
+        self.prepare = as_stored
         Trainee.__init__(
             self,
             features_ND,

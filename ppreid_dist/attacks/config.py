@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig
 from ppreid_dist.attacks.attribute import AttributeConfig
 from ppreid_dist.attacks.auxiliary import AuxiliaryConfig
+from ppreid_dist.attacks.averaged import AveragedConfig
 from ppreid_dist.attacks.base import ATTACKERS
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
@@ -27,7 +28,9 @@ ALONE = tuple(name for name in ATTACKERS if name != Adaptive.name)
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
     attackers: list[str] = option(
-        ["retrieval", "ridge", "regression", "isomap", "gan", "adaptive"], "who attacks", choices=tuple(ATTACKERS)
+        ["retrieval", "ridge", "regression", "averaged", "isomap", "gan", "adaptive"],
+        "who attacks",
+        choices=tuple(ATTACKERS),
     )
     curve_attackers: list[str] = option(
         ["ridge", "regression"], "who attacks with fewer people too", choices=tuple(ATTACKERS), may_be_empty=True
@@ -56,6 +59,7 @@ class AttackConfig(Settings):
     retrieval: RetrievalConfig = option(RetrievalConfig(), "")
     ridge: RidgeConfig = option(RidgeConfig(), "")
     regression: RegressionConfig = option(RegressionConfig(), "")
+    averaged: AveragedConfig = option(AveragedConfig(), "")
     isomap: IsomapConfig = option(IsomapConfig(), "")
     recogniser: RecogniserConfig = option(RecogniserConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
@@ -77,6 +81,7 @@ class AttackConfig(Settings):
             raise ConfigError("curve_attackers: adaptive has no counterpart on the control; name another beside it")
         for key, loss in (
             ("regression", self.regression.loss),
+            ("averaged", self.averaged.loss),
             ("isomap", self.isomap.loss),
             ("gan.start", self.gan.start.loss),
             ("adaptive", self.adaptive.loss),

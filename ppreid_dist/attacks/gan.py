@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import picture_size, register
-from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
-from ppreid_dist.attacks.regression import Decoder, RegressionConfig, race_decoders
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split, race
+from ppreid_dist.attacks.regression import Decoder, RegressionConfig, decoders
 from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
 from ppreid_dist.models.critic import Critic, CriticConfig
 from ppreid_dist.models.seeding import seeded
@@ -75,10 +75,11 @@ class Gan(Learner):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
     ) -> Decoder:
         config = self.config
-        self.decoder = race_decoders(
+        starts = decoders(
             features_ND, pictures_N3hw, split,
-            noise_dim=config.noise_dim, config=config.start, recogniser=self.recogniser, seed=seed, say=say,
+            noise_dim=config.noise_dim, config=config.start, recogniser=self.recogniser, seed=seed,
         )  # fmt: skip
+        self.decoder = race(starts, config.start, say)
         self.decoder.set_lr(config.lr)
         self.decoder.begin_looks()  # the best look at what the critic has shaped, not at the regression
         self.decoder.opponent = Judgement(self.decoder, config, seed)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import register
-from ppreid_dist.attacks.plateau import Split, race
-from ppreid_dist.attacks.regression import Decoder, Regression, RegressionConfig
+from ppreid_dist.attacks.plateau import Split
+from ppreid_dist.attacks.regression import Decoder, Regression, RegressionConfig, decoders
 from ppreid_dist.settings import option
 
 if TYPE_CHECKING:
@@ -89,21 +88,6 @@ class Manifold:
         return torch.from_numpy(np.ascontiguousarray(places_MK, dtype=np.float32)).to(features_MD.device)
 
 
-class UnrolledDecoder(Decoder):
-    """A decoder of a manifold's first coordinates; what it is given are those, ``manifold`` makes them."""
-
-    def __init__(self, places_NK: Tensor, *of: object, manifold: Manifold, count: int, **recipe: object):
-        self.manifold, self.count = manifold, min(count, places_NK.shape[1])
-        super().__init__(places_NK[:, :count], *of, **recipe)  # type: ignore[arg-type]
-
-    @property
-    def name(self) -> str:
-        return f"{self.count} coordinates, {super().name}"
-
-    def unroll(self, features_MD: Tensor) -> Tensor:
-        return self.manifold(features_MD)[:, : self.count]
-
-
 @register
 class UnrolledRegression(Regression):
     """The regression decoder on Isomap coordinates; the graph and their number are raced like its other choices."""
@@ -111,10 +95,10 @@ class UnrolledRegression(Regression):
     name = "isomap"
     config: IsomapConfig
 
-    def learn(
-        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
-    ) -> Decoder:
-        config, entrants = self.config, []
+    def entrants(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
+    ) -> list[Callable[[], Decoder]]:
+        config, found = self.config, []
         # Features are no secret to whoever has them: those of the people held out are in the graph too.
         known = [(features_ND, config.pictures)]
         if self.leaked_LD is not None:
@@ -123,14 +107,16 @@ class UnrolledRegression(Regression):
         graph = torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
         for neighbours in config.neighbours:
             manifold = Manifold(graph, neighbours, max(config.coordinates))
-            enter = partial(
-                UnrolledDecoder, manifold(features_ND), pictures_N3hw, split,
-                manifold=manifold, noise_dim=0, config=config, recogniser=self.recogniser, seed=seed,
-            )  # fmt: skip
-            choices = product(config.coordinates, config.views, config.widths, config.lrs)
-            entrants += [partial(enter, count=k, view=view, width=width, lr=lr) for k, view, width, lr in choices]
-        self.decoder = self.unrolled = race(entrants, config, say)
-        return self.decoder
+            places_NK = manifold(features_ND)
+            for asked in config.coordinates:
+                count = min(asked, places_NK.shape[1])
+                found += decoders(
+                    places_NK[:, :count], pictures_N3hw, split,
+                    noise_dim=0, config=config, recogniser=self.recogniser, seed=seed,
+                    prepare=partial(_first, manifold, count), label=f"{count} coordinates, ",
+                )  # fmt: skip
+        return found
 
-    def reconstruct(self, features_MD: Tensor) -> Tensor:
-        return super().reconstruct(self.unrolled.unroll(features_MD))
+
+def _first(manifold: Manifold, count: int, features_MD: Tensor) -> Tensor:
+    return manifold(features_MD)[:, :count]

@@ -39,16 +39,24 @@ class Opponent(Protocol):
         """The opponent's own step."""
 
 
+def as_stored(features_MD: Tensor) -> Tensor:
+    """No preparation."""
+    return features_MD
+
+
 class Decoder(Trainee):
     """A generator from one view of the features to pictures; where it has an ``opponent``, against that too, and where
-    it has a ``recogniser``, to pictures in which that sees what it sees in the real ones."""
+    it has a ``recogniser``, to pictures in which that sees what it sees in the real ones.
+
+    It is given ``prepared_ND``, what ``prepare`` makes of stored features; ``label`` says how, in words.
+    """
 
     opponent: Opponent | None = None
     recogniser: Recogniser | None = None
 
     def __init__(
         self,
-        features_ND: Tensor,
+        prepared_ND: Tensor,
         pictures_N3hw: Tensor,
         split: Split,
         *,
@@ -59,14 +67,17 @@ class Decoder(Trainee):
         config: RegressionConfig,
         seed: int,
         recogniser: Recogniser | None = None,
+        prepare: Callable[[Tensor], Tensor] = as_stored,
+        label: str = "",
     ):
-        self.about, self.noise_dim, self.loss = f"{view} features, width {width}, lr {lr:g}", noise_dim, config.loss
+        self.about = f"{label}{view} features, width {width}, lr {lr:g}"
+        self.prepare, self.noise_dim, self.loss = prepare, noise_dim, config.loss
 
         def build(dim: int) -> Generator:
             with seeded(seed, width):
                 return Generator(dim, picture_size(pictures_N3hw), width, noise_dim)
 
-        super().__init__(features_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
+        super().__init__(prepared_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
         self.ask(recogniser, config.likeness)
 
     def ask(self, recogniser: Recogniser | None, weight: float) -> None:
@@ -91,7 +102,7 @@ class Decoder(Trainee):
             self.opponent.learn(real_B3hw, fake_B3hw.detach(), x_BK)
 
     def error(self) -> float:
-        drawn = self.reconstruct(self.held)
+        drawn = self.draw(self.held)
         error = held_out_error(drawn, self.held_pictures)
         if self.recogniser is not None:
             seen = self.recogniser.of_pictures(to_uint8(drawn))
@@ -99,12 +110,17 @@ class Decoder(Trainee):
         return error
 
     @torch.no_grad()
+    def draw(self, prepared_MD: Tensor) -> Tensor:
+        """Pictures (M,3,h,w) of features that are prepared already."""
+        return torch.cat([self.average.module(x_BK) for x_BK in self.view(prepared_MD).split(256)])
+
     def reconstruct(self, features_MD: Tensor) -> Tensor:
-        return torch.cat([self.average.module(x_BK) for x_BK in self.view(features_MD).split(256)])
+        """Pictures (M,3,h,w) of features as they are stored."""
+        return self.draw(self.prepare(features_MD))
 
 
-def race_decoders(
-    features_ND: Tensor,
+def decoders(
+    prepared_ND: Tensor,
     pictures_N3hw: Tensor,
     split: Split,
     *,
@@ -112,15 +128,16 @@ def race_decoders(
     config: RegressionConfig,
     recogniser: Recogniser | None,
     seed: int,
-    say: Callable[[str], None],
-) -> Decoder:
-    """The best decoder of every view, width and learning rate, at its plateau."""
+    prepare: Callable[[Tensor], Tensor] = as_stored,
+    label: str = "",
+) -> list[Callable[[], Decoder]]:
+    """Entrants for a race: one of every view, width and learning rate."""
     enter = partial(
-        Decoder, features_ND, pictures_N3hw, split,
-        noise_dim=noise_dim, config=config, recogniser=recogniser, seed=seed,
+        Decoder, prepared_ND, pictures_N3hw, split,
+        noise_dim=noise_dim, config=config, recogniser=recogniser, seed=seed, prepare=prepare, label=label,
     )  # fmt: skip
     choices = product(config.views, config.widths, config.lrs)
-    return race([partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices], config, say)
+    return [partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices]
 
 
 @register
@@ -137,11 +154,17 @@ class Regression(Learner):
     def learn(
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
     ) -> Decoder:
-        self.decoder = race_decoders(
-            features_ND, pictures_N3hw, split,
-            noise_dim=0, config=self.config, recogniser=self.recogniser, seed=seed, say=say,
-        )  # fmt: skip
+        self.decoder = race(self.entrants(features_ND, pictures_N3hw, split, seed), self.config, say)
         return self.decoder
+
+    def entrants(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
+    ) -> list[Callable[[], Decoder]]:
+        """All decoders of which the best in a short trial is trained to its plateau."""
+        return decoders(
+            features_ND, pictures_N3hw, split,
+            noise_dim=0, config=self.config, recogniser=self.recogniser, seed=seed,
+        )  # fmt: skip
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return self.decoder.reconstruct(features_MD)
