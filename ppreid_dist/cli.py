@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ppreid_dist import __version__
 from ppreid_dist.errors import ConfigError, LostError, PPReIDError, Stopped
@@ -16,6 +16,21 @@ _SETTINGS = "key=value"
 _log = logging.getLogger(__name__)
 
 
+class _Once(argparse.Action):
+    """An option that may be given once: the last would win, and the first be forgotten."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise ConfigError(f"{option_string}: given twice; give one file, and settings as key=value")
+        setattr(namespace, self.dest, values)
+
+
 def _parser(
     prog: str, description: str, schema_help: bool = False, over: str = "the defaults below"
 ) -> argparse.ArgumentParser:
@@ -23,7 +38,7 @@ def _parser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if schema_help:
-        parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML settings over {over}")
+        parser.add_argument("--config", action=_Once, type=Path, metavar="FILE", help=f"YAML settings over {over}")
         parser.add_argument("settings", nargs="*", metavar=_SETTINGS, help="dotted settings over those of the file")
     return parser
 

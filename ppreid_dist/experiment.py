@@ -1,6 +1,7 @@
 """One configuration for the whole way, and the training that joins its parts."""
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from ppreid_dist import distributed
+from ppreid_dist.attacks.adaptive import LEARNED
 from ppreid_dist.attacks.base import ATTACKERS, Attacker
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.probe import Probe, ProbeConfig
@@ -76,6 +78,10 @@ class Config(Settings):
     attack: AttackConfig = option(AttackConfig(), "")
     report: ReportConfig = option(ReportConfig(), "")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.output = os.path.expanduser(self.output)  # no shell does it behind output=
+
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
 FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
@@ -114,8 +120,11 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
             f"model.store.kind: {config.model.store.kind} is put on a finished extractor: train it plain, then `ppreid "
             f"store`"
         )
-    if not resume and CheckpointFolder(folder, config.training.keep).steps():
+    kept = bool(CheckpointFolder(folder, config.training.keep).steps())
+    if kept and not resume:
         raise RunError(f"{folder}: holds a run already; continue it by --resume or choose another output=FOLDER")
+    if not kept and (folder / "model").exists():
+        raise RunError(f"{folder}: holds a finished run without checkpoints; choose another output=FOLDER")
     random.seed(config.seed)
     torch.manual_seed(config.seed)  # the runner does it anew for every step
     split = open_training(config.data)
@@ -153,7 +162,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
     labelled = _feed(config, split, source, plan, labels_N, engine, _LABELLED)
     private = config.privacy.weight > 0
     kinds = [adversary.kind for adversary in config.privacy.adversaries] if private else []
-    strangers = reversal = None
+    strangers = None
     strangers_fingerprint = ""
     if "ridge" in kinds and config.privacy.ridge.strangers:
         people, people_source = split, source
@@ -163,10 +172,14 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         strangers_fingerprint = people.fingerprint
         crowd = StrangersPlan(people.pids, config.privacy.ridge.strangers, config.seed)
         strangers = _feed(config, people, people_source, crowd, people.pids, engine, _STRANGERS)
-    if "gan" in kinds or "regression" in kinds:
+
+    def reversal_feed() -> Feed:
         crowd = StrangersPlan(split.pids, config.reversal.batch, config.seed + 1, key="reversal.batch")
-        reversal = _feed(config, split, source, crowd, labels_N, engine, _REVERSAL)
-    adversaries = [_adversary(kind, config, extractor, engine, reversal) for kind in kinds]
+        return _feed(config, split, source, crowd, labels_N, engine, _REVERSAL)
+
+    # One of its own for each that learns: each goes through the plan by its own turns.
+    reversals = {kind: reversal_feed() for kind in kinds if kind in LEARNED}
+    adversaries = [_adversary(kind, config, extractor, engine, reversals.get(kind)) for kind in kinds]
     weights = [adversary.weight for adversary in config.privacy.adversaries if private]
     runner = Runner(
         folder=folder,
@@ -189,7 +202,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         ),
         labelled=labelled,
         strangers=strangers,
-        reversal=reversal,
+        reversals=list(reversals.values()),
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
         probe_every=config.probe.every,
         identity={
@@ -223,7 +236,7 @@ def _check_world(config: Config) -> None:
     for key, rows, used in (
         ("data.identities_per_batch", config.data.identities_per_batch, True),
         ("privacy.ridge.strangers", config.privacy.ridge.strangers, "ridge" in kinds),
-        ("reversal.batch", config.reversal.batch, bool(kinds & {"gan", "regression"})),
+        ("reversal.batch", config.reversal.batch, bool(kinds & set(LEARNED))),
     ):
         if used and rows % ranks:
             raise ConfigError(f"{key}: {rows} can't be shared evenly by {ranks} processes")

@@ -7,6 +7,7 @@ every mistake is one line which starts with the full key.
 
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,8 @@ class Settings:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if rules.get("choices") and item not in rules["choices"]:
                     raise ConfigError(f"{f.name}: {item!r} is not one of {', '.join(map(str, rules['choices']))}")
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise ConfigError(f"{f.name}: {item} is not a finite number")
                 if isinstance(item, (int, float)):
                     for rule, broken, word in (
                         ("at_least", lambda v, b: v < b, "at least"),
@@ -86,15 +89,24 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
     if file is not None:
         merged = _merge(merged, _read_yaml(Path(file)), str(file))
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not key or not equals:
             raise ConfigError(f"{item}: an override has the form key=value")
+        if "[" in key:
+            raise ConfigError(f"{key}: a list is given whole, {key.partition('[')[0]}=[…]")
+        if " #" in text and text.lstrip()[:1] not in tuple("'\"[{"):
+            raise ConfigError(f"{key}: what follows ' #' would be a comment: quote the value, {key}='\"…\"'")
         try:
             change = OmegaConf.from_dotlist([item])
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: not YAML: {' '.join(str(error).split())}") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{key}: {_reason(error)}") from None
         merged = _merge(merged, change, key)
-    plain = OmegaConf.to_container(merged, resolve=True)
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_reason(error)}") from None
     return _build(schema, plain, "")
 
 
@@ -107,10 +119,16 @@ def _defaults(schema: type[Settings]) -> Any:
 def _merge(settings: Any, change: Any, source: str) -> Any:
     try:
         return OmegaConf.unsafe_merge(settings, change)  # the other one copies everything for every override
+    except TypeError:
+        raise ConfigError(f"{source}: a list is given whole, as KEY=[…]") from None
     except OmegaConfBaseException as error:
         # Inside a tuple OmegaConf knows neither the key nor the value.
-        reason = str(error).splitlines()[0] if error.full_key else "a value in it has the wrong type"
+        reason = _reason(error) if error.full_key else "a value in it has the wrong type"
         raise ConfigError(f"{error.full_key or source}: {reason} (in {source})") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _read_yaml(file: Path) -> Any:

@@ -137,6 +137,11 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     ):
         assert message in ppreid("store", *arguments, expect=2).stderr
     assert not (tmp_path / "b").exists()
+    for resume in ([], ["--resume"]):
+        said = ppreid(
+            "train", *resume, "--config", str(kept / "config.yaml"), "model.store.kind=plain", expect=2
+        ).stderr
+        assert f"{kept}: holds a finished run without checkpoints" in said
     # A weaker ceiling or a judge who sees less would make any protection look better.
     for role, others in (("control", {"protected": "control"}), ("judge", {})):
         said = attack(runs, tmp_path / "c", expect=2, **{role: str(kept)}, **others).stderr
@@ -284,6 +289,7 @@ def test_shards_are_checked(world: list[str], tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["shards", "--config", "a.yaml", "--config", "b.yaml"], "--config: given twice"),
         (["train", "optimiser.lrr=1"], "optimiser.lrr:"),
         (["shards", "data.kind=market1501", "data.root=/nowhere"], "/nowhere"),
         (["report", "/nowhere"], "/nowhere/attack.json: no such file"),

@@ -124,6 +124,13 @@ def test_csv_columns_must_be_named_once(tmp_path):
         assert "twice" in error("csv", tmp_path)
 
 
+def test_csv_blanks_around_words_mean_nothing(tmp_path):
+    touch(*(tmp_path / n for n in ("a.jpg", "b.jpg", "c.jpg")))
+    rows = [",".join([str(row[0]), *(f" {value} " for value in row[1:])]) for row in ROWS]
+    (tmp_path / "index.csv").write_text("path, pid, camid, split\n" + "\n".join(rows) + "\n   \n\n")
+    assert read_catalog("csv", tmp_path).counts() == {"train": (1, 1, 1), "query": (1, 1, 1), "gallery": (1, 1, 1)}
+
+
 @pytest.mark.parametrize("dropped", range(3))
 def test_csv_needs_train_query_and_gallery(tmp_path, dropped):
     touch(*(tmp_path / n for n in ("a.jpg", "b.jpg", "c.jpg")))

@@ -45,6 +45,13 @@ class Outer(Settings):
         ("many=[]", "many: at least one must be given"),
         ("count", "count:"),
         ("size=[1,x]", "size"),
+        ("inner.rate=nan", "inner.rate: nan is not a finite number"),
+        ("maybe=.inf", "maybe: inf is not a finite number"),
+        ("many[0].kind=b", "many[0].kind: a list is given whole, many=[…]"),
+        ("many.0.kind=b", "many.0.kind: a list is given whole"),
+        ("inner.kind=${nope}", "inner.kind: Interpolation key 'nope' not found"),
+        ("inner.kind=${", "inner.kind:"),
+        ("inner.kind=a #b", "inner.kind: what follows ' #' would be a comment"),
     ],
 )
 def test_a_mistake_is_one_line_that_starts_with_the_key(override: str, start: str) -> None:

@@ -26,12 +26,12 @@ def read_csv(root: Path) -> Read:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
-            columns = list(reader.fieldnames or [])
+            columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
             if missing := [c for c in ("path", "pid", "camid", "split") if c not in columns]:
                 raise DataError(f"{file}: no column {', '.join(missing)} in its first line")
             if "" in columns or len(set(columns)) < len(columns):
                 raise DataError(f"{file}: its first line names a column twice or leaves one unnamed")
-            rows = [(reader.line_num, row) for row in reader]
+            rows = [(reader.line_num, row) for row in reader if not _blank(row)]
             names = _names(rows)
             for line, row in rows:
                 record = _record(file, line, row, names)
@@ -47,6 +47,12 @@ def read_csv(root: Path) -> Read:
     if any(record.split == _TEST for record in records):
         notes.append(f"{_TEST}: an identity's pictures by its first camera are query, the others gallery")
     return _divide_test(records), notes
+
+
+def _blank(row: dict[str, str]) -> bool:
+    """A line of blanks alone."""
+    values = [value for value in row.values() if value is not None]
+    return len(values) <= 1 and not any(value.strip() for value in values)
 
 
 def _names(rows: Sequence[tuple[int, dict[str, str]]]) -> dict[str, int]:
@@ -83,12 +89,12 @@ def _record(file: Path, line: int, row: dict[str, str], names: dict[str, int]) -
         if not re.fullmatch("-?[0-9]{1,18}", text) or int(text) < least:
             raise DataError(f"{where}: {column} {text!r} isn't a whole number of at least {least}")
         numbers[column] = int(text)
-    if row["split"] not in (*SPLITS, _TEST):
-        raise DataError(f"{where}: split {row['split']!r} is not one of {', '.join(SPLITS)}, {_TEST}")
+    if (split := row["split"].strip()) not in (*SPLITS, _TEST):
+        raise DataError(f"{where}: split {split!r} is not one of {', '.join(SPLITS)}, {_TEST}")
     return Record(
         path=inside(file.parent, row["path"], where),
         mask=inside(file.parent, row["mask"], where) if row.get("mask") else None,
-        split=row["split"],
+        split=split,
         attributes=tuple((k, v) for k, v in row.items() if k not in ("path", "pid", "camid", "split", "mask")),
         **numbers,
     )

@@ -1,6 +1,7 @@
 """The dataset of a configuration: where its pictures are, how they become shards, which splits train."""
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.root, self.shards = os.path.expanduser(self.root), os.path.expanduser(self.shards)
         if self.kind == "synthetic" and self.aux_identities:
             raise ConfigError("aux_identities: synthetic people are set apart by data.synthetic.aux")
 

@@ -263,7 +263,8 @@ class ReversalAdversary(Adversary):
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
         if self.config.lazy.mode == "one_step":
-            self.met = (shown.stored_BD.detach(), shown.clean_B3hw)
+            # A copy: what a CUDA graph gave is overwritten when the next one begins.
+            self.met = (shown.stored_BD.detach().clone(), shown.clean_B3hw)
         noise = self._noise((_ANSWER, step), len(shown.stored_BD), shown.stored_BD.device)
         drawn = self._strongest(shown, noise)(shown.stored_BD, noise)
         distance = self._distance(drawn, shown.clean_B3hw)

@@ -11,7 +11,7 @@
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ, the learning
 rate, and what a backbone with stochastic depth or dropout drops (which is each process's own). A resumed run therefore
-continues as if it had never stopped.
+continues as if it had never stopped; only the row of metrics.jsonl in which it stopped is a mean over what came after.
 """
 
 import time
@@ -77,7 +77,7 @@ class Runner:
         step: ExtractorStep,
         labelled: Feed,
         strangers: Feed | None,
-        reversal: Feed | None,
+        reversals: list[Feed],
         probe: Probe | None,
         probe_every: int,
         identity: Mapping[str, Any],
@@ -85,7 +85,7 @@ class Runner:
     ):
         self.folder, self.seed, self.config, self.privacy, self.engine = folder, seed, config, privacy, engine
         self.extractor, self.adversaries, self.extractor_step = extractor, adversaries, step
-        self.labelled, self.strangers, self.reversal = labelled, strangers, reversal
+        self.labelled, self.strangers, self.reversals = labelled, strangers, reversals
         self.probe, self.probe_every, self.progress = probe, probe_every, progress
         self.batch_rows = batch_rows
         self.total = max(1, config.images // batch_rows)
@@ -224,7 +224,7 @@ class Runner:
         return {name.removeprefix("loss/"): f"{mean:.3f}" for name, mean in means.items() if name.startswith("loss/")}
 
     def _feeds(self) -> list[Feed]:
-        return [feed for feed in (self.labelled, self.strangers, self.reversal) if feed is not None]
+        return [self.labelled, *([self.strangers] if self.strangers else []), *self.reversals]
 
     def _waited(self) -> float:
         return self.at.waited + sum(feed.waited for feed in self._feeds())
