@@ -37,7 +37,7 @@ from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.evaluation.reranking import Reranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.findings import findings
-from ppreid_dist.judges import check_judges, open_judges
+from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
 from ppreid_dist.kernels.choice import using
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
@@ -115,6 +115,7 @@ def attack(
     _check_leaked(config)
     extractors = {role: load_extractor(run / "model", device) for role, run in runs.items()}
     _check_pictures(config, runs, extractors)
+    check_judges_pictures(judges, config.data)
     kept = trained or out / "trained"
     for folder in (kept, out):
         check_writable(folder)  # or it would be known only when the first attacker has been trained
@@ -316,6 +317,7 @@ def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) ->
     for run in (control, protected):
         if "aux" in settings[run]["data.train_splits"]:
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")
+        check_unseen(run)
     check_judges(judges, protected)
 
 

@@ -4,6 +4,7 @@ An extractor that had a part in the attack, or that is another judge once more, 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.judging import Judge, Look
+from ppreid_dist.data.dataset import DataConfig, open_training
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import stored_features
@@ -19,6 +21,7 @@ from ppreid_dist.experiment import load_run
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.onnx_model import OnnxConfig, OnnxModel
 from ppreid_dist.pixels import resize
+from ppreid_dist.storage import read_json
 
 Gallery = Callable[[tuple[int, int]], Pictures]  # the gallery's pictures at a size
 
@@ -27,18 +30,42 @@ def is_onnx(judge: Path) -> bool:
     return judge.suffix == ".onnx"
 
 
+def check_unseen(run: Path) -> None:
+    """RunError where the run was trained on the people who are tested: it knows them by heart."""
+    if seen := [split for split in load_run(run).data.train_splits if split in ("query", "gallery")]:
+        raise RunError(f"{run}: trained on the people who are tested (data.train_splits names {seen[0]})")
+
+
 def check_judges(judges: Sequence[Path], protected: Path) -> None:
-    """RunError or ConfigError naming the run that is stored otherwise than plain, has the seed of ``protected``, or has
-    seed and backbone of another judge."""
+    """RunError or ConfigError naming the run that is stored otherwise than plain, was trained on the tested people, has
+    the seed of ``protected``, or has seed and backbone of another judge."""
     runs = {judge: load_run(judge) for judge in judges if not is_onnx(judge)}
     for judge, config in runs.items():
         if (kind := config.model.store.kind) != "plain":
             raise RunError(f"{judge}: not a judge: its features are stored as {kind}")
+        check_unseen(judge)
         if config.seed == load_run(protected).seed:
             raise ConfigError(f"seed: {judge} has the seed of {protected}; a judge of its own mind needs another")
     for (one, its), (other, others) in combinations(runs.items(), 2):
         if (its.seed, its.model.backbone) == (others.seed, others.model.backbone):
             raise ConfigError(f"seed: {other} has seed and backbone of {one}; a judge of its own mind needs another")
+
+
+def check_judges_pictures(judges: Sequence[Path], data: DataConfig) -> None:
+    """RunError naming the run that was trained on ``data``'s shards when others were tested: under another
+    ``split_seed``, tested people may have been among its own. Of other shards nothing is known."""
+    for judge in judges:
+        if is_onnx(judge):
+            continue
+        its = load_run(judge).data
+        if Path(its.shards).resolve() != Path(data.shards).resolve():
+            continue
+        known = read_json(judge / "model" / "extractor.json").get("about", {}).get("training pictures")
+        if known != open_training(replace(data, train_splits=its.train_splits)).fingerprint:
+            raise RunError(
+                f"{judge}: not a judge: {data.shards} (data.shards) held other people in "
+                f"{', '.join(its.train_splits)} when it was trained"
+            )
 
 
 def open_judges(judges: Sequence[Path], onnx: OnnxConfig, gallery: Gallery, device: torch.device) -> list[Judge]:

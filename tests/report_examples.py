@@ -22,8 +22,8 @@ def good_report() -> dict[str, Any]:
                 "own": {**interval(0.531 + shift, 0.402, 0.664), "attacker": "gan"},
             },
             "worst": {
-                "attacker": "ridge", "people": 13, "protected": 0.5127 + shift, "control": 0.5871, "floor": 0.4116,
-                "r": 0.576,
+                "attacker": "ridge", "against": "gan", "people": 13,
+                "protected": 0.5127 + shift, "control": 0.5871, "floor": 0.4116, "r": 0.576,
             },
             "urr": {
                 **interval(2.247, 1.93, 2.58), "display": "2.25 [1.93, 2.58]", "status": "ok", "reason": None,

@@ -146,6 +146,16 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     for role, others in (("control", {"protected": "control"}), ("judge", {})):
         said = attack(runs, tmp_path / "c", expect=2, **{role: str(kept)}, **others).stderr
         assert f"not a {role}: its features are stored as pca" in said
+    knowing = tmp_path / "knowing"
+    shutil.copytree(runs / "judge", knowing)
+    config = load_settings(Config, knowing / "config.yaml")
+    for splits, message in (
+        (["train", "query"], f"{knowing}: trained on the people who are tested (data.train_splits names query)"),
+        (["train"], f"{knowing}: not a judge: {config.data.shards} (data.shards) held other people in train when it"),
+    ):
+        config.data.train_splits = splits
+        save_settings(config, knowing / "config.yaml")
+        assert message in attack(runs, tmp_path / "c", expect=2, judge=str(knowing)).stderr
 
 
 def test_attackers_with_other_pictures(world: list[str], runs: Path, tmp_path: Path) -> None:

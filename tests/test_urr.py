@@ -260,10 +260,18 @@ def test_the_worst_people_by_hand() -> None:
     protected, control, floor = np.full(60, 0.2), np.full(60, 0.5), np.full(60, 0.1)
     protected[[8, 9]], protected[[20, 21]] = [0.8, np.nan], [0.6, 0.4]
     control[[0, 1]], floor[[58, 59]] = [1.0, 0.9], [0.3, 0.1]
-    found = worst_people("ridge", AttackScores(protected_Q=protected, control_Q=control, floor_Q=floor), pids)
-    assert (found.people, found.attacker) == (2, "ridge")
+    ridge = AttackScores(protected_Q=protected, control_Q=control, floor_Q=floor)
+    found = worst_people({"ridge": ridge}, pids)
+    assert found is not None and (found.people, found.attacker, found.against) == (2, "ridge", "ridge")
     expected = ((0.8 + 0.5) / 2, (0.95 + 0.5) / 2, (0.2 + 0.1) / 2)
     assert (found.protected, found.control, found.floor) == pytest.approx(expected)
     assert found.r == pytest.approx((0.65 - 0.15) / (0.725 - 0.15))
-    blind = worst_people("gan", AttackScores(protected_Q=protected, control_Q=np.full(60, np.nan), floor_Q=floor), pids)
-    assert blind.control is None and blind.r is None
+    # Who finds most without protection is not asked to speak for who finds most with it.
+    fooled = AttackScores(protected_Q=np.full(60, 0.3), control_Q=np.full(60, 0.9), floor_Q=np.full(60, 0.2))
+    found = worst_people({"fooled": fooled, "ridge": ridge}, pids)
+    assert found is not None and (found.attacker, found.against) == ("ridge", "fooled")
+    assert found.r == pytest.approx((0.65 - 0.15) / (0.9 - 0.2))
+    blind = worst_people(
+        {"gan": AttackScores(protected_Q=protected, control_Q=np.full(60, np.nan), floor_Q=floor)}, pids
+    )
+    assert blind is not None and blind.control is None and blind.r is None

@@ -30,7 +30,7 @@ from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.plateau import Learner
-from ppreid_dist.attacks.recogniser import Recogniser, train_recogniser, untrained
+from ppreid_dist.attacks.recogniser import Recogniser, shape_of, train_recogniser, untrained
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
@@ -134,8 +134,9 @@ class Bench:
         others = config.auxiliary.attackers if config.auxiliary.variants else []
         self.recogniser_backbone = ""
         if any([self.attacker(name).asks_recogniser for name in (*config.attackers, *others)]):
-            weights = untrained(config.recogniser, 1, config.seed).state_dict()
-            self.recogniser_backbone = digest(*(part for item in weights.items() for part in item))
+            network = untrained(config.recogniser, 1, config.seed)
+            weights = (part for item in network.state_dict().items() for part in item)
+            self.recogniser_backbone = digest(shape_of(network), *weights)
         self.recognisers: dict[str, Recogniser] = {}
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
         tests = [query.images_N3HW, query.pids_N, query.camids_N, *self.gallery]

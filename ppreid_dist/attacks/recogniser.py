@@ -85,6 +85,12 @@ def untrained(config: RecogniserConfig, people: int, seed: int) -> Extractor:
         raise ConfigError(f"attack.recogniser.{str(error).removeprefix('model.')}") from None
 
 
+def shape_of(network: Extractor) -> dict[str, Any]:
+    """What its backbone's config.json says, but for where that lay and what wrote it."""
+    told: Any = network.backbone.model.config
+    return {key: value for key, value in told.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
+
+
 def steps_for(pictures: int, config: RecogniserConfig) -> int:
     """Of a training with so many pictures."""
     return max(1, -(-pictures * config.epochs // (config.people * config.shots)))

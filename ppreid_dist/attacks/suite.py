@@ -254,6 +254,8 @@ def _axis(
         name: attack_curve(pids_Q, {n: {name: by_n[n][name]} for n in by_n}, **bootstrap).points
         for name in config.curve_attackers
     }
+    works = {name: of for name, of in attackers.items() if whole.attackers[name].status != "broken"}
+    worst = worst_people(works, pids_Q) if whole.attacker else None
     return {
         "metric": bench.axes[axis],
         "leak": {
@@ -262,7 +264,7 @@ def _axis(
             "against": whole.against,
             "own": {**asdict(whole.own), "attacker": whole.own_attacker},
         },
-        "worst": asdict(worst_people(whole.against, attackers[whole.against], pids_Q)) if whole.against else None,
+        "worst": asdict(worst) if worst else None,
         "urr": {
             **asdict(whole.urr),
             "display": whole.display,

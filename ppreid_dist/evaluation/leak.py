@@ -155,10 +155,12 @@ def measure_leak(
 
 @dataclass(frozen=True, kw_only=True)
 class Worst:
-    """Mean scores of the ``people`` whom one attacker finds best, chosen by each series itself, so that the choice's
-    luck is in all three; ``r`` is their (protected − floor) / (control − floor)."""
+    """Mean scores of the ``people`` whom the ``attacker`` finds best, chosen by each series itself, so that the
+    choice's luck is in all three. As with all people, ``attacker`` is who finds most in protected features, and ``r`` its
+    protected − floor over the largest control − floor, which is that of ``against``."""
 
     attacker: str
+    against: str | None
     people: int
     protected: float | None
     control: float | None
@@ -166,8 +168,8 @@ class Worst:
     r: float | None
 
 
-def worst_people(name: str, scores: AttackScores, pids_Q: np.ndarray, share: float = 0.05) -> Worst:
-    """Of the ``share`` of people who leak most, at least one: an average can hide them."""
+def worst_people(attackers: Mapping[str, AttackScores], pids_Q: np.ndarray, share: float = 0.05) -> Worst | None:
+    """Of the ``share`` of people who leak most, at least one: an average can hide them. None without an attacker."""
     places_Q = np.unique(pids_Q, return_inverse=True)[1]
     count = max(1, math.ceil(share * (places_Q.max() + 1)))
 
@@ -179,15 +181,21 @@ def worst_people(name: str, scores: AttackScores, pids_Q: np.ndarray, share: flo
         counts_K = np.bincount(places_Q[known_Q])
         return float(np.sort(sums_K[counts_K > 0] / counts_K[counts_K > 0])[-count:].mean())
 
-    protected, control, floor = (most(score_Q) for score_Q in (scores.protected_Q, scores.control_Q, scores.floor_Q))
-    r = (protected - floor) / (control - floor) if control > floor else float("nan")
+    means = {name: (most(of.protected_Q), most(of.control_Q), most(of.floor_Q)) for name, of in attackers.items()}
+    excess = {name: protected - floor for name, (protected, _, floor) in means.items() if protected == protected}
+    gain = {name: control - floor for name, (_, control, floor) in means.items() if control > floor}
+    if not excess:
+        return None
+    name, against = max(excess, key=excess.__getitem__), max(gain, key=gain.__getitem__, default=None)
+    protected, control, floor = means[name]
     return Worst(
         attacker=name,
+        against=against,
         people=count,
         protected=finite(protected),
         control=finite(control),
         floor=finite(floor),
-        r=finite(r),
+        r=None if against is None else finite(excess[name] / gain[against]),
     )
 
 

@@ -50,6 +50,7 @@ AXIS = {
     "worst": Maybe(
         {
             "attacker": TEXT,
+            "against": Maybe(TEXT),
             "people": WHOLE,
             **ROLES,
             "r": Maybe(NUMBER),
