@@ -156,7 +156,7 @@ def measure_leak(
 @dataclass(frozen=True, kw_only=True)
 class Worst:
     """Mean scores of the ``people`` whom the ``attacker`` finds best, chosen by each series itself, so that the
-    choice's luck is in all three. As with all people, ``attacker`` is who finds most in protected features, and ``r`` its
+    choice's luck is in all three. As with all people, ``attacker`` finds most in protected features, and ``r`` is its
     protected − floor over the largest control − floor, which is that of ``against``."""
 
     attacker: str
