@@ -13,7 +13,7 @@ from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import check_machine
-from ppreid_dist.sweep.front import hypervolume, make_points, pareto, recommend, trials_per_hour
+from ppreid_dist.sweep.front import hypervolume, make_points, of_several_sources, pareto, recommend, trials_per_hour
 from ppreid_dist.sweep.space import Trial, as_overrides, listed_trials
 
 # --- the space --------------------------------------------------------------------------------------------------
@@ -152,6 +152,7 @@ def row(weight: float, seed: int = 0, *, mAP: float = 0.5, leak: float | None = 
         "name": trial.name, "point": trial.point, "method": None, "settings": dict(trial.settings), "weight": weight,
         "seed": seed,
         "status": "done", "reason": None, "control": f"control-{seed}", "judge": "judge-0", "mAP": mAP,
+        "attackers_source": "a",
         "control_mAP": 0.5, "utility": {"value": mAP / 0.5, "low": mAP / 0.5 - 0.1, "high": mAP / 0.5 + 0.1},
         "axes": axes, "people": 20, "masking": False, "seconds": {"training": 1.0, "attack": 1.0},
         "began": "2026-01-01T00:00:00+00:00", "ended": "2026-01-01T00:10:00+00:00", **other,
@@ -188,6 +189,13 @@ def test_the_least_leak_that_keeps_enough_utility_is_recommended() -> None:
     assert recommend(points, "identity", 1.01) is None
     points[1]["axes"]["identity"]["urr"] |= {"status": "n/a", "broken": True}
     assert recommend(points, "identity", 0.95) == points[0]["name"]
+
+
+def test_rows_of_another_version_of_the_attackers_are_told_of() -> None:
+    rows = [row(1), row(2), row(3, status="failed")]
+    assert of_several_sources(rows) == []
+    (line,) = of_several_sources([*rows, row(4, attackers_source="b")])
+    assert line.startswith("Trials were attacked by 2 versions of the attackers")
 
 
 def test_pauses_do_not_count_as_time() -> None:

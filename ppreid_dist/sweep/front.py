@@ -13,7 +13,7 @@ from typing import Any
 
 from ppreid_dist.sweep.folder import Folder
 
-SCHEMA = "ppreid-front/1"
+SCHEMA = "ppreid-front/2"
 REFERENCE = {"mAP": 0.0, "leak": 1.0}  # the corner that the hypervolume is measured from: useless, and unprotected
 Pair = tuple[float, float]  # mAP, leak
 
@@ -148,6 +148,17 @@ def remarks(points: Sequence[Mapping[str, Any]], recommended: str | None, axis: 
     return said
 
 
+def of_several_sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where trials were attacked by different versions of the attackers, as after an update."""
+    versions = {row.get("attackers_source") for row in rows if row["status"] == "done"}
+    if len(versions) < 2:
+        return []
+    return [
+        f"Trials were attacked by {len(versions)} versions of the attackers and can't be compared: remove trial.json "
+        "and attack of the older ones, and resume."
+    ]
+
+
 def front_of(folder: Folder) -> dict[str, Any]:
     """``front.json`` of what is done so far."""
     config, known = folder.config, folder.known()
@@ -172,8 +183,12 @@ def front_of(folder: Folder) -> dict[str, Any]:
         "axis": config.axis,
         "recommended": recommended,
         "rule": f"the least {config.axis} leak on the front among points that keep at least "
-        f"{config.min_utility:.0%} of the control's mAP, means over seeds",
-        "remarks": remarks(points, recommended, config.axis, config.min_utility) if points else [],
+        f"{config.min_utility:.0%} of the control's mAP, means over seeds; chosen among {len(points)}, by the people "
+        "who are tested, which no interval counts",
+        "remarks": [
+            *(remarks(points, recommended, config.axis, config.min_utility) if points else []),
+            *of_several_sources(rows),
+        ],
         "people": max((row["people"] for row in rows if row["status"] == "done"), default=None),
         "trials_per_hour": trials_per_hour(rows),
     }

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ppreid_dist.storage import write_json, write_text
-from ppreid_dist.sweep.front import mean
+from ppreid_dist.sweep.front import mean, of_several_sources
 
-SCHEMA = "ppreid-table/1"
+SCHEMA = "ppreid-table/2"
 _WHOLE = {"value": 1.0, "low": 1.0, "high": 1.0, "least": 1.0, "most": 1.0}
 
 
@@ -52,6 +52,7 @@ def table_of(front: Mapping[str, Any]) -> dict[str, Any]:
         "complete": front["complete"],
         "people": front["people"],
         "axes": axes,
+        "remarks": of_several_sources(front["trials"]),
         "rows": rows,
     }
 
@@ -130,6 +131,7 @@ def as_markdown(table: Mapping[str, Any]) -> str:
         "identity-bootstrap intervals, means over seeds; in parentheses the seeds' spread. Minutes: training + "
         "attackers, a seed."
     ]
+    said += table["remarks"]
     if not table["complete"]:
         said.append("Not complete.")
     return "\n".join([*lines, "", *said]) + "\n"

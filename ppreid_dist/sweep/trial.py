@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppreid_dist.assessment import METHOD
+from ppreid_dist.attacks.kept import source_digest
 from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import FREE, flat
@@ -239,6 +240,7 @@ def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
     return {
         "status": "done",
         "reason": None,
+        "attackers_source": source_digest()[:16],
         "control": control,
         "judge": judge,
         "mAP": utility["protected"]["mAP"],
