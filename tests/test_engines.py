@@ -24,6 +24,7 @@ from ppreid_dist.experiment import Config, train
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training import engine as engine_module
 from ppreid_dist.training.launcher import Launched
+from ppreid_dist.training.zero import name_locks
 
 pytestmark = pytest.mark.engines
 deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
@@ -222,6 +223,20 @@ def test_bf16_under_ddp(game: list[str], alone: dict[str, dict[str, Tensor]], tm
     through_launcher(SHIPPED / "gpus.yaml", tmp_path / "run", *game)
     assert result(tmp_path / "run") == ("ddp", "bf16", 2, 10)
     assert_close(alone["bf16"], last(tmp_path / "run"), ROUNDED, norm=2)
+
+
+def test_the_lock_of_a_killed_compilation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch waits there for ever, and says nothing."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    name_locks()
+    assert not caplog.messages
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    name_locks()
+    assert [message.split(": ")[0] for message in caplog.messages] == [str(lock)]
 
 
 @deepspeed

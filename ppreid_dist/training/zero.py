@@ -8,17 +8,20 @@ Learnt by trying, and held by tests/test_engines.py:
 """
 
 import copy
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
@@ -28,6 +31,7 @@ from ppreid_dist.training.engine import Engine, Held, one_step
 from ppreid_dist.training.finite import FiniteWatch, NotFinite
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
+_log = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLAG = "ACCELERATE_USE_DEEPSPEED"
 
@@ -38,6 +42,13 @@ class _Plugin(DeepSpeedPlugin):
 
     def set_deepspeed_weakref(self) -> None:
         """Nothing: transformers would be told of stage 3, and make every backbone in parts from then on."""
+
+
+def name_locks() -> None:
+    """Where a compilation is under way, or was killed, say so: torch waits at its lock for ever, and silently."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted([*root.glob("deepspeed*/lock"), *root.glob("*/deepspeed*/lock")]):
+        _log.warning("%s: waiting for whoever compiles it; if nobody does any more, remove this file", lock)
 
 
 class ZeroEngine(Engine):
@@ -56,6 +67,8 @@ class ZeroEngine(Engine):
         self._flag = os.environ.get(_FLAG)
         warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed's own calls
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
+        if backend and os.environ["LOCAL_RANK"] == "0":
+            name_locks()
         return {
             "deepspeed_plugins": {"": self._plugin(self.stage, 0.0)},
             "gradient_accumulation_plugin": one_step(),
