@@ -98,13 +98,12 @@ def suite(
 def test_too_few_people_is_one_line_about_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"^attack\.people: [^\n]*$"):
         suite(*make_people(0, 7), *make_people(0, 10))
-    with pytest.raises(ConfigError, match=r"^attack\.people: 3 is [^\n]*$"):
-        suite(*make_people(0, 20), *make_people(50, 10), people=[3, 0])
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("people=[3,0]", "people: 3 are too few: an attacker needs 8"),
         ("curve_attackers=[adaptive]", "curve_attackers: adaptive has no counterpart on the control"),
         ("regression.loss.perceptual=1", "regression.loss.perceptual: no attacker has it"),
         ("gan.start.loss.perceptual=1", "gan.start.loss.perceptual: no attacker has it"),
@@ -117,6 +116,14 @@ def test_what_nobody_could_attack_with_is_refused(setting: str, message: str) ->
     backbone = [f"{key}.perceptual_backbone=some"] if "perceptual" in setting else []
     with pytest.raises(ConfigError, match=rf"^{re.escape(message)}[^\n]*$"):
         load_settings(AttackConfig, None, [*backbone, setting])
+
+
+def test_more_people_than_there_are_are_not_claimed(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    found = suite(*aux, *strangers, attackers=["ridge"], people=[20, 600, 0])
+    assert found.people == [20, 60]
+    assert "attack.people: 600: there are only 60 auxiliary people, and that many attacked" in found.notes
 
 
 def test_without_curve_attackers_nobody_has_fewer_people(

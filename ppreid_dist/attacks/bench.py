@@ -158,8 +158,6 @@ class Bench:
         config, people, least = self.config, np.unique(aux.pids_N), 2 * HELD_OUT_PEOPLE
         if len(people) < least:
             raise ConfigError(f"{where}: {len(people)} auxiliary people are too few, an attacker needs {least}")
-        if 0 < min(n or len(people) for n in config.people) < least:
-            raise ConfigError(f"attack.people: {min(filter(None, config.people))} is less than {least}")
         self.order = np.random.default_rng([config.seed, 0xA0]).permutation(people)
         self.people = sorted({min(n or len(people), len(people)) for n in config.people})
         if not config.curve_attackers:

@@ -6,7 +6,7 @@ from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig
 from ppreid_dist.attacks.attribute import AttributeConfig
 from ppreid_dist.attacks.auxiliary import AuxiliaryConfig
 from ppreid_dist.attacks.averaged import AveragedConfig
-from ppreid_dist.attacks.base import ATTACKERS
+from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.isomap import IsomapConfig
@@ -79,6 +79,9 @@ class AttackConfig(Settings):
             raise ConfigError(f"curve_attackers: {min(strangers)} is not one of the attackers")
         if set(self.curve_attackers) == {Adaptive.name}:
             raise ConfigError("curve_attackers: adaptive has no counterpart on the control; name another beside it")
+        least = 2 * HELD_OUT_PEOPLE
+        if few := [n for n in self.people if 0 < n < least]:
+            raise ConfigError(f"people: {few[0]} are too few: an attacker needs {least} (0 is all)")
         for key, loss in (
             ("regression", self.regression.loss),
             ("averaged", self.averaged.loss),

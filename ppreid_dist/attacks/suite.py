@@ -99,7 +99,8 @@ def summarise(
     quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
     notes = weak_judges(bench.judges, quality, float(np.nanmean(control.utility_ap_Q)))
     if dropped := sorted(n for n in config.people if n > largest):
-        notes.append(f"attack.people: there are {largest} auxiliary people, {dropped} stands for all of them")
+        more = ", ".join(map(str, dropped))
+        notes.append(f"attack.people: {more}: there are only {largest} auxiliary people, and that many attacked")
     if config.seeds > 1:
         notes.append(
             f"attack.seeds: every attacker that is drawn at random was trained {config.seeds} times; the training that "
