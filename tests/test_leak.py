@@ -3,7 +3,7 @@ one can't be left out."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ppreid_dist.evaluation.bootstrap import Bootstrap
@@ -48,6 +48,7 @@ AMOUNT = st.floats(0.01, 1)
 def test_never_less_than_what_any_attacker_finds(pairs: list[tuple[float, float]]) -> None:
     results, leak = measure(**{f"a{i}": attacker(*pair) for i, pair in enumerate(pairs)})
     most = max(gain for _, gain in pairs)
+    assume(all(abs(gain - SOUND * most) > 1e-9 for _, gain in pairs))
     assert leak.r.value == pytest.approx(max(excess for excess, _ in pairs) / most, abs=1e-6)
     assert leak.r.value >= results[leak.against].r.value - 1e-9
     sound = [excess / gain for excess, gain in pairs if gain >= SOUND * most]

@@ -21,6 +21,11 @@ it doesn't, or there is no such attacker on the control, but it beats its floor 
 excess there counts, its C − F doesn't.
 "broken": neither; it says nothing, and nothing is said by it.
 
+**Each has its own floor.** Decoders that learn from nothing end at different pictures, some a little worse than the
+mean picture, so r on pixels is known up to a convention: of codes in seed 0 of docs/privacy.md's small table it is
+0.51, and with one floor for all 0.48 (the highest, ridge's) to 0.56 (the lowest). On identity all floors are at chance.
+One floor for all, the largest, would let the noise of a weak attacker's floor lower r.
+
 **Intervals** come from a paired bootstrap over identities: all series share each resample, and both maxima are taken
 inside it. There a leak over a control that isn't above the floor is unbounded, and such an end of an interval is None.
 
