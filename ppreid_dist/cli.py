@@ -188,6 +188,7 @@ def _bench_privacy(arguments: Sequence[str]) -> int:
         "ppreid bench-privacy",
         "Train and attack every method of a list, with one control and one judge between them, and write table.json, "
         "table.md and the utility-leak plane, front.html. A sweep whose space is `methods`.",
+        of_methods=True,
     )
 
 
@@ -196,6 +197,7 @@ def _sweep(
     prog: str = "ppreid sweep",
     does: str = "Train and attack many protected extractors, with one control and one judge between them, and write "
     "what privacy costs: front.json, front.csv and front.html. Finished trials are never done again.",
+    of_methods: bool = False,
 ) -> int:
     parser = _parser(prog, does, True)
     for flag, what in (
@@ -221,7 +223,7 @@ def _sweep(
     from ppreid_dist.sweep.driver import sweep_in_array, sweep_on_ray, write_again
 
     config = load_settings(SweepConfig, options.config, options.settings)
-    if prog == "ppreid bench-privacy" and not config.methods:
+    if of_methods and not config.methods:
         raise ConfigError("methods: name the methods to compare, or use `ppreid sweep` for a grid or a search")
     go_on = {"resume": options.resume, "retry": options.retry, "say": _say}
     if options.front:

@@ -10,7 +10,8 @@ class ConfigError(PPReIDError):
 
 
 class DataError(PPReIDError):
-    """A folder, picture, shard or index is missing, damaged or inconsistent; the message names the file."""
+    """Data that can't be used: a folder, picture, shard or index is missing, damaged, inconsistent or can't be written,
+    or features and scores don't fit each other. The message names the file or the series."""
 
 
 class RunError(PPReIDError):

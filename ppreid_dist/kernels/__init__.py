@@ -1,1 +1,2 @@
-"""Pure tensor functions that several stages use; each has a slow, obvious oracle in its test."""
+"""What several stages compute, each in plain torch and some in faster forms; ``choice`` picks one. Each has a slow,
+obvious oracle in its test."""
