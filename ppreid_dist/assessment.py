@@ -36,6 +36,7 @@ from ppreid_dist.evaluation.export import rank_split, rerank_split, save_feature
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.evaluation.reranking import Reranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
+from ppreid_dist.files import check_writable, read_json, read_tensors, write_json, write_tensors
 from ppreid_dist.findings import findings
 from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
 from ppreid_dist.kernels.choice import using
@@ -48,7 +49,6 @@ from ppreid_dist.progress import note, progress_bar, say
 from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import load_settings, to_dict
-from ppreid_dist.storage import check_writable, read_json, read_tensors, write_json, write_tensors
 
 # Control and protected must be the same training but for these.
 METHOD = ("privacy.", "neighbourhood.", "reversal.", "data.strangers_split", "training.warm", "model.store.")

@@ -22,6 +22,7 @@ from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
 from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
 from ppreid_dist.errors import ConfigError, RunError, Stopped
+from ppreid_dist.files import check_writable
 from ppreid_dist.kernels.choice import KernelsConfig, using
 from ppreid_dist.losses.identity import IdentityConfig
 from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
@@ -32,7 +33,6 @@ from ppreid_dist.models.recompute import recompute_blocks
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.models.split_head import SplitHead
 from ppreid_dist.settings import Settings, load_settings, option, save_settings, to_dict
-from ppreid_dist.storage import check_writable
 from ppreid_dist.training.adversary import Adversary
 from ppreid_dist.training.checkpoint import CheckpointFolder
 from ppreid_dist.training.closed_form import DistanceCorrelationAdversary, RidgeAdversary

@@ -22,10 +22,10 @@ from ppreid_dist.data.index import read_meta
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import Config, load_run
+from ppreid_dist.files import read_json
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.store import StoreConfig
 from ppreid_dist.reporting.schema import SCHEMA
-from ppreid_dist.storage import read_json
 from ppreid_dist.training.tracking import read_metrics
 
 

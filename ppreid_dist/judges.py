@@ -18,10 +18,10 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import load_run
+from ppreid_dist.files import read_json
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.onnx_model import OnnxConfig, OnnxModel
 from ppreid_dist.pixels import resize
-from ppreid_dist.storage import read_json
 
 Gallery = Callable[[tuple[int, int]], Pictures]  # the gallery's pictures at a size
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.storage import write_text
+from ppreid_dist.files import write_text
 
 S = TypeVar("S", bound="Settings")
 

@@ -23,7 +23,7 @@ from ppreid_dist.attacks.ridge import Ridge, RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.gates import LIFT
-from ppreid_dist.storage import write_json
+from ppreid_dist.files import write_json
 
 AUX = make_people(1000, 60)
 MET, MET_FEATURES = make_people(0, 40)

@@ -16,9 +16,9 @@ from conftest import ROOT
 
 from ppreid_dist.cli import main
 from ppreid_dist.experiment import Config
+from ppreid_dist.files import read_tensors
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings, save_settings
-from ppreid_dist.storage import read_tensors
 
 ATTACK = [
     "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression,adaptive]",

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ppreid_dist"
 STAGES = [
-    {"settings", "errors", "storage", "distributed", "progress", "transfer", "pixels"},
+    {"settings", "errors", "files", "distributed", "progress", "transfer", "pixels"},
     {"kernels"}, {"data"}, {"models"}, {"losses"}, {"training"}, {"evaluation"}, {"attacks"}, {"reporting"},
     {"experiment"}, {"judges", "findings"}, {"assessment", "doctor"}, {"storing"}, {"sweep"}, {"cli"},
 ]  # fmt: skip

@@ -179,7 +179,7 @@ def test_apex_keeps_the_first_class(apex: None) -> None:
 
 
 def test_a_training_by_apex_is_a_training_by_torch(apex: None, world: list[str], tmp_path: Path) -> None:
-    from ppreid_dist.storage import read_tensors
+    from ppreid_dist.files import read_tensors
     from ppreid_dist.training.checkpoint import CheckpointFolder
 
     weights = []

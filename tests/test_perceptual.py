@@ -19,8 +19,8 @@ from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.kid import kernel_distance
+from ppreid_dist.files import write_tensors
 from ppreid_dist.models.lpips import Lpips, load_lpips
-from ppreid_dist.storage import write_tensors
 
 
 def wave(shape: tuple[int, ...], step: float) -> Tensor:

@@ -30,8 +30,8 @@ from ppreid_dist.data.augment import AugmentConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.ranking import rank_queries
+from ppreid_dist.files import read_tensors, write_tensors
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.storage import read_tensors, write_tensors
 
 DECODERS = ["regression", "averaged", "isomap", "gan", "adaptive"]
 

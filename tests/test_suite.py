@@ -31,8 +31,8 @@ from ppreid_dist.attacks.victims import roles_of
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
+from ppreid_dist.files import write_json
 from ppreid_dist.settings import load_settings
-from ppreid_dist.storage import write_json
 
 
 def test_chance_ap_is_that_of_all_orders() -> None:

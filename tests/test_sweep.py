@@ -22,9 +22,9 @@ from sweep_stand_ins import HERE, STEPS, stand_ins, until
 
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError, Stopped
 from ppreid_dist.experiment import Config
+from ppreid_dist.files import read_json, write_json
 from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
 from ppreid_dist.settings import load_settings, save_settings
-from ppreid_dist.storage import read_json, write_json
 from ppreid_dist.sweep import driver
 from ppreid_dist.sweep.asha import Losses
 from ppreid_dist.sweep.claims import Claims

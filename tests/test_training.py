@@ -176,9 +176,9 @@ def test_no_whole_checkpoint_is_one_line(world: list[str], whole: Path, tmp_path
 def test_a_full_disk_leaves_the_checkpoint_before(
     world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ppreid_dist import storage
+    from ppreid_dist import files
 
-    honest, calls = storage.save_file, []
+    honest, calls = files.save_file, []
 
     def full(tensors: dict[str, Tensor], file: Path) -> None:
         calls.append(1)
@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             file.write_bytes(file.read_bytes()[:50])
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(RunError, match=r"/step_00000006/tensors.safetensors: could not be written: No space left"):
         run(world, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000003"]

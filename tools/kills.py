@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.experiment import Config
+from ppreid_dist.files import read_tensors
 from ppreid_dist.settings import load_settings
-from ppreid_dist.storage import read_tensors
 from ppreid_dist.training.checkpoint import CheckpointFolder
 
 ROOT = Path(__file__).resolve().parents[1]

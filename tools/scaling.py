@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ppreid_dist.storage import read_json
+from ppreid_dist.files import read_json
 from ppreid_dist.sweep.programs import PLAIN
 
 

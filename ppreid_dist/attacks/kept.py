@@ -18,7 +18,7 @@ from torch import Tensor
 import ppreid_dist
 from ppreid_dist.attacks.base import Outcome
 from ppreid_dist.errors import DataError
-from ppreid_dist.storage import read_tensors, write_tensors
+from ppreid_dist.files import read_tensors, write_tensors
 
 _NUMBERS = ("l1", "psnr", "kid", "best", "seconds", "held_out", "still_falling")
 _SCORES = "scores/"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ppreid_dist.errors import DataError
-from ppreid_dist.storage import read_json
+from ppreid_dist.files import read_json
 
 FORMAT = 1  # of the folder of shards
 ROW = np.dtype(

@@ -39,8 +39,8 @@ from ppreid_dist.data.catalog import Catalog
 from ppreid_dist.data.index import FORMAT, ROW, Index, join, load_index, read_meta, write_index
 from ppreid_dist.data.records import SPLITS, Record
 from ppreid_dist.errors import DataError
+from ppreid_dist.files import atomic, write_json
 from ppreid_dist.progress import progress_bar
-from ppreid_dist.storage import atomic, write_json
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp"}
 _BLOCK = 512  # a tar header; our names are short enough that it is always one

@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ppreid_dist.data.pedestrian import STATURE, VIEWS, Colour, Pen, Person, Pose, draw_figure, draw_person, shade
 from ppreid_dist.errors import DataError
+from ppreid_dist.files import atomic
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, load_settings, option, save_settings
-from ppreid_dist.storage import atomic
 
 _PERSON, _CAMERA, _PICTURE, _STRANGER = 11, 12, 13, 14  # tags of what is drawn from the seed
 _SCENE = 3.0  # a camera's scene is so many pictures wide

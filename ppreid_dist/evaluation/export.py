@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.ranking import Entries, Ranking, rank_queries
 from ppreid_dist.evaluation.reranking import Reranking, rerank
+from ppreid_dist.files import write_tensors, write_text
 from ppreid_dist.pixels import to_float
-from ppreid_dist.storage import write_tensors, write_text
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.files import read_json, read_tensors, write_json, write_tensors, write_text
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.settings import load_settings, to_dict
-from ppreid_dist.storage import read_json, read_tensors, write_json, write_tensors, write_text
 
 _HEAD = "classifier."
 

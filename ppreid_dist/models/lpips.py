@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppreid_dist.errors import ConfigError, DataError
-from ppreid_dist.storage import read_tensors
+from ppreid_dist.files import read_tensors
 
 SIDE = 64  # the least side that the network sees; at less its last layers have hardly a position
 CHANNELS = (64, 192, 384, 256, 256)

@@ -13,11 +13,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ppreid_dist.files import atomic, write_json, write_text
 from ppreid_dist.reporting.figures import DARK, LIGHT
 from ppreid_dist.reporting.front_figures import draw_front
 from ppreid_dist.reporting.page import picture, templates
 from ppreid_dist.reporting.verdict import axis_title
-from ppreid_dist.storage import atomic, write_json, write_text
 
 _FIGURES = ("value", "low", "high")
 

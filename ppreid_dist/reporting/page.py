@@ -17,11 +17,11 @@ import numpy as np
 from markupsafe import Markup
 
 from ppreid_dist.errors import DataError
+from ppreid_dist.files import atomic, read_json, write_json, write_text
 from ppreid_dist.reporting.card import as_markdown, make_card
 from ppreid_dist.reporting.figures import DARK, LIGHT, Drawing, draw_report, draw_strip, ranked
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.reporting.verdict import axis_title, learnt_from, number, percent, write_verdict
-from ppreid_dist.storage import atomic, read_json, write_json, write_text
 
 PANEL_ROWS = {"real": "real", "control": "from unprotected features", "protected": "from protected features"}
 

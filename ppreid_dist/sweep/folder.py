@@ -27,8 +27,8 @@ from typing import Any
 
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, flat
+from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import load_settings, to_dict
-from ppreid_dist.storage import read_json, write_json
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials

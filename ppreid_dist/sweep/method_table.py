@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppreid_dist.storage import write_json, write_text
+from ppreid_dist.files import write_json, write_text
 from ppreid_dist.sweep.front import mean, of_several_sources
 
 SCHEMA = "ppreid-table/2"

@@ -19,8 +19,8 @@ from ppreid_dist.attacks.kept import source_digest
 from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import FREE, flat
+from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import to_dict
-from ppreid_dist.storage import read_json, write_json
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.claims import Claim
 from ppreid_dist.sweep.config import WEIGHT

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from ppreid_dist.errors import DataError, RunError
-from ppreid_dist.storage import atomic, read_json, read_tensors, write_json, write_tensors, write_text
+from ppreid_dist.files import atomic, read_json, read_tensors, write_json, write_tensors, write_text
 
 _FILES, _SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ppreid_dist.errors import ConfigError, DataError
-from ppreid_dist.storage import read_json
+from ppreid_dist.files import read_json
 
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("no", "bf16")

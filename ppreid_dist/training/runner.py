@@ -25,11 +25,11 @@ from torch import nn
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import LostError, RunError, Stopped
+from ppreid_dist.files import write_json
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.models.seeding import seed_of
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, option
-from ppreid_dist.storage import write_json
 from ppreid_dist.training.adversary import Adversary, View
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.feed import Feed, FeedBatch

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ppreid_dist.files import atomic, write_json
 from ppreid_dist.settings import Settings, option
-from ppreid_dist.storage import atomic, write_json
 
 MOST = 5
 PART = "part: "  # what the parts' names begin with, in the trace

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import MissingExtra
-from ppreid_dist.storage import read_json, write_json, write_text
+from ppreid_dist.files import read_json, write_json, write_text
 from ppreid_dist.training.adversary import Metrics
 
 
