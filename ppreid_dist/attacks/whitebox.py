@@ -6,7 +6,6 @@ start and how smooth a picture should be. A training that fools learners may do 
 Shapes: N its own pictures, M features to reverse, B batch, D feature dim, h w pixels.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,16 +47,9 @@ class WhiteBoxConfig(Settings):
             raise ConfigError("people: an interval needs at least 2, and 0 leaves the attack out")
 
 
-class WhiteBox(Attacker):
-    """An attacker that is given the extractor too; its figures never stand for those who are not."""
-
-    @abstractmethod
-    def see(self, extractor: See) -> None:
-        """Be given the extractor, before :meth:`fit`."""
-
-
-class Inversion(WhiteBox):
-    """Adam on pixels: squared distance of the features plus total variation, from several starts."""
+class Inversion(Attacker):
+    """Adam on pixels: squared distance of the features plus total variation, from several starts. It is given the
+    extractor too; its figures never stand for those who are not."""
 
     name = "inversion"
     config: WhiteBoxConfig
@@ -67,6 +59,7 @@ class Inversion(WhiteBox):
         self.ridge_config = ridge
 
     def see(self, extractor: See) -> None:
+        """Be given the extractor, before :meth:`fit`."""
         self.extractor = extractor
 
     def fit(
