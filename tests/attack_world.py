@@ -18,6 +18,7 @@ from ppreid_dist.attacks.judging import Judge, Look
 from ppreid_dist.attacks.plateau import PlateauConfig
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.evaluation.ranking import rank_queries
@@ -90,7 +91,7 @@ def see_colours(images_B3hw: Tensor) -> Tensor:
     return torch.nn.functional.normalize(fields_BC @ mixing_CD, dim=1)
 
 
-NAMES = ["retrieval", "ridge", "regression", "averaged", "isomap", "gan"]
+NAMES = ["retrieval", "ridge", "regression", "averaged", "isomap", "unfolded", "gan"]
 if find_spec("diffusers"):
     NAMES.append("diffusion")
 
@@ -124,6 +125,19 @@ def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> A
             likeness=likeness,
             neighbours=[8, 20],
             coordinates=[6, 12],
+            widths=start.widths,
+            lrs=start.lrs,
+            trial_steps=start.trial_steps,
+            batch=start.batch,
+            ema=start.ema,
+            plateau=start.plateau,
+        ),
+        unfolded=UnfoldedConfig(
+            likeness=likeness,
+            neighbours=[8],
+            coordinates=[6, 12],
+            averaged=[0, 2],
+            layout_steps=60,
             widths=start.widths,
             lrs=start.lrs,
             trial_steps=start.trial_steps,

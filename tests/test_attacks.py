@@ -23,6 +23,7 @@ from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.plateau import PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder
+from ppreid_dist.attacks.unfolded import Layout
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 
@@ -227,6 +228,29 @@ def test_averages_are_those_of_a_loop() -> None:
         nearest = sorted((c, i) for i, c in enumerate(cosines) if not torch.equal(pool[i], feature))[-3:]
         whole = feature / feature.norm() + sum(max(c, 0) ** 2 * pool[i] / pool[i].norm() for c, i in nearest)
         torch.testing.assert_close(row, whole / whole.norm())
+
+
+def test_positions_are_read_off_codes_without_their_key() -> None:
+    """Signs of secret waves, half of a period long where points are usually apart: their cosines say next to nothing
+    of far distances, and all together nearly everything, up to a turn and a scale."""
+    random = torch.Generator().manual_seed(0)
+    points = torch.nn.functional.normalize(torch.randn(400, 8, generator=random), dim=1)
+    waves, phases = torch.randn(8, 2048, generator=random) / 0.5, 6.3 * torch.rand(2048, generator=random)
+    codes = (points @ waves + phases).cos().sign()
+
+    def explained(places: torch.Tensor) -> float:
+        known = torch.cat([places, torch.ones(len(places), 1)], 1)
+        rest = points - known @ torch.linalg.lstsq(known, points).solution
+        return float(1 - rest.square().sum() / (points - points.mean(0)).square().sum())
+
+    start = Manifold(codes, 15, 8)(codes)
+    layout = Layout(codes, start, steps=400, lr=0.05, batch=200)
+    print(explained(start), explained(layout.places_LK), layout.residual*2048**.5)
+    assert explained(start) < 0.93 and explained(layout.places_LK) > 0.97
+    assert layout.residual < 1.5 / 2048**0.5
+    torch.testing.assert_close(layout(codes[:7]), layout.places_LK[:7])
+    other = (torch.nn.functional.normalize(points[:7] + 0.02, dim=1) @ waves + phases).cos().sign()
+    assert (layout(other) - layout.places_LK[:7]).norm(dim=1).max() < 0.5 * layout.places_LK.norm(dim=1).mean()
 
 
 @pytest.mark.parametrize("rows", [60, 300])

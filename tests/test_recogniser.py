@@ -33,7 +33,7 @@ from ppreid_dist.evaluation.ranking import rank_queries
 from ppreid_dist.files import read_tensors, write_tensors
 from ppreid_dist.models.generator import Generator
 
-DECODERS = ["regression", "averaged", "isomap", "gan", "adaptive"]
+DECODERS = ["regression", "averaged", "isomap", "unfolded", "gan", "adaptive"]
 
 
 @pytest.fixture(scope="module")

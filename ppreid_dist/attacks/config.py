@@ -16,6 +16,7 @@ from ppreid_dist.attacks.recogniser import RecogniserConfig
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
+from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.onnx_model import OnnxConfig
@@ -28,7 +29,7 @@ ALONE = tuple(name for name in ATTACKERS if name != Adaptive.name)
 @dataclass(kw_only=True)
 class AttackConfig(Settings):
     attackers: list[str] = option(
-        ["retrieval", "ridge", "regression", "averaged", "isomap", "gan", "adaptive"],
+        ["retrieval", "ridge", "regression", "averaged", "isomap", "unfolded", "gan", "adaptive"],
         "who attacks",
         choices=tuple(ATTACKERS),
     )
@@ -61,6 +62,7 @@ class AttackConfig(Settings):
     regression: RegressionConfig = option(RegressionConfig(), "")
     averaged: AveragedConfig = option(AveragedConfig(), "")
     isomap: IsomapConfig = option(IsomapConfig(), "")
+    unfolded: UnfoldedConfig = option(UnfoldedConfig(), "")
     recogniser: RecogniserConfig = option(RecogniserConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     diffusion: DiffusionConfig = option(DiffusionConfig(), "")
@@ -86,6 +88,7 @@ class AttackConfig(Settings):
             ("regression", self.regression.loss),
             ("averaged", self.averaged.loss),
             ("isomap", self.isomap.loss),
+            ("unfolded", self.unfolded.loss),
             ("gan.start", self.gan.start.loss),
             ("adaptive", self.adaptive.loss),
         ):

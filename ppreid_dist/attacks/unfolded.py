@@ -1,0 +1,139 @@
+"""The attacker who lays the features out anew: positions that explain how alike they are, averaged, then a decoder.
+
+Codes keep near distances and lose far ones, but how alike two of them are still tells a little of how far they are
+apart, and N features have N² pairs. Positions in few dimensions that explain all of these together are found by descent
+(metric multidimensional scaling), from Isomap's coordinates on. Neither key nor scheme has to be known: by which law
+likeness falls with distance, a mixture of Gaussians, is learnt along with the positions. Then each position is averaged
+with its nearest, as ``averaged`` does.
+
+Shapes: N its own pictures, M features to reverse, L features of the pool, B batch, J Gaussians, D feature dim, K
+dimensions of a position.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ppreid_dist.attacks.averaged import ITSELF, Average
+from ppreid_dist.attacks.base import register
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold
+from ppreid_dist.attacks.plateau import Split
+from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
+from ppreid_dist.settings import option
+
+NEAREST = 3  # of the pool, for a feature that isn't in it
+SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first positions' lengths, tried
+
+
+@dataclass(kw_only=True)
+class UnfoldedConfig(IsomapConfig):
+    neighbours: list[int] = option([20], "neighbours of a feature in the graph that the layout starts from", at_least=2)
+    coordinates: list[int] = option([16, 32], "numbers of dimensions of a position, to try", at_least=1)
+    averaged: list[int] = option(
+        [3], "nearest positions that each is averaged with, to try; 0 leaves them as they are", at_least=0
+    )
+    layout_steps: int = option(1500, "steps of the layout, of some hundred features each", at_least=1)
+    layout_lr: float = option(0.05, "its learning rate, which falls to nothing", more_than=0)
+
+
+class Layout:
+    """Positions of a pool of features, and of features that are in it or near."""
+
+    def __init__(self, pool_LD: Tensor, start_LK: Tensor, *, steps: int, lr: float, batch: int = 512, seed: int = 0):
+        self.pool_LD = F.normalize(pool_LD.float(), dim=1)
+        self.places_LK, self.residual = _laid_out(self.pool_LD, start_LK.float(), steps, lr, batch, seed)
+
+    def __call__(self, features_MD: Tensor) -> Tensor:
+        """(M, K) float32: the position of the pool's entry that it is, or else the mean of its nearest ones."""
+        return torch.cat([self._place(part) for part in F.normalize(features_MD.float(), dim=1).split(1024)])
+
+    def _place(self, x_BD: Tensor) -> Tensor:
+        cosine_BI, nearest_BI = (x_BD @ self.pool_LD.T).topk(min(NEAREST, len(self.pool_LD)))
+        places_BIK = self.places_LK[nearest_BI]
+        known_B1 = cosine_BI[:, :1] > ITSELF
+        return torch.where(known_B1, places_BIK[:, 0], places_BIK.mean(1))
+
+
+def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int, seed: int) -> tuple[Tensor, float]:
+    """Positions, and the root mean square of what they leave unexplained of the cosines, over the last tenth."""
+    start_LK = start_LK - start_LK.mean(0)
+    start_LK = start_LK / start_LK.square().sum(1).mean().sqrt().clamp_min(1e-12)
+    # Heights and rates of the Gaussians, by their logarithms, and what is left at any distance.
+    heights_J, rates_J = (torch.tensor(of, device=x_LD.device).log() for of in ([0.8, 0.1, 0.05], [0.5, 4.0, 12.0]))
+    rest = torch.zeros((), device=x_LD.device)
+    random = torch.Generator().manual_seed(seed)
+
+    def unexplained(places_LK: Tensor, rows_B: Tensor) -> Tensor:
+        near_BK, alike_BB = places_LK[rows_B], x_LD[rows_B] @ x_LD[rows_B].T
+        length_B1 = near_BK.square().sum(1, keepdim=True)
+        apart_BB = (length_B1 + length_B1.T - 2 * near_BK @ near_BK.T).clamp_min(0)
+        law_BB = rest + (heights_J.exp() * torch.exp(-rates_J.exp() * apart_BB[..., None])).sum(-1)
+        residual_BB = (law_BB - alike_BB).fill_diagonal_(0)
+        return residual_BB.square().sum() / (len(rows_B) * (len(rows_B) - 1))
+
+    def some() -> Tensor:
+        return torch.randperm(len(x_LD), generator=random)[:batch].to(x_LD.device)
+
+    with torch.no_grad():
+        rows_B = some()
+        scale = min(SCALES, key=lambda scale: float(unexplained(scale * start_LK, rows_B)))
+    places_LK = (scale * start_LK).requires_grad_()
+    law = [heights_J.requires_grad_(), rates_J.requires_grad_(), rest.requires_grad_()]
+    groups = [{"params": [places_LK], "lr": lr}, {"params": law, "lr": lr / 5}]
+    optimiser = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    last: list[float] = []
+    for step in range(steps):
+        loss = unexplained(places_LK, some())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step >= 0.9 * steps:
+            last.append(float(loss.detach()))
+    return places_LK.detach(), float(np.sqrt(np.mean(last)))
+
+
+@register
+class UnfoldedRegression(Regression):
+    """The regression decoder on averaged positions; their dimensions and neighbours are raced like its other
+    choices."""
+
+    name = "unfolded"
+    config: UnfoldedConfig
+
+    def entrants(
+        self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
+    ) -> list[Callable[[], Decoder]]:
+        config, found = self.config, []
+        known = [(features_ND, config.pictures)]
+        if self.leaked_LD is not None:
+            known.append((self.leaked_LD, config.entries))
+        draw = np.random.default_rng([split.seed, 0x1A7])
+        pool_LD = torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
+        for neighbours in config.neighbours:
+            manifold = Manifold(pool_LD, neighbours, max(config.coordinates))
+            start_LK = manifold(pool_LD)
+            for asked in config.coordinates:
+                count = min(asked, start_LK.shape[1])
+                layout = Layout(
+                    pool_LD, start_LK[:, :count], steps=config.layout_steps, lr=config.layout_lr, seed=split.seed
+                )
+                for near in config.averaged:
+                    average = Average(layout.places_LK, near, alpha=3.0) if near else as_stored
+                    prepare = partial(_prepared, layout, average)
+                    found += decoders(
+                        prepare(features_ND), pictures_N3hw, split,
+                        noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
+                        label=f"{count} dimensions (residual {layout.residual:.3f}), {near} neighbours, ",
+                    )  # fmt: skip
+        return found
+
+
+def _prepared(layout: Layout, average: Callable[[Tensor], Tensor], features_MD: Tensor) -> Tensor:
+    return average(layout(features_MD))
