@@ -3,6 +3,7 @@ seconds for it."""
 
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,54 +98,26 @@ if find_spec("diffusers"):
 
 
 def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> AttackConfig:
-    start = RegressionConfig(
-        likeness=likeness,
-        widths=[16],
-        lrs=[1e-2],
-        trial_steps=max(1, steps // 3),
-        batch=16,
-        ema=0.9,
-        plateau=PlateauConfig(max_steps=steps, evaluate_every=20, patience=2, falls=1),
-    )
+    # Of all decoders; the trial is for those that race.
+    recipe: dict[str, Any] = {
+        "likeness": likeness,
+        "widths": [16],
+        "lrs": [1e-2],
+        "trial_steps": max(1, steps // 3),
+        "batch": 16,
+        "ema": 0.9,
+        "plateau": PlateauConfig(max_steps=steps, evaluate_every=20, patience=2, falls=1),
+    }
+    start = RegressionConfig(**recipe)
     config = AttackConfig(
         people=[0],
         curve_attackers=["ridge"],
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
-        averaged=AveragedConfig(
-            likeness=likeness,
-            neighbours=[2],
-            widths=start.widths,
-            lrs=start.lrs,
-            batch=start.batch,
-            ema=start.ema,
-            plateau=start.plateau,
-        ),
-        isomap=IsomapConfig(
-            likeness=likeness,
-            neighbours=[8, 20],
-            coordinates=[6, 12],
-            widths=start.widths,
-            lrs=start.lrs,
-            trial_steps=start.trial_steps,
-            batch=start.batch,
-            ema=start.ema,
-            plateau=start.plateau,
-        ),
-        unfolded=UnfoldedConfig(
-            likeness=likeness,
-            neighbours=[8],
-            coordinates=[6, 12],
-            averaged=[0, 2],
-            layout_steps=60,
-            widths=start.widths,
-            lrs=start.lrs,
-            trial_steps=start.trial_steps,
-            batch=start.batch,
-            ema=start.ema,
-            plateau=start.plateau,
-        ),
+        averaged=AveragedConfig(**recipe, neighbours=[2]),
+        isomap=IsomapConfig(**recipe, neighbours=[8, 20], coordinates=[6, 12]),
+        unfolded=UnfoldedConfig(**recipe, neighbours=[8], coordinates=[6, 12], averaged=[0, 2], layout_steps=60),
         diffusion=DiffusionConfig(
             views=["raw"],
             widths=[16],

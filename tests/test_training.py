@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel
 
 from ppreid_dist import distributed
 from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.data.stream import open_stream
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, _check_world, train
 from ppreid_dist.settings import load_settings
@@ -323,6 +324,21 @@ def test_a_game_in_one_of_two_steps(world: list[str], tmp_path: Path) -> None:
     assert all(("loss/ridge" in row) == (row["privacy/strength"] > 0) for row in rows)
     first_part(settings, tmp_path / "stopped", 6)
     assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+
+
+def test_two_generators_read_their_pictures_once_each(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each goes through the plan by turns of its own: of one stream between them, each would undo the other's place."""
+    opened = []
+
+    def counted(*of: Any, **more: Any) -> Any:
+        opened.append(1)
+        return open_stream(*of, **more)
+
+    monkeypatch.setattr("ppreid_dist.experiment.open_stream", counted)
+    run(world, tmp_path / "run", "privacy.adversaries=[{kind: gan}, {kind: regression}]", "training.images=96")
+    assert len(opened) == 3  # the labelled pictures', and each generator's
 
 
 @pytest.mark.parametrize("adversary", ["regression", "distance_correlation"])

@@ -23,13 +23,16 @@ from ppreid_dist.settings import option
 ITSELF = 1 - 1e-5  # the cosine from which on an entry of the pool is the feature itself, or another's copy of it
 
 
+ALPHA = 3.0  # of α query expansion, as its authors chose it
+
+
 @dataclass(kw_only=True)
 class AveragedConfig(RegressionConfig):
     views: list[str] = option(["raw"], "forms of the averaged features to try", choices=VIEWS)
     widths: list[int] = option([32], "network widths to try", at_least=1)
     lrs: list[float] = option([3e-3], "learning rates to try", more_than=0)
     neighbours: list[int] = option([3, 8], "nearest features that each is averaged with, to try", at_least=1)
-    alpha: float = option(3.0, "a neighbour weighs its cosine to this power, the feature itself 1", at_least=0)
+    alpha: float = option(ALPHA, "a neighbour weighs its cosine to this power, the feature itself 1", at_least=0)
 
 
 class Average:

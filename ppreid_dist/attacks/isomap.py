@@ -69,6 +69,15 @@ def _fitted(features_ND: np.ndarray, neighbours: int, coordinates: int, solver: 
         return _fitted(features_ND, neighbours, coordinates // 2, solver)
 
 
+def pool_of(features_ND: Tensor, leaked_LD: Tensor | None, config: IsomapConfig, draw: np.random.Generator) -> Tensor:
+    """Its own features, those of the people held out too, since they are no secret to whoever has them, and the stolen
+    database's: at most ``config.pictures`` and ``config.entries`` of them."""
+    known = [(features_ND, config.pictures)]
+    if leaked_LD is not None:
+        known.append((leaked_LD, config.entries))
+    return torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
+
+
 class Manifold:
     """Isomap coordinates of features, by the graph of those that it was made of.
 
@@ -99,12 +108,7 @@ class UnrolledRegression(Regression):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
     ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
-        # Features are no secret to whoever has them: those of the people held out are in the graph too.
-        known = [(features_ND, config.pictures)]
-        if self.leaked_LD is not None:
-            known.append((self.leaked_LD, config.entries))
-        draw = np.random.default_rng([split.seed, 0x150])
-        graph = torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
+        graph = pool_of(features_ND, self.leaked_LD, config, np.random.default_rng([split.seed, 0x150]))
         for neighbours in config.neighbours:
             manifold = Manifold(graph, neighbours, max(config.coordinates))
             places_NK = manifold(features_ND)

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppreid_dist.attacks.averaged import ITSELF, Average
+from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
-from ppreid_dist.attacks.isomap import IsomapConfig, Manifold
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, pool_of
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
 from ppreid_dist.settings import option
@@ -94,7 +94,7 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step >= 0.9 * steps:
+        if step >= 0.9 * (steps - 1):
             last.append(float(loss.detach()))
     return places_LK.detach(), float(np.sqrt(np.mean(last)))
 
@@ -111,11 +111,7 @@ class UnfoldedRegression(Regression):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
     ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
-        known = [(features_ND, config.pictures)]
-        if self.leaked_LD is not None:
-            known.append((self.leaked_LD, config.entries))
-        draw = np.random.default_rng([split.seed, 0x1A7])
-        pool_LD = torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
+        pool_LD = pool_of(features_ND, self.leaked_LD, config, np.random.default_rng([split.seed, 0x1A7]))
         for neighbours in config.neighbours:
             manifold = Manifold(pool_LD, neighbours, max(config.coordinates))
             start_LK = manifold(pool_LD)
@@ -125,7 +121,7 @@ class UnfoldedRegression(Regression):
                     pool_LD, start_LK[:, :count], steps=config.layout_steps, lr=config.layout_lr, seed=split.seed
                 )
                 for near in config.averaged:
-                    average = Average(layout.places_LK, near, alpha=3.0) if near else as_stored
+                    average = Average(layout.places_LK, near, ALPHA) if near else as_stored
                     prepare = partial(_prepared, layout, average)
                     found += decoders(
                         prepare(features_ND), pictures_N3hw, split,
