@@ -113,3 +113,9 @@ def test_help_names_every_key_with_its_default(schema: type[Settings]) -> None:
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
     schema = SweepConfig if file.name.startswith(("sweep", "privacy_bench")) else Config
     assert to_dict(load_settings(schema, file))["output"]
+
+
+def test_a_home_folder_is_found_behind_the_equals_sign() -> None:
+    """Where no shell looks for it: a folder named ~ would be made."""
+    found = load_settings(Config, None, ["output=~/a", "data.root=~/b", "data.shards=~/c"])
+    assert [found.output, found.data.root, found.data.shards] == [str(Path.home() / name) for name in "abc"]
