@@ -147,7 +147,7 @@ def test_whoever_asks_and_gets_none_is_no_attacker(aux: tuple[Pictures, Tensor])
 
 
 def forget_outcomes(kept: Kept) -> list[Path]:
-    """What is left: the recognisers."""
+    """What is left: the recognisers and their inverses."""
     for file in kept.folder.glob("*.safetensors"):
         if kept.get(file.stem) is not None:
             file.unlink()
@@ -166,11 +166,19 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
 
     def trained(**changes: object) -> list[str]:
         said.clear()
-        suite(*aux, *strangers, **{**asked, **own, "recogniser": few.recogniser, **kept, **changes})  # type: ignore[arg-type]
+        suite(
+            *aux,
+            *strangers,
+            **{**asked, **own, "inverse": few.inverse, "recogniser": few.recogniser, **kept, **changes},
+        )  # type: ignore[arg-type]
         return [line.partition(":")[0] for line in said if "kept" not in line]
 
     first = trained()
-    assert [line for line in first if "recogniser" in line] == ["recogniser, 20 people", "recogniser, 60 people"]
+    assert [line for line in first if "recogniser" in line] == [
+        line
+        for people in (20, 60)
+        for line in (f"recogniser, {people} people", f"inverse of the recogniser, {people} people, width 16")
+    ]
     assert trained() == []
     # The outcomes forgotten, not the recognisers: by those from the files the same comes out.
     scores = sorted(line.rpartition(", ")[0] for line in said)
@@ -179,11 +187,19 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
     assert sorted(line.rpartition(", ")[0] for line in said) == scores
     # Files that are cut short, or of another network, are made anew, to the same.
     forget_outcomes(files)
-    networks[0].write_bytes(networks[0].read_bytes()[:1000])
-    write_tensors(networks[1], dict(list(read_tensors(networks[1]).items())[:1]))
+    for number, network in enumerate(networks):
+        if number % 2:
+            network.write_bytes(network.read_bytes()[:1000])
+        else:
+            write_tensors(network, dict(list(read_tensors(network).items())[:1]))
     assert sorted(trained()) == sorted(first)
     assert sorted(line.rpartition(", ")[0] for line in said if "recogniser" not in line) == scores
-    # Another decoder, and the same recognisers; other recognisers, and other decoders, but the same ridge.
+    # Another inverse, and the same recognisers; another decoder, and the same of both; other recognisers, and all other
+    # decoders, but the same ridge.
+    inverse = replace(few.inverse, weight_decay=0.02)
+    assert sorted(trained(inverse=inverse)) == sorted(
+        line for line in first if not line.startswith(("ridge", "recogniser"))
+    )
     again = trained(regression=replace(few.regression, weight_decay=0.02))
     assert again and all(line.startswith("regression") for line in again)
     other = trained(recogniser=replace(few.recogniser, epochs=2))
@@ -206,7 +222,12 @@ def test_its_backbone_s_file_is_part_of_what_a_training_is_found_by(
 
     assert "ridge" in trained() and trained() == []
     backbone.write_text(backbone.read_text().replace("[16, 32]", "[8, 32]"))
-    assert trained() == ["recogniser", "regression", "regression"]  # both victims store the same
+    assert trained() == [
+        "recogniser",
+        "inverse of the recogniser",
+        "regression",
+        "regression",
+    ]  # both victims store the same
 
 
 @pytest.mark.parametrize("name", ["ridge", "regression", "isomap", "gan"])
@@ -231,7 +252,7 @@ def test_an_attack_counts_it_among_what_takes_time(
     for own in (short, replace(short, likeness=0.0)):
         suite(*aux, *strangers, attackers=["regression"], curve_attackers=[], regression=own,
               recogniser=replace(config, epochs=1), announce=said.append)  # fmt: skip
-    assert ["recogniser 1 of" in line for line in said] == [True, False]
+    assert ["recogniser 1 of" in line and "inverse 1 of" in line for line in said] == [True, False]
 
 
 def test_a_backbone_that_can_t_be_had_is_one_line_before_anybody_trains(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.kernels.kernel_ridge import LINEAR, fit, gaussian_kernels, search, solve
+from ppreid_dist.kernels.kernel_ridge import LINEAR, choose, fit, gaussian_kernels, search, solve
 from ppreid_dist.losses.ridge import (
     RidgeConfig,
     centre_by_camera,
@@ -219,3 +219,20 @@ def test_centring_by_camera_takes_off_each_camera_s_mean() -> None:
     for row, camera in enumerate(cameras_N.tolist()):
         mean_M = torch.stack([t for t, c in zip(targets_NM, cameras_N.tolist(), strict=True) if c == camera]).mean(0)
         torch.testing.assert_close(got_NM[row], targets_NM[row] - mean_M)
+
+
+def test_a_linear_ridge_is_a_matrix_and_an_origin_and_the_best_capacity_is_chosen() -> None:
+    rng = torch.Generator().manual_seed(5)
+    x, y, held = (torch.randn(*shape, generator=rng) for shape in ((30, 4), (30, 3), (8, 4)))
+    model = fit(x, y, width=LINEAR, ridge=0.1)
+    matrix, origin = model.affine()
+    torch.testing.assert_close(held.double() @ matrix + origin, model.predict(held))
+    wanted = model.predict(held) + 0.01
+    widths, ridges = [0.0, 0.5, 2.0], [0.01, 0.1, 1.0]
+    errors = {
+        (w, r): float((fit(x, y, width=w, ridge=r).predict(held) - wanted).square().mean())
+        for w in widths
+        for r in ridges
+    }
+    *chosen, error = choose(x, y, held, wanted, widths, ridges)
+    assert tuple(chosen) == min(errors, key=errors.__getitem__) and error == pytest.approx(min(errors.values()))

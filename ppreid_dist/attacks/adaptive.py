@@ -11,23 +11,20 @@ Shapes: N its own pictures, M features to reverse, D feature dim, S stored dim, 
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.linkage import LinkageConfig, learnt_map
-from ppreid_dist.attacks.plateau import Learner, Split, StepsConfig, Trainee, race
+from ppreid_dist.attacks.plateau import Learner, Split, Trainee, race
 from ppreid_dist.attacks.recogniser import Recogniser
-from ppreid_dist.attacks.regression import LIKENESS, Decoder, as_stored
+from ppreid_dist.attacks.regression import Decoder, DecoderConfig, as_stored
 from ppreid_dist.kernels import kernel_ridge
-from ppreid_dist.losses.reconstruction import ReconstructionConfig
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import option
@@ -39,10 +36,8 @@ TURNED = ("pca", "rotation", "signs", "codes")  # stored features whose componen
 
 
 @dataclass(kw_only=True)
-class AdaptiveConfig(StepsConfig):
+class AdaptiveConfig(DecoderConfig):
     lrs: list[float] = option([1e-4, 1e-3], "learning rates to try", more_than=0)
-    loss: ReconstructionConfig = option(ReconstructionConfig(), "")
-    likeness: float = option(0.1, LIKENESS, at_least=0)
 
 
 def trained_generator(run: Path, config: ReversalConfig) -> Generator | None:
@@ -88,17 +83,8 @@ def for_stored(
     """
     linear = LinkageConfig(widths=[kernel_ridge.LINEAR])
     back = learnt_map(stored_NS, plain_ND, pids_N, linear, seed=seed)
-    (_, stored_dim), dim = stored_NS.shape, generator.feature_dim
-    origin_1D = back.predict(torch.zeros_like(stored_NS[:1]))
-    back_SD = back.predict(torch.eye(stored_dim).to(stored_NS)) - origin_1D
-    made = Generator(stored_dim, generator.size, generator.width, generator.noise_dim).to(stored_NS.device)
-    weights = generator.state_dict()
-    # The generator scales what it is given by the root of its dimension.
-    read_CD, noise_CZ = weights["seed.weight"].double().split([dim, generator.noise_dim], dim=1)
-    read_CS = read_CD @ back_SD.mT * math.sqrt(dim / stored_dim)
-    weights["seed.weight"] = torch.cat([read_CS, noise_CZ], dim=1)
-    weights["seed.bias"] = weights["seed.bias"] + math.sqrt(dim) * (read_CD @ origin_1D[0])
-    made.load_state_dict(weights)
+    made = Generator(stored_NS.shape[1], generator.size, generator.width, generator.noise_dim).to(stored_NS.device)
+    made.draw_as(generator, *back.affine())
     return made
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -22,14 +22,17 @@ from ppreid_dist.attacks.base import (
     Outcome,
     Progress,
     permute_people,
+    picture_size,
+    split_people,
     to_uint8,
 )
 from ppreid_dist.attacks.config import AttackConfig
+from ppreid_dist.attacks.inverse import blank, train_inverse
 from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
-from ppreid_dist.attacks.plateau import Learner
+from ppreid_dist.attacks.plateau import Learner, Split
 from ppreid_dist.attacks.recogniser import Recogniser, shape_of, train_recogniser, untrained
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.data.stream import Pictures
@@ -174,9 +177,34 @@ class Bench:
         config, images_N3hw, pids_N = self.config, self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows]
         own = [to_dict(config.recogniser), self.recogniser_backbone, config.seed]
         key = digest(source_digest(), "recogniser", own, images_N3hw, pids_N)
-        if key not in self.recognisers:
-            self.recognisers[key] = self._recogniser(key, images_N3hw, pids_N)
-        return self.recognisers[key]
+        split = Split(*split_people(self.groups_N[rows], config.seed), config.seed)
+        both = digest(key, "inverse", to_dict(config.inverse), split.fit_F)
+        if both not in self.recognisers:
+            made = self._recogniser(key, images_N3hw, pids_N)
+            made.inverse = cache(partial(self._inverse, both, made, images_N3hw, len(np.unique(pids_N)), split))
+            self.recognisers[both] = made
+        return self.recognisers[both]
+
+    def _inverse(
+        self, key: str, recogniser: Recogniser, images_N3hw: Tensor, people: int, split: Split, width: int
+    ) -> Generator:
+        config, key = self.config, digest(key, width)
+        if self.kept and (weights := self.kept.weights(key)) is not None:
+            made = blank(recogniser, picture_size(images_N3hw), width)
+            try:
+                made.load_state_dict(weights)
+                return made.to(images_N3hw.device)
+            except RuntimeError:
+                pass  # of another recogniser: it is trained again
+        label, started = f"inverse of the recogniser, {people} people, width {width}", time.monotonic()
+        made = train_inverse(
+            recogniser, images_N3hw, split, width, config.inverse,
+            seed=config.seed, progress=partial(self.say, label),
+        )  # fmt: skip
+        if self.kept:
+            self.kept.put_weights(key, {name: of.cpu() for name, of in made.state_dict().items()})
+        self.found(f"{label}: {time.monotonic() - started:.1f} s")
+        return made
 
     def _recogniser(self, key: str, images_N3hw: Tensor, pids_N: np.ndarray) -> Recogniser:
         own, people = self.config.recogniser, len(np.unique(pids_N))
@@ -269,6 +297,7 @@ class Bench:
                     make = partial(self._train, label, name, draw, *parts, reversal)
                     if self.attacker(name).asks_recogniser:
                         settings += [to_dict(self.config.recogniser), self.recogniser_backbone]
+                        settings.append(to_dict(self.config.inverse))
                     key = digest(self.world, settings, *parts, *start)
                     trainings.append(Training(label=label, key=key, make=make))
                 yield name, n, trainings

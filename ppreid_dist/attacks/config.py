@@ -9,6 +9,7 @@ from ppreid_dist.attacks.averaged import AveragedConfig
 from ppreid_dist.attacks.base import ATTACKERS, HELD_OUT_PEOPLE
 from ppreid_dist.attacks.diffusion import DiffusionConfig
 from ppreid_dist.attacks.gan import GanConfig
+from ppreid_dist.attacks.inverse import InverseConfig
 from ppreid_dist.attacks.isomap import IsomapConfig
 from ppreid_dist.attacks.linkage import LinkageConfig
 from ppreid_dist.attacks.perceptual import PerceptualConfig
@@ -64,6 +65,7 @@ class AttackConfig(Settings):
     isomap: IsomapConfig = option(IsomapConfig(), "")
     unfolded: UnfoldedConfig = option(UnfoldedConfig(), "")
     recogniser: RecogniserConfig = option(RecogniserConfig(), "")
+    inverse: InverseConfig = option(InverseConfig(), "")
     gan: GanConfig = option(GanConfig(), "")
     diffusion: DiffusionConfig = option(DiffusionConfig(), "")
     adaptive: AdaptiveConfig = option(AdaptiveConfig(), "")
@@ -91,6 +93,7 @@ class AttackConfig(Settings):
             ("unfolded", self.unfolded.loss),
             ("gan.start", self.gan.start.loss),
             ("adaptive", self.adaptive.loss),
+            ("inverse", self.inverse.loss),
         ):
             if loss.perceptual:
                 raise ConfigError(

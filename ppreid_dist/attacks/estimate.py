@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive
-from ppreid_dist.attacks.base import ATTACKERS
+from ppreid_dist.attacks.base import ATTACKERS, split_people
 from ppreid_dist.attacks.config import AttackConfig
-from ppreid_dist.attacks.plateau import Learner, PlateauConfig
+from ppreid_dist.attacks.inverse import train_inverse
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.recogniser import Recogniser, steps_for, train_recogniser, untrained
 from ppreid_dist.settings import Settings
 
@@ -102,6 +103,27 @@ def recogniser_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.n
     return _further(points[1:], steps_for(len(pids_N), config.recogniser))
 
 
+def inverse_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndarray) -> float:
+    """Of the training of one by what a recogniser sees in all of these pictures, at most."""
+    recogniser = Recogniser(untrained(config.recogniser, 1, config.seed).to(pictures_N3hw.device))
+    split = Split(*split_people(pids_N, config.seed), config.seed)
+    points = []
+    for steps in (STEPS[0], *STEPS):
+        short, started = cut(config.inverse, steps), time.monotonic()
+        train_inverse(recogniser, pictures_N3hw, split, max(asked_widths(config)), short, seed=config.seed)
+        if pictures_N3hw.is_cuda:
+            torch.cuda.synchronize()
+        points.append((float(most_steps(short)), time.monotonic() - started))
+    return _further(points[1:], most_steps(config.inverse))
+
+
+def asked_widths(config: AttackConfig) -> set[int]:
+    """The widths of networks that begin as an inverse."""
+    own = {name: getattr(config, name) for name in config.attackers}
+    asking = [of for name, of in own.items() if ATTACKERS[name](of).asks_recogniser]
+    return {width for of in asking for width in getattr(getattr(of, "start", of), "widths", [])}
+
+
 def _further(points: Sequence[tuple[float, float]], to: float) -> float:
     """Along the line through two points of effort and seconds, never falling."""
     (little, first), (more, second) = points
@@ -125,8 +147,13 @@ def estimate(
     if any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in known):
         # One for each number of people, and on more of them it takes longer.
         curve = any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in config.curve_attackers)
-        trainings = trainings + Counter({"recogniser": len(config.people) if curve else 1})
-        known = {**known, "recogniser": recogniser_seconds(config, pictures_N3hw, pids_N)}
+        times = len(config.people) if curve else 1
+        trainings = trainings + Counter(recogniser=times, inverse=times * len(asked_widths(config)))
+        known = {
+            **known,
+            "recogniser": recogniser_seconds(config, pictures_N3hw, pids_N),
+            "inverse": inverse_seconds(config, pictures_N3hw, pids_N),
+        }
     total = sum(found * trainings[name] for name, found in known.items())
     parts = ", ".join(f"{name} {trainings[name]} of {_time(found)}" for name, found in known.items())
     left_out = "".join(f"; {name} isn't counted" for name in trainings if name not in known)

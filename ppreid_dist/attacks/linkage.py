@@ -47,15 +47,16 @@ def rotated(stored: Stored) -> Stored:
     return stored[0] @ turn_DD, stored[1] @ turn_DD
 
 
-def learnt_map(known: Tensor, wanted: Tensor, pids_N: np.ndarray, config: LinkageConfig, *, seed: int) -> Any:
+def learnt_map(
+    known: Tensor, wanted: Tensor, pids_N: np.ndarray, config: LinkageConfig, *, seed: int
+) -> kernel_ridge.KernelRidge:
     """From one database's terms into the other's, by the width and ridge that held-out people choose."""
     some = np.random.default_rng([seed, 0x11F]).permutation(len(pids_N))[: config.pictures]
     rows = [torch.from_numpy(some[part]) for part in split_people(pids_N[some], seed)]
     (known_F, known_H), (wanted_F, wanted_H) = ([of[part] for part in rows] for of in (known, wanted))
-    errors_WR = kernel_ridge.search(known_F, wanted_F, known_H, wanted_H, config.widths, config.ridges)
-    width, ridge = divmod(int(errors_WR.argmin()), len(config.ridges))
+    width, ridge, _ = kernel_ridge.choose(known_F, wanted_F, known_H, wanted_H, config.widths, config.ridges)
     every = torch.from_numpy(some)
-    return kernel_ridge.fit(known[every], wanted[every], width=config.widths[width], ridge=config.ridges[ridge])
+    return kernel_ridge.fit(known[every], wanted[every], width=width, ridge=ridge)
 
 
 def linkage_of(

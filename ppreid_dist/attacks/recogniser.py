@@ -24,6 +24,7 @@ from ppreid_dist.losses.identity import IdentityConfig, identity_loss
 from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig, neighbourhood_loss
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
+from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
@@ -47,12 +48,20 @@ class RecogniserConfig(Settings):
 
 
 class Recogniser:
-    """A finished one: float pictures (B,3,h,w) in [0,1] to unit-norm features (B, D), differentiable."""
+    """A finished one: float pictures (B,3,h,w) in [0,1] to unit-norm features (B, D), differentiable.
+
+    ``inverse`` gives, for a width, a generator that draws what it sees, where there is one (``attacks.inverse``).
+    """
 
     def __init__(self, network: Extractor):
         # Trained or read from a file, weights lie alike: sums would be rounded otherwise, and an attack that goes on
         # would end elsewhere.
         self.network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+        self.inverse: Callable[[int], Generator] | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.network.feature_dim
 
     def __call__(self, images_B3hw: Tensor) -> Tensor:
         return nn.functional.normalize(self.network(images_B3hw).embedding_BD.float(), dim=1)

@@ -13,20 +13,34 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import held_out_error, picture_size, register, to_uint8
-from ppreid_dist.attacks.plateau import Learner, RecipeConfig, Split, Trainee, race
+from ppreid_dist.attacks.plateau import Learner, RecipeConfig, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.recogniser import Recogniser, likeness_loss
+from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, reconstruction_loss
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import option
 
-LIKENESS = "weight of 1 - cosine between what attack.recogniser sees in the reconstruction and in its picture"
+RIDGES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]  # of the linear map that a decoder begins with
+MAPPED = 2000  # pictures at most that this map is fitted on
 
 
 @dataclass(kw_only=True)
-class RegressionConfig(RecipeConfig):
+class DecoderConfig(StepsConfig):
+    """How a decoder is trained, and what for."""
+
     loss: ReconstructionConfig = option(ReconstructionConfig(), "")
-    likeness: float = option(0.1, LIKENESS, at_least=0)
+    likeness: float = option(
+        0.1,
+        "weight of 1 - cosine between what attack.recogniser sees in the reconstruction and in its picture; 0: it is "
+        "not asked, and the decoder begins with drawn weights",
+        at_least=0,
+    )
+
+
+@dataclass(kw_only=True)
+class RegressionConfig(DecoderConfig, RecipeConfig):
+    """The same with the features and networks that are tried."""
 
 
 class Opponent(Protocol):
@@ -46,11 +60,13 @@ def as_stored(features_MD: Tensor) -> Tensor:
 
 class Decoder(Trainee):
     """A generator from one view of the features to pictures; where it has an ``opponent``, against that too, and where
-    it has a ``recogniser``, to pictures in which that sees what it sees in the real ones.
+    it has a ``recogniser``, to pictures in which that sees what it sees in the real ones, from the start on that
+    ``attacks.inverse`` describes.
 
     It is given ``prepared_ND``, what ``prepare`` makes of stored features; ``label`` says how, in words.
     """
 
+    network: Generator
     opponent: Opponent | None = None
     recogniser: Recogniser | None = None
 
@@ -64,7 +80,7 @@ class Decoder(Trainee):
         width: int,
         lr: float,
         noise_dim: int,
-        config: RegressionConfig,
+        config: DecoderConfig,
         seed: int,
         recogniser: Recogniser | None = None,
         prepare: Callable[[Tensor], Tensor] = as_stored,
@@ -79,6 +95,18 @@ class Decoder(Trainee):
 
         super().__init__(prepared_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
         self.ask(recogniser, config.likeness)
+        if self.recogniser is not None and self.recogniser.inverse is not None:
+            self._begin_as(self.recogniser.inverse(width))
+
+    def _begin_as(self, inverse: Generator) -> None:
+        """Draw what ``inverse`` draws of what the recogniser is likely to see, by a linear map of the features."""
+        some = torch.randperm(len(self.x_FK), generator=torch.Generator().manual_seed(0))[:MAPPED]
+        known, seen = self.x_FK[some], self.seen_FD[some]
+        linear = [kernel_ridge.LINEAR]
+        width, ridge, _ = kernel_ridge.choose(known, seen, self.view(self.held), self.held_seen, linear, RIDGES)
+        self.network.draw_as(inverse, *kernel_ridge.fit(known, seen, width=width, ridge=ridge).affine())
+        self.go_on_from(self.network.state_dict())
+        self.look()  # if all that it learns is for the worse, it stays as it was
 
     def ask(self, recogniser: Recogniser | None, weight: float) -> None:
         """From now on by that weight for what the recogniser, if there is one, sees in the pictures."""

@@ -60,12 +60,11 @@ class Ridge(Attacker):
         best = float("inf")
         for name in VIEWS:
             view = fit_view(name, features_ND[fit])
-            errors_WR = kernel_ridge.search(
+            width, ridge, error = kernel_ridge.choose(
                 view(features_ND[fit]), target_FC, view(features_ND[held]), target_HC, config.widths, config.ridges
             )
-            w, r = divmod(int(errors_WR.argmin()), len(config.ridges))
-            if float(errors_WR.min()) < best:
-                best, chosen = float(errors_WR.min()), (name, config.widths[w], config.ridges[r])
+            if error < best:
+                best, chosen = error, (name, width, ridge)
         name, width, ridge = chosen
         self.view = fit_view(name, features_ND)
         self._learn_components(pictures_N3hw[torch.from_numpy(some)])

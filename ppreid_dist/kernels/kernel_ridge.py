@@ -101,6 +101,12 @@ class KernelRidge:
         ]
         return torch.cat(parts) + self.mean_M
 
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Of the width ``LINEAR``: the matrix (D, M) and the origin (M) of f @ matrix + origin, float64."""
+        dim = self.features_ND.shape[1]
+        origin_M = self.predict(self.features_ND.new_zeros(1, dim))[0]
+        return self.predict(torch.eye(dim).to(self.features_ND)) - origin_M, origin_M
+
 
 def fit(features_ND: Tensor, targets_NM: Tensor, *, width: float, ridge: float) -> KernelRidge:
     """Regress targets, centred on their mean, on features; see :func:`gaussian_kernels` for ``width``.
@@ -144,3 +150,17 @@ def search(
     for w, r, predicted_VM in sweep(features_ND, targets_NM, validation_VD, widths, ridges):
         errors_WR[w, r] = (predicted_VM - validation_VM.double()).square().mean()
     return errors_WR
+
+
+def choose(
+    features_ND: Tensor,
+    targets_NM: Tensor,
+    validation_VD: Tensor,
+    validation_VM: Tensor,
+    widths: Sequence[float],
+    ridges: Sequence[float],
+) -> tuple[float, float, float]:
+    """The width and the ridge of least mean squared validation error, and that error."""
+    errors_WR = search(features_ND, targets_NM, validation_VD, validation_VM, widths, ridges)
+    w, r = divmod(int(errors_WR.argmin()), len(ridges))
+    return widths[w], ridges[r], float(errors_WR[w, r])

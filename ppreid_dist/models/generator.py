@@ -1,6 +1,6 @@
 """The reversal's generator: a stored feature (and noise) to a picture.
 
-Shapes: B batch, D feature, Z noise, C channels, h×w the picture's size.
+Shapes: B batch, D feature, E another generator's feature, Z noise, C channels, h×w the picture's size.
 """
 
 import math
@@ -81,3 +81,19 @@ class Generator(nn.Module):
             parts.append(f_BD.new_zeros(len(f_BD), self.noise_dim) if z_BZ is None else z_BZ)
         seed_BC84 = self.seed(torch.cat(parts, dim=1)).unflatten(1, (-1, *SEED_SIZE))
         return torch.sigmoid(self.picture(self.blocks(seed_BC84)))
+
+    @torch.no_grad()
+    def draw_as(self, other: "Generator", matrix_DE: Tensor, origin_E: Tensor) -> None:
+        """Draw of features f what ``other``, of the same width and size, draws of f @ matrix + origin. Noise is heard
+        as it hears it; where it has none, it takes no effect."""
+        dim, its = self.feature_dim, other.feature_dim
+        weights = dict(other.state_dict())
+        read_CE, noise_CZ = weights["seed.weight"].double().split([its, other.noise_dim], dim=1)
+        matrix_DE, origin_E = matrix_DE.double(), origin_E.double()
+        # Each scales what it is given by the root of its dimension.
+        read_CD = read_CE @ matrix_DE.mT * math.sqrt(its / dim)
+        if not other.noise_dim:
+            noise_CZ = read_CD.new_zeros(len(read_CD), self.noise_dim)
+        weights["seed.weight"] = torch.cat([read_CD, noise_CZ], dim=1)
+        weights["seed.bias"] = weights["seed.bias"].double() + math.sqrt(its) * (read_CE @ origin_E)
+        self.load_state_dict(weights)
