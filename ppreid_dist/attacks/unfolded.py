@@ -37,7 +37,7 @@ class UnfoldedConfig(IsomapConfig):
     averaged: list[int] = option(
         [3], "nearest positions that each is averaged with, to try; 0 leaves them as they are", at_least=0
     )
-    layout_steps: int = option(1500, "steps of the layout, of some hundred features each", at_least=1)
+    layout_steps: int = option(800, "steps of the layout, of some hundred features each", at_least=1)
     layout_lr: float = option(0.05, "its learning rate, which falls to nothing", more_than=0)
 
 
