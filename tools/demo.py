@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ppreid_dist.errors import PPReIDError
+from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings
@@ -114,9 +115,8 @@ def summary(out: Path, seconds: float) -> str:
 
     def axis(name: str) -> str:
         leak, urr = axes[name]["leak"], axes[name]["urr"]
-        value = "none measurable" if leak["value"] is None else f"{leak['value']:.2f}"
-        interval = "" if leak["low"] is None or leak["high"] is None else f" [{leak['low']:.2f}, {leak['high']:.2f}]"
-        return f"{name}: leak r {value}{interval} of the unprotected, URR {urr['display']}"
+        value = "none measurable" if leak["value"] is None else in_words(leak)
+        return f"{name}: leak r {value} of the unprotected, URR {urr['display']}"
 
     masked = "no probe"
     if probe is not None:

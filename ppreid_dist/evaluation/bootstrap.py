@@ -9,11 +9,22 @@ Shapes: Q query pictures, K identities, B the statistic itself, then each resamp
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from ppreid_dist.errors import DataError
+
+
+def in_words(interval: Mapping[str, Any], digits: int = 2) -> str:
+    """``value [low, high]`` of a JSON-ready interval; ∞ for an unbounded end, no brackets without an interval, ``n/a``
+    without a value."""
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "n/a"
+    text = f"{value:.{digits}f}"
+    return text if low is None else f"{text} [{low:.{digits}f}, {'∞' if high is None else f'{high:.{digits}f}'}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +36,7 @@ class Interval:
     high: float | None = None
 
     def __str__(self) -> str:
-        low, high = (f"{end:.2f}" if end is not None else "∞" for end in (self.low, self.high))
-        return f"{self.value:.2f} [{low}, {high}]" if self.value is not None else "n/a"
+        return in_words(asdict(self))
 
 
 class Bootstrap:

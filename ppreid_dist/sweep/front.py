@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.sweep.folder import Folder
 
 SCHEMA = "ppreid-front/2"
@@ -94,9 +95,7 @@ def _urr(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     statuses = {urr["status"] for urr in seeds}
     whole = mean(seeds)
     if statuses == {"ok"}:
-        low, high = (f"{whole[end]:.2f}" if whole[end] is not None else "∞" for end in ("low", "high"))
-        display = f"{whole['value']:.2f} [{low}, {high}]"
-        return {**whole, "status": "ok", "display": display, "reason": None, "broken": False}
+        return {**whole, "status": "ok", "display": in_words(whole), "reason": None, "broken": False}
     empty = dict.fromkeys(whole) | {"broken": any(urr["broken"] for urr in seeds)}
     reasons = "; ".join(dict.fromkeys(urr["reason"] for urr in seeds if urr["reason"]))
     if statuses == {"bound"}:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.files import write_json, write_text
 from ppreid_dist.sweep.front import mean, of_several_sources
 
@@ -138,12 +139,7 @@ def as_markdown(table: Mapping[str, Any]) -> str:
 
 
 def _figure(interval: Mapping[str, Any], digits: int = 2) -> str:
-    if interval["value"] is None:
-        return "n/a"
-    text = f"{interval['value']:.{digits}f}"
-    if interval["low"] is not None:
-        high = "∞" if interval["high"] is None else f"{interval['high']:.{digits}f}"
-        text += f" [{interval['low']:.{digits}f}, {high}]"
+    text = in_words(interval, digits)
     if interval["least"] is not None and interval["least"] != interval["most"]:
         text += f" ({interval['least']:.{digits}f} to {interval['most']:.{digits}f})"
     return text
