@@ -1,11 +1,11 @@
-"""What finished runs are asked: how well they match people, what they leak, and the report of both.
+"""What finished runs are asked: how well they match people, and what they leak.
 
 DIR/                        of `ppreid attack --out DIR`
     trained/                every attacker's training, kept as soon as it is done: a stopped attack goes on from them
     attack.json             the report's figures and what the page needs beside them
     per_query.safetensors   the scores behind them: AXIS/ATTACKER/ROLE, a query picture each
     pictures.safetensors    a few query pictures and their reconstructions, by VICTIM/ATTACKER
-    report.json, report.html, figures/      by `ppreid report DIR`
+    report.json, report.html, figures/      by `ppreid report DIR` (reporting/report.py)
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ from ppreid_dist.data.stream import Pictures, load_pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import rank_split, rerank_split, save_features, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
-from ppreid_dist.evaluation.reranking import Reranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
-from ppreid_dist.files import check_writable, read_json, read_tensors, write_json, write_tensors
+from ppreid_dist.files import check_writable, write_json, write_tensors
 from ppreid_dist.findings import findings
 from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
 from ppreid_dist.kernels.choice import using
@@ -46,9 +45,11 @@ from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import KEYED, Store, StoreConfig
 from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.progress import note, progress_bar, say
-from ppreid_dist.reporting.page import Panel, write_report
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import load_settings, to_dict
+
+if TYPE_CHECKING:
+    from ppreid_dist.evaluation.reranking import Reranking
 
 # Control and protected must be the same training but for these.
 METHOD = ("privacy.", "neighbourhood.", "reversal.", "data.strangers_split", "training.warm", "model.store.")
@@ -64,7 +65,7 @@ def _pictures(config: Config, split: str, size: tuple[int, int], device: torch.d
     return load_pictures(open_split(config.data, split), size, backend=backend, device=device, progress=progress)
 
 
-def evaluate(run: Path, *, reranking: Reranking | None = None, progress: bool = True) -> dict[str, float]:
+def evaluate(run: Path, *, reranking: "Reranking | None" = None, progress: bool = True) -> dict[str, float]:
     """mAP, CMC and mINP of a finished run on its query and gallery; writes RUN/evaluation.json and RUN/features/.
 
     With ``reranking`` the same after it too, under names that begin with ``reranked_``.
@@ -343,34 +344,3 @@ def _check_pictures(config: Config, runs: Mapping[str, Path], extractors: Mappin
         raise RunError(
             f"{runs['control']}: not the control of {runs['protected']}: they were trained on different pictures"
         )
-
-
-# --- report -----------------------------------------------------------------------------------------------------
-
-
-def report(folder: Path, *, pictures: str | None = None) -> str:
-    """Write the report of what `ppreid attack` left in ``folder``; returns where it is, for the user."""
-    found = read_json(folder / "attack.json")
-    try:
-        figures, settings, synthetic, strongest = (
-            found[key] for key in ("report", "settings", "synthetic", "strongest")
-        )
-    except KeyError as error:
-        raise RunError(f"{folder / 'attack.json'}: {error.args[0]} is missing; attack again") from None
-    choice = pictures or settings["pictures"]
-    panel = None
-    if choice == "always" or (choice == "synthetic" and synthetic):
-        panel = _panel(folder, strongest["protected"], settings["people"], synthetic)
-    write_report(figures, folder, panel=panel)
-    return f"{folder / 'report.html'} (numbers: {folder / 'report.json'})"
-
-
-def _panel(folder: Path, attacker: str, people: int, synthetic: bool) -> Panel:
-    drawn = read_tensors(folder / "pictures.safetensors")
-    return Panel(
-        real_K3hw=drawn["real"][:people],
-        control_K3hw=drawn[f"control/{attacker}"][:people],
-        protected_K3hw=drawn[f"protected/{attacker}"][:people],
-        attacker=attacker,
-        note=f"The first query picture of the first {people} test people" + (", all synthetic." if synthetic else "."),
-    )

@@ -176,7 +176,7 @@ def _report(arguments: Sequence[str]) -> int:
         "--pictures", choices=("synthetic", "always", "never"), help="show pictures of people (default: as configured)"
     )
     options = parser.parse_args(arguments)
-    from ppreid_dist.assessment import report
+    from ppreid_dist.reporting.report import report
 
     _say(report(options.folder, pictures=options.pictures))
     return 0

@@ -267,7 +267,7 @@ def test_an_interrupted_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ppreid_dist.assessment.report", interrupted)
+    monkeypatch.setattr("ppreid_dist.reporting.report.report", interrupted)
     assert ppreid("report", "runs", expect=130).stderr == "interrupted; what is finished is kept\n"
 
 

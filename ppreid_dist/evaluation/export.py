@@ -1,15 +1,18 @@
 """Stored features of pictures: what a gallery keeps, and all that attackers get."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.ranking import Entries, Ranking, rank_queries
-from ppreid_dist.evaluation.reranking import Reranking, rerank
 from ppreid_dist.files import write_tensors, write_text
 from ppreid_dist.pixels import to_float
+
+if TYPE_CHECKING:
+    from ppreid_dist.evaluation.reranking import Reranking
 
 
 @torch.no_grad()
@@ -36,9 +39,11 @@ def rank_split(query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: P
 
 
 def rerank_split(
-    query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: Pictures, config: Reranking
+    query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: Pictures, config: "Reranking"
 ) -> Ranking:
     """The same after k-reciprocal re-ranking."""
+    from ppreid_dist.evaluation.reranking import rerank  # SciPy is half a second of every command's start
+
     return rerank(
         Entries(features_ND=query_QD, pids_N=query.pids_N, camids_N=query.camids_N),
         Entries(features_ND=gallery_GD, pids_N=gallery.pids_N, camids_N=gallery.camids_N),
