@@ -203,6 +203,7 @@ def _sweep(
     for flag, what in (
         ("--resume", "go on with the sweep in the folder; every task of an array may say it"),
         ("--retry", "and try what failed again"),
+        ("--reattack", "and attack again what other attackers or judges than those configured now have attacked"),
         ("--front", "do nothing but write the front of what is done so far"),
     ):
         parser.add_argument(flag, action="store_true", help=what)
@@ -225,7 +226,7 @@ def _sweep(
     config = load_settings(SweepConfig, options.config, options.settings)
     if of_methods and not config.methods:
         raise ConfigError("methods: name the methods to compare, or use `ppreid sweep` for a grid or a search")
-    go_on = {"resume": options.resume, "retry": options.retry, "say": _say}
+    go_on = {"resume": options.resume, "retry": options.retry, "reattack": options.reattack, "say": _say}
     if options.front:
         front = write_again(config)
     elif options.backend == "array":

@@ -59,7 +59,7 @@ def attack(arguments: list[str]) -> int:
     from report_examples import good_report
 
     ahead, flags = "--ahead" in arguments, ("--ahead", "--no-estimate")
-    arguments = [word for word in arguments if word not in flags]
+    arguments = [word for word in arguments if word not in flags and "=" not in word]
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     if ahead:
         (Path(given["--trained"]) / "ahead.txt").open("a").write(f"{given['--protected']}\n")
@@ -100,6 +100,7 @@ def sweep(backend: str, config: str, arguments: list[str]) -> int:
     settings = [word for word in arguments if not word.startswith("--")]
     found = load_settings(SweepConfig, config, settings)
     how = {"say": lambda text: print(text, flush=True), "resume": "--resume" in arguments, "programs": stand_ins()}
+    how["reattack"] = "--reattack" in arguments
     try:
         if backend == "ray":
             driver.sweep_on_ray(found, **how)

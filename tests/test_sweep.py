@@ -157,6 +157,33 @@ def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(asked: Pat
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_trained_runs_are_attacked_again_by_other_attackers(asked: Path, tmp_path: Path) -> None:
+    change(asked, grid={"privacy.weight": [1, 3]}, seeds=[0], settings=["attack.people=[0]", "training.ema=0.5"])
+    array(asked)
+    out = tmp_path / "out"
+    steps = {run: (run / "steps.txt").stat().st_mtime_ns for run in trainings(out)}
+    rows = {row["name"]: row["attackers_source"] for row in assert_whole(out, controls=1, trials=2)["trials"]}
+    assert len(set(rows.values())) == 1
+
+    def attacked() -> int:
+        return len((out / "trained" / "attacks.txt").read_text().splitlines())
+
+    assert attacked() == 2
+    change(asked, settings=["attack.people=[0]", "attack.seeds=2", "training.ema=0.5"])
+    with pytest.raises(ConfigError, match=r"^settings: is .* was begun with .*; --reattack attacks what is trained"):
+        array(asked, resume=True)
+    array(asked, resume=True, reattack=True)
+    front = assert_whole(out, controls=1, trials=2)
+    assert all(row["attackers_source"] != rows[row["name"]] for row in front["trials"]) and attacked() == 4
+    array(asked, resume=True, reattack=True)  # nothing is left to do
+    assert attacked() == 4
+    assert steps == {run: (run / "steps.txt").stat().st_mtime_ns for run in trainings(out)}
+    change(asked, settings=["attack.people=[0]", "attack.seeds=2", "training.ema=0.75"])
+    with pytest.raises(ConfigError, match=r"^settings: is [^;]*$"):  # another training is another sweep
+        array(asked, resume=True, reattack=True)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path, tmp_path: Path) -> None:
     methods = {
         "best response": {"privacy.weight": 3, "privacy": {"every": 2}},

@@ -68,6 +68,7 @@ def sweep_on_ray(
     say: Say,
     resume: bool = False,
     retry: bool = False,
+    reattack: bool = False,
     address: str | None = None,
     nodes: int = 1,
     programs: Programs | None = None,
@@ -77,7 +78,7 @@ def sweep_on_ray(
     if address is None:
         check_machine(config.resources)
     with _listening() as heard:
-        worker = _open(config, resume=resume, retry=retry, programs=programs)
+        worker = _open(config, say, resume=resume, retry=retry, reattack=reattack, programs=programs)
         folder = worker.folder
         heard.wait_for_it()
         run_on_ray(worker, address=address, nodes=nodes, say=say, listen=heard.listen, stopped=lambda: heard.wanted)
@@ -95,6 +96,7 @@ def sweep_in_array(
     say: Say,
     resume: bool = False,
     retry: bool = False,
+    reattack: bool = False,
     programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Do one task's part of it; whoever ends last writes the front. Returns the front as far as it is known."""
@@ -105,7 +107,7 @@ def sweep_in_array(
         raise ConfigError(f"--task: {task} is not one of 0 to {tasks - 1}")
     check_machine(config.resources)
     with _listening():
-        worker = _open(config, resume=resume, retry=retry, programs=programs)
+        worker = _open(config, say, resume=resume, retry=retry, reattack=reattack, programs=programs)
         try:
             run_task(worker, task, tasks, say)
         except Stopped as stopped:
@@ -114,10 +116,14 @@ def sweep_in_array(
     return write(worker.folder) if front["complete"] else front
 
 
-def _open(config: SweepConfig, *, resume: bool, retry: bool, programs: Programs | None) -> Worker:
-    folder = open_folder(config, resume=resume)
+def _open(
+    config: SweepConfig, say: Say, *, resume: bool, retry: bool, reattack: bool, programs: Programs | None
+) -> Worker:
+    folder = open_folder(config, resume=resume or reattack, reattack=reattack)
     if retry:
         folder.forget_failures()
+    if reattack and (count := folder.forget_other_attackers()):
+        say(f"{folder.path.name}: {count} trials are attacked again")
     worker = Worker(folder, programs or Programs())
     worker.see_to_shards()
     return worker

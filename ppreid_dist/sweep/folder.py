@@ -4,7 +4,7 @@ OUT/
     sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
     shared/NAME/            runs that several trials want: the judge, each control, what is stored in several ways;
                             NAME.json beside it: why it failed
-    trained/                trainings of attackers, kept for all trials; CONTROL.done: its ceilings and floors are there
+    trained/                trainings of attackers, kept for all trials; CONTROL-ATTACKERS.done: the control's are
     trials/NAME/
         settings.json       the point and the seed
         run/                the training's folder, or that of a shared one stored in the trial's way
@@ -18,6 +18,7 @@ OUT/
     table.json  table.md    of a sweep of methods
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ppreid_dist.attacks.kept import digest, source_digest
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, flat
 from ppreid_dist.files import read_json, write_json
@@ -35,6 +37,7 @@ from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
 
 # What may differ when a sweep goes on: nothing of it is in a trial's figures.
 _FREE = ("output", "concurrent", "resources.", "min_utility", "axis")
+_ATTACKERS = ("attack.", "judges")  # may differ where trials are attacked again
 _PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
 
@@ -89,6 +92,22 @@ class Folder:
         """A run's configuration: the base, the settings of all, and these. Not to be changed."""
         return _load(self.config.base, (*self.config.settings, *overrides))
 
+    @property
+    def attackers(self) -> str:
+        """A digest of who attacks: their source, their settings, and the judges beside the sweep's own."""
+        return _digest_of(to_dict(self.run_config([]).attack), *self.config.judges)
+
+    def forget_other_attackers(self) -> int:
+        """Let what others than the present :attr:`attackers` attacked be attacked again; how many trials these are."""
+        count = 0
+        for file in (self.path / "trials").glob("*/trial.json"):
+            row = read_json(file)
+            if row["status"] == "done" and row.get("attackers_source") != self.attackers:
+                (file.parent / "attack" / "attack.json").unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
+                count += 1
+        return count
+
     def forget_failures(self) -> None:
         """Let what failed be tried again."""
         for file in (self.path / "shared").glob("*.json"):
@@ -103,8 +122,18 @@ def _load(base: str, settings: tuple[str, ...]) -> Config:
     return load_settings(Config, base, settings)
 
 
-def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
-    """The sweep's folder, made where there is none, with the space checked.
+@lru_cache(maxsize=8)
+def _digest(text: str) -> str:
+    return digest(source_digest(), text)[:16]
+
+
+def _digest_of(*parts: Any) -> str:
+    return _digest(json.dumps(parts, sort_keys=True))
+
+
+def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) -> Folder:
+    """The sweep's folder, made where there is none, with the space checked. With ``reattack`` it may have been begun
+    with other attackers and judges.
 
     ConfigError for a run key that doesn't exist or a value that it can't have; RunError where the folder holds a sweep
     and ``resume`` is false, or another sweep; DataError where it can't be written.
@@ -127,7 +156,12 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
     if file.is_file():
         if not resume:
             raise RunError(f"{config.output}: holds a sweep already; continue it by --resume or choose another output")
-        _check_same(read_json(file), asked, file)
+        before = read_json(file)
+        _check_same(before, asked, file, but=_ATTACKERS)
+        if reattack:
+            write_json(file, asked)
+        else:
+            _check_same(before, asked, file, "; --reattack attacks what is trained again")
     elif used:
         raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
     else:
@@ -143,13 +177,20 @@ def open_folder(config: SweepConfig, *, resume: bool) -> Folder:
     return folder
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+def _check_same(
+    before: Mapping[str, Any], now: Mapping[str, Any], file: Path, hint: str = "", *, but: tuple[str, ...] = ()
+) -> None:
     for part in ("sweep", "base"):
         old, new = (dict(flat(asked[part])) for asked in (before, now))
+        if but and part == "sweep":
+            for settings in (old, new):
+                settings["settings"] = [setting for setting in settings["settings"] if not setting.startswith(but)]
         for key in sorted(old.keys() | new.keys()):
+            if key.startswith(but):
+                continue
             if old.get(key) != new.get(key) and not (part == "sweep" and key.startswith(_FREE)):
                 where = key if part == "sweep" else f"base, {key}"
-                raise ConfigError(f"{where}: is {new.get(key)!r} but {file} was begun with {old.get(key)!r}")
+                raise ConfigError(f"{where}: is {new.get(key)!r} but {file} was begun with {old.get(key)!r}{hint}")
 
 
 def judge_seed(folder: Folder) -> int:

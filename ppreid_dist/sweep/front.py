@@ -148,13 +148,13 @@ def remarks(points: Sequence[Mapping[str, Any]], recommended: str | None, axis: 
 
 
 def of_several_sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line where trials were attacked by different versions of the attackers, as after an update."""
+    """A line where trials were attacked by different attackers, as after an update."""
     versions = {row.get("attackers_source") for row in rows if row["status"] == "done"}
     if len(versions) < 2:
         return []
     return [
-        f"Trials were attacked by {len(versions)} versions of the attackers and can't be compared: remove trial.json "
-        "and attack of the older ones, and resume."
+        f"Trials were attacked by {len(versions)} versions of the attackers and can't be compared: --resume --reattack "
+        "attacks the older ones again."
     ]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ppreid_dist.assessment import METHOD
-from ppreid_dist.attacks.kept import source_digest
 from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import FREE, flat
@@ -103,29 +102,33 @@ class Worker:
         elif not protected.finished.is_file():
             command = self.programs.store([str(source.run), "--out", str(protected.run), *as_overrides(stored)])
             self._start(command, protected.finished, "store", claim, environment, protected.log)
-        self._attack(place, protected, control, judge, claim, environment)
-        return _row(read_json(place / "attack" / "attack.json")["report"], control.name, judge.name)
+        self._attack(trial, protected, control, judge, claim, environment)
+        found = read_json(place / "attack" / "attack.json")["report"]
+        return {**_row(found, control.name, judge.name), "attackers_source": self.folder.attackers}
 
     def _attack(
         self,
-        place: Path,
+        trial: Trial,
         protected: Training,
         control: Training,
         judge: Training,
         claim: Claim,
         environment: dict[str, str],
     ) -> None:
-        out, trained = place / "attack", self.folder.path / "trained"
+        place, trained = self.folder.of(trial), self.folder.path / "trained"
+        out = place / "attack"
         judges = [word for other in (judge.run, *self.folder.config.judges) for word in ("--judge", other)]
         runs = ("--control", control.run, "--protected", protected.run, *judges)
+        # The sweep's attackers: those in the run's own configuration may be older.
+        asked = ["--config", self.folder.config.base, *self.folder.config.settings, *trial.overrides]
         command = self.programs.attack(
-            [str(word) for word in (*runs, "--out", out, "--trained", trained, "--no-estimate")]
+            [str(word) for word in (*runs, "--out", out, "--trained", trained, "--no-estimate", *asked)]
         )
 
         def attack(claim: Claim, environment: dict[str, str]) -> None:
             self._start(command, out / "attack.json", "attack", claim, environment, place / "log.txt")
 
-        ceilings, ahead = trained / f"{control.name}.done", False
+        ceilings, ahead = trained / f"{control.name}-{self.folder.attackers}.done", False
         while not ceilings.exists():  # they and the floors are the first one's to make
             if (first := self.folder.claims.take(ceilings.name)) is not None:
                 with guarded(first) as its_environment:
@@ -240,7 +243,6 @@ def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
     return {
         "status": "done",
         "reason": None,
-        "attackers_source": source_digest()[:16],
         "control": control,
         "judge": judge,
         "mAP": utility["protected"]["mAP"],
