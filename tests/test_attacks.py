@@ -21,7 +21,7 @@ from ppreid_dist.attacks.base import (
 )
 from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.judging import chance_ap
-from ppreid_dist.attacks.plateau import PlateauConfig, Split
+from ppreid_dist.attacks.plateau import LOOKED_AT, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder
 from ppreid_dist.attacks.unfolded import Layout
 from ppreid_dist.data.stream import Pictures
@@ -109,6 +109,21 @@ def test_a_decoder_ends_with_the_best_weights_it_met(
     decoder.train_to_plateau(PlateauConfig(evaluate_every=1, patience=50, falls=0), 15, lambda line: None)
     assert seen[-1] != min(seen)
     assert original() == pytest.approx(min(seen), abs=1e-6)
+
+
+def test_of_many_held_out_pictures_all_trainings_look_at_the_same_some() -> None:
+    fit, held = np.arange(8), np.arange(8, 508)
+    features, pictures = torch.arange(508.0)[:, None], torch.zeros(508, 3, 16, 8, dtype=torch.uint8)
+    known = [
+        Decoder(
+            features, pictures, Split(fit, rows, seed),
+            view="stored", width=4, lr=0.1, noise_dim=0, config=small_config().regression, seed=draw,
+        ).held.flatten().tolist()
+        for rows, seed, draw in ((held, 3, 0), (held, 3, 1), (held, 4, 0), (held[:40], 3, 0))
+    ]  # fmt: skip
+    assert known[0] == known[1] != known[2] and known[3] == held[:40].tolist()
+    for some in known[:3]:
+        assert len(some) == LOOKED_AT == len(set(some)) and set(some) < set(held)
 
 
 def test_how_much_the_error_still_fell_at_the_end(aux: tuple[Pictures, Tensor]) -> None:

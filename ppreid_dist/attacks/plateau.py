@@ -20,6 +20,7 @@ from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 T = TypeVar("T", bound="Trainee")
+LOOKED_AT = 400  # pictures of held-out people at most: of more, looks would take longer than the steps between them
 
 
 @dataclass(kw_only=True)
@@ -79,7 +80,8 @@ class Trainee(ABC):
         seed: int,
     ):
         """``build`` makes the network, on the CPU, for features of so many dimensions."""
-        fit, held = (torch.from_numpy(rows) for rows in (split.fit_F, split.held_H))
+        looked_at = np.random.default_rng([split.seed, 0x100C]).permutation(split.held_H)[:LOOKED_AT]
+        fit, held = torch.from_numpy(split.fit_F), torch.from_numpy(np.sort(looked_at))
         self.config = config
         self.view: View = fit_view(view, features_ND[fit])
         self.x_FK, self.pictures_F3hw = self.view(features_ND[fit]), pictures_N3hw[fit]
