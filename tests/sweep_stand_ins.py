@@ -59,7 +59,8 @@ def attack(arguments: list[str]) -> int:
     from report_examples import good_report
 
     ahead, flags = "--ahead" in arguments, ("--ahead", "--no-estimate")
-    arguments = [word for word in arguments if word not in flags and "=" not in word]
+    settings = [word for word in arguments if "=" in word]
+    arguments = [word for word in arguments if word not in flags and word not in settings]
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     if ahead:
         (Path(given["--trained"]) / "ahead.txt").open("a").write(f"{given['--protected']}\n")
@@ -77,6 +78,7 @@ def attack(arguments: list[str]) -> int:
         report["axes"][f"identity_{i}"] = {**report["axes"]["identity"], "metric": judge}
     out = Path(given["--out"])
     out.mkdir(parents=True, exist_ok=True)
+    (out / "settings.json").write_text(json.dumps([given["--config"], *settings]))
     (out / "attack.json").write_text(json.dumps({"report": report}))
     with (Path(given["--trained"]) / "attacks.txt").open("a") as log:
         log.write(f"{given['--protected']}\n")

@@ -175,6 +175,10 @@ def test_trained_runs_are_attacked_again_by_other_attackers(asked: Path, tmp_pat
     array(asked, resume=True, reattack=True)
     front = assert_whole(out, controls=1, trials=2)
     assert all(row["attackers_source"] != rows[row["name"]] for row in front["trials"]) and attacked() == 4
+    for trial in (out / "trials").iterdir():  # by the sweep's settings, not by those in the run's own file
+        base, *settings = read_json(trial / "attack" / "settings.json")
+        assert base == load_settings(SweepConfig, asked, []).base and "attack.seeds=2" in settings
+        assert f"privacy.weight={read_json(trial / 'settings.json')['settings']['privacy.weight']}" in settings
     array(asked, resume=True, reattack=True)  # nothing is left to do
     assert attacked() == 4
     assert steps == {run: (run / "steps.txt").stat().st_mtime_ns for run in trainings(out)}
