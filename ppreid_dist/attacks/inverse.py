@@ -1,9 +1,9 @@
 """What attackers know before they meet a feature: how to draw what their own ReID model sees.
 
 Their decoders begin as a linear map from features to what that model is likely to see (``attack.recogniser``), then
-this: a decoder that was trained once, on their own pictures, and serves every attacker and every victim. To begin so
-takes less than a quarter of the steps that a decoder of drawn weights needs, and finds more (docs/LOG.md). It brings no
-more to the floor than the prior: there, features and pictures belong to different people, and the map says nothing.
+this: a decoder that was trained once, on their own pictures, and serves every attacker and every victim. Begun so, a
+decoder finds in two hundred steps what took 1,600 from drawn weights (docs/LOG.md). It brings no more to the
+floor than the prior: there, features and pictures belong to different people, and the map says nothing.
 
 Shapes: N its own pictures, F those fitted, H those held out, D feature dim, E dim of what the recogniser sees.
 """
@@ -54,7 +54,6 @@ def train_inverse(
     ended = race([enter(lr) for lr in config.lrs], config, progress or (lambda line: None))
     height, wide = images_N3hw.shape[2:]
     inverse = blank(seer, (height, wide), width).to(images_N3hw.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    view, trained = ended.view, ended.network
-    assert isinstance(trained, Generator)
-    inverse.draw_as(trained, view.matrix_DK, -view.mean_D @ view.matrix_DK)
+    view = ended.view
+    inverse.draw_as(ended.network, view.matrix_DK, -view.mean_D @ view.matrix_DK)
     return inverse.eval().requires_grad_(False)

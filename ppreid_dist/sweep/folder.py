@@ -18,7 +18,6 @@ OUT/
     table.json  table.md    of a sweep of methods
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ class Folder:
     @property
     def attackers(self) -> str:
         """A digest of who attacks: their source, their settings, and the judges beside the sweep's own."""
-        return _digest_of(to_dict(self.run_config([]).attack), *self.config.judges)
+        return digest(source_digest(), to_dict(self.run_config([]).attack), self.config.judges)[:16]
 
     def forget_other_attackers(self) -> int:
         """Let what others than the present :attr:`attackers` attacked be attacked again; how many trials these are."""
@@ -120,15 +119,6 @@ class Folder:
 @lru_cache(maxsize=256)
 def _load(base: str, settings: tuple[str, ...]) -> Config:
     return load_settings(Config, base, settings)
-
-
-@lru_cache(maxsize=8)
-def _digest(text: str) -> str:
-    return digest(source_digest(), text)[:16]
-
-
-def _digest_of(*parts: Any) -> str:
-    return _digest(json.dumps(parts, sort_keys=True))
 
 
 def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) -> Folder:
