@@ -1,6 +1,7 @@
 """Attackers find what features give away, find nothing where there is nothing, and don't fool themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -23,7 +24,7 @@ from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.plateau import LOOKED_AT, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder
-from ppreid_dist.attacks.unfolded import Layout
+from ppreid_dist.attacks.unfolded import Layout, UnfoldedRegression
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 
@@ -265,6 +266,18 @@ def test_positions_are_read_off_codes_without_their_key() -> None:
     torch.testing.assert_close(layout(codes[:7]), layout.places_LK[:7])
     other = (torch.nn.functional.normalize(points[:7] + 0.02, dim=1) @ waves + phases).cos().sign()
     assert (layout(other) - layout.places_LK[:7]).norm(dim=1).max() < 0.5 * layout.places_LK.norm(dim=1).mean()
+
+
+def test_all_features_are_laid_out_whatever_the_graph_holds(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    pictures, features = aux
+    config = replace(small_config(2).unfolded, coordinates=[6], averaged=[0], pictures=40, entries=10)
+    attacker = UnfoldedRegression(config)
+    attacker.leaked_LD = strangers[1]
+    [enter] = attacker.entrants(features, pictures.images_N3HW, Split(*split_people(pictures.pids_N, 0), 0), 0)
+    layout = enter().prepare.args[0]
+    assert len(layout.places_LK) == len(features) + len(strangers[1])
 
 
 @pytest.mark.parametrize("rows", [60, 300])

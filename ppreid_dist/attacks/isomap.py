@@ -69,12 +69,12 @@ def _fitted(features_ND: np.ndarray, neighbours: int, coordinates: int, solver: 
         return _fitted(features_ND, neighbours, coordinates // 2, solver)
 
 
-def pool_of(features_ND: Tensor, leaked_LD: Tensor | None, config: IsomapConfig, draw: np.random.Generator) -> Tensor:
+def some_of(
+    features_ND: Tensor, leaked_LD: Tensor | None, pictures: int, entries: int, draw: np.random.Generator
+) -> Tensor:
     """Its own features, those of the people held out too, since they are no secret to whoever has them, and the stolen
-    database's: at most ``config.pictures`` and ``config.entries`` of them."""
-    known = [(features_ND, config.pictures)]
-    if leaked_LD is not None:
-        known.append((leaked_LD, config.entries))
+    database's: at most ``pictures`` and ``entries`` of them."""
+    known = [(features_ND, pictures), *([] if leaked_LD is None else [(leaked_LD, entries)])]
     return torch.cat([of[torch.from_numpy(draw.permutation(len(of))[:most])] for of, most in known])
 
 
@@ -93,8 +93,9 @@ class Manifold:
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, K) float32, on the features' device."""
-        places_MK = self._map.transform(features_MD.double().cpu().numpy())
-        return torch.from_numpy(np.ascontiguousarray(places_MK, dtype=np.float32)).to(features_MD.device)
+        parts = features_MD.double().cpu().split(2048)  # from each there are paths to all of the graph
+        places_MK = np.concatenate([self._map.transform(part.numpy()) for part in parts]).astype(np.float32)
+        return torch.from_numpy(places_MK).to(features_MD.device)
 
 
 @register
@@ -108,7 +109,8 @@ class UnrolledRegression(Regression):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
     ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
-        graph = pool_of(features_ND, self.leaked_LD, config, np.random.default_rng([split.seed, 0x150]))
+        draw = np.random.default_rng([split.seed, 0x150])
+        graph = some_of(features_ND, self.leaked_LD, config.pictures, config.entries, draw)
         for neighbours in config.neighbours:
             manifold = Manifold(graph, neighbours, max(config.coordinates))
             places_NK = manifold(features_ND)

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
-from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, pool_of
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, some_of
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
 from ppreid_dist.settings import option
 
+# Features of its own, and entries of the database, that are laid out at most: of more, the others are placed by those
+# that lie nearest, which keeps less of them (docs/LOG.md).
+LAID_OUT = 50_000
 NEAREST = 3  # of the pool, for a feature that isn't in it
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first positions' lengths, tried
 
@@ -37,7 +40,7 @@ class UnfoldedConfig(IsomapConfig):
     averaged: list[int] = option(
         [3], "nearest positions that each is averaged with, to try; 0 leaves them as they are", at_least=0
     )
-    layout_steps: int = option(800, "steps of the layout, of some hundred features each", at_least=1)
+    layout_steps: int = option(800, "steps of the layout, of 512 features each, for every 4,000 of them", at_least=1)
     layout_lr: float = option(0.05, "its learning rate, which falls to nothing", more_than=0)
 
 
@@ -111,15 +114,16 @@ class UnfoldedRegression(Regression):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
     ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
-        pool_LD = pool_of(features_ND, self.leaked_LD, config, np.random.default_rng([split.seed, 0x1A7]))
+        draw = np.random.default_rng([split.seed, 0x1A7])
+        graph = some_of(features_ND, self.leaked_LD, config.pictures, config.entries, draw)
+        pool_LD = some_of(features_ND, self.leaked_LD, LAID_OUT, LAID_OUT, draw)
+        steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
         for neighbours in config.neighbours:
-            manifold = Manifold(pool_LD, neighbours, max(config.coordinates))
+            manifold = Manifold(graph, neighbours, max(config.coordinates))
             start_LK = manifold(pool_LD)
             for asked in config.coordinates:
                 count = min(asked, start_LK.shape[1])
-                layout = Layout(
-                    pool_LD, start_LK[:, :count], steps=config.layout_steps, lr=config.layout_lr, seed=split.seed
-                )
+                layout = Layout(pool_LD, start_LK[:, :count], steps=steps, lr=config.layout_lr, seed=split.seed)
                 for near in config.averaged:
                     average = Average(layout.places_LK, near, ALPHA) if near else as_stored
                     prepare = partial(_prepared, layout, average)
