@@ -241,6 +241,14 @@ def test_attack_curve_says_why_there_is_no_n50():
     assert attack_curve(PIDS, {40: {}, **by_n}).n50 == pytest.approx(160 * 2 ** (0.05 / 0.45))
 
 
+def test_attack_curve_of_weaker_attackers_says_nothing_of_the_whole():
+    by_n = {n: {"a": noisy(n, 0.2 + 0.6 * r)} for n, r in [(80, 0.2), (160, 0.45)]}
+    for stronger, known in (("b", False), ("a", True)):
+        whole = urr(PIDS, FULL, FULL, {"a": by_n[160]["a"], stronger: noisy(160, 0.47 if known else 0.7)})
+        text = "not reached by 160" if known else "not known: b, who finds more, was trained with the most people only"
+        assert attack_curve(PIDS, by_n, whole).n50_reason == text
+
+
 def test_bad_input_is_named():
     good = noisy(0, 0.5)
     with pytest.raises(DataError, match="baseline utility has shape"):

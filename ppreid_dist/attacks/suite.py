@@ -250,7 +250,7 @@ def _axis(
         min_utility=config.min_utility,
         **bootstrap,
     )
-    curve = attack_curve(pids_Q, by_n, **bootstrap)
+    curve = attack_curve(pids_Q, by_n, whole, **bootstrap)
     alone = {
         name: attack_curve(pids_Q, {n: {name: by_n[n][name]} for n in by_n}, **bootstrap).points
         for name in config.curve_attackers

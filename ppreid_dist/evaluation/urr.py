@@ -138,6 +138,7 @@ def urr(
 def attack_curve(
     pids_Q: np.ndarray,
     attackers_by_n: Mapping[int, Mapping[str, AttackScores]],
+    whole: AxisResult | None = None,
     *,
     resamples: int = 2000,
     seed: int = 0,
@@ -145,7 +146,9 @@ def attack_curve(
 ) -> AttackCurve:
     """The leak for each number of people the attackers had, and where it first reaches 0.5.
 
-    Between two numbers the leak is taken to be linear in the number's logarithm. Raises DataError as ``urr`` does.
+    Between two numbers the leak is taken to be linear in the number's logarithm. Where ``whole``, which is of all
+    attackers with the most people, says more than this curve's end, beyond noise, nobody knows where it would have
+    reached 0.5. Raises DataError as ``urr`` does.
     """
     bootstrap = Bootstrap(pids_Q, resamples, seed, level)
     points = []
@@ -154,6 +157,9 @@ def attack_curve(
         r, attacker = (leak.r, leak.attacker) if leak else (Interval(), None)
         points.append(CurvePoint(n=int(n), r=r, attacker=attacker))
     n50, reason = _crossing([(p.n, p.r.value) for p in points if p.r.value is not None], 0.5)
+    end = points[-1].r.high if points else None
+    if whole is not None and whole.r.low is not None and end is not None and end < whole.r.low:
+        n50, reason = None, f"not known: {whole.attacker}, who finds more, was trained with the most people only"
     return AttackCurve(points=points, n50=n50, n50_reason=reason)
 
 

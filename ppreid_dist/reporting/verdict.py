@@ -63,7 +63,7 @@ def write_verdict(report: dict[str, Any]) -> Verdict:
 
 def _headline(report: dict[str, Any]) -> tuple[Literal["good", "mixed", "bad"], str]:
     leaks = {axis_title(name).lower(): axis["leak"] for name, axis in report["axes"].items()}
-    if worse := [name for name, leak in leaks.items() if (leak["value"] or 0) > 1]:
+    if worse := [name for name, leak in leaks.items() if (leak["low"] or 0) > 1]:
         return "bad", f"Leaks more than the unprotected model ({', '.join(worse)})"
     if unmeasured := [name for name, leak in leaks.items() if leak["value"] is None]:
         return "mixed", f"The leak could not be measured ({', '.join(unmeasured)})"
@@ -130,8 +130,9 @@ def _leak(leak: dict[str, Any], people: str) -> str:
         return who + "the leak could not be measured: no attacker worked on the unprotected features."
     figures = f"r\u00a0=\u00a0{number(value)}, {_between(leak)}; strongest attacker: {leak['attacker']}"
     if value > 1:
-        doubt = " The interval includes 1, so the two may leak equally." if low is None or low <= 1 else ""
-        return who + f"the protection leaked MORE than the unprotected model ({figures}).{doubt}"
+        if low is not None and low > 1:
+            return who + f"the protection leaked MORE than the unprotected model ({figures})."
+        return who + f"no less leaks than from the unprotected model ({figures}): no reduction is established."
     share = f"{number(100 * max(value, 0), 0)}\u00a0%"
     if _reaches_one(leak):
         return who + (
@@ -158,7 +159,7 @@ def _list(parts: list[str]) -> str:
 
 
 def _limits(axes: dict[str, Any], people: str) -> str:
-    grown = []
+    grown, whose = [], dict.fromkeys(name for of in axes.values() for point in of["curve"] for name in point["attackers"])
     for name, axis in axes.items():
         known = [point for point in axis["curve"] if point["r"]["value"] is not None]
         if len(known) > 1 and known[-1]["r"]["value"] > known[0]["r"]["value"]:
@@ -169,7 +170,10 @@ def _limits(axes: dict[str, Any], people: str) -> str:
     )
     if not grown:
         return text
-    return f"{text} The leak grew with the attacker's number of people ({_list(grown)}): expect more from more people."
+    return (
+        f"{text} The leak to {' and '.join(whose)}, who alone were trained with fewer people too, grew with their "
+        f"number ({_list(grown)}): expect more from more people."
+    )
 
 
 def _attributes(found: dict[str, Any] | None) -> str:
@@ -195,14 +199,16 @@ def _whitebox(found: dict[str, Any] | None) -> str:
 def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:
     found, axes, probe = [], report["axes"], report["probe"]
     for name, axis in axes.items():
-        if (axis["leak"]["value"] or 0) > 1:
+        if (axis["leak"]["low"] or 0) > 1:
             r = f"r\u00a0=\u00a0{number(axis['leak']['value'])}"
             text = f"on this axis the protection leaked MORE than the unprotected model ({r})."
             found.append(Line(f"r > 1, {axis_title(name).lower()}", text))
-    if probe and probe["warned"]:
+    if probe and probe["warned"]:  # at any time, so the widest gap is told
+        known = [row for row in probe["history"] if row["apparent"] and row["fresh"]]
+        widest = max(known, key=lambda row: row["apparent"] / row["fresh"])
         text = (
-            f"training's own opponent errs by {number(probe['apparent'], 3)}, a fresh attacker by only "
-            f"{number(probe['fresh'], 3)} ({probe['unit']}). What training took for protection is partly a stale "
+            f"after {widest['images']:,} pictures training's own opponent erred by {number(widest['apparent'], 3)}, a "
+            f"fresh attacker by only {number(widest['fresh'], 3)} ({probe['unit']}). What training took for protection is partly a stale "
             "opponent; only what fresh attackers reach counts."
         )
         found.append(Line("Masking", text))
