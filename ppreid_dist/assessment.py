@@ -23,7 +23,7 @@ from torch import Tensor
 from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.bench import Bench, Opened, Victim
-from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.kept import Kept, source_digest
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
@@ -177,7 +177,11 @@ def attack(
     figures = findings(config, control, protected, judging, result, rankings, query.pids_N)
     check_report(figures, str(out / "attack.json"))
     _write_found(
-        out, figures, result, query, {"synthetic": is_synthetic(config.data), "settings": to_dict(config.report)}
+        out,
+        figures,
+        result,
+        query,
+        {"synthetic": is_synthetic(config.data), "settings": to_dict(config.report), "source": source_digest()},
     )
 
 

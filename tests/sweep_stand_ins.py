@@ -2,8 +2,8 @@
 
 python tests/sweep_stand_ins.py ray|array CONFIG [--resume] [key=value …]      a sweep, with stand-ins
 python tests/sweep_stand_ins.py launch … train.py …                            a training: a line a step in steps.txt
-python tests/sweep_stand_ins.py ppreid attack …                                an attack: figures made up from λ
-python tests/sweep_stand_ins.py ppreid store …                                 a run whose settings have some more
+python tests/sweep_stand_ins.py ppreid SOURCE attack …                         an attack: figures made up from λ
+python tests/sweep_stand_ins.py ppreid SOURCE store …                          a run whose settings have some more
 """
 
 import json
@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def attack(arguments: list[str]) -> int:
+def attack(source: str, arguments: list[str]) -> int:
     from report_examples import good_report
 
     ahead, flags = "--ahead" in arguments, ("--ahead", "--no-estimate")
@@ -79,13 +79,13 @@ def attack(arguments: list[str]) -> int:
     out = Path(given["--out"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "settings.json").write_text(json.dumps([given["--config"], *settings]))
-    (out / "attack.json").write_text(json.dumps({"report": report}))
+    (out / "attack.json").write_text(json.dumps({"report": report, "source": source}))
     with (Path(given["--trained"]) / "attacks.txt").open("a") as log:
         log.write(f"{given['--protected']}\n")
     return 0
 
 
-def store(arguments: list[str]) -> int:
+def store(_: str, arguments: list[str]) -> int:
     source, _, out, *settings = arguments
     before = json.loads((Path(source) / "settings.json").read_text())
     (Path(out) / "model").mkdir(parents=True)
@@ -115,9 +115,11 @@ def sweep(backend: str, config: str, arguments: list[str]) -> int:
 
 
 def stand_ins():  # type: ignore[no-untyped-def]
+    from ppreid_dist.attacks.kept import source_digest
     from ppreid_dist.sweep.programs import Programs
 
-    return Programs(launch=(sys.executable, HERE, "launch"), ppreid=(sys.executable, HERE, "ppreid"))
+    ppreid = (sys.executable, HERE, "ppreid", source_digest())
+    return Programs(launch=(sys.executable, HERE, "launch"), ppreid=ppreid)
 
 
 if __name__ == "__main__":
@@ -125,5 +127,5 @@ if __name__ == "__main__":
     if role == "launch":
         sys.exit(train(rest[rest.index("train.py") + 1 :]))
     if role == "ppreid":
-        sys.exit({"attack": attack, "store": store}[rest[0]](rest[1:]))
+        sys.exit({"attack": attack, "store": store}[rest[1]](rest[0], rest[2:]))
     sys.exit(sweep(role, rest[0], rest[1:]))

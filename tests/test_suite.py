@@ -17,7 +17,7 @@ from ppreid_dist.attacks.base import (
     ATTACKERS,
     Progress,
 )
-from ppreid_dist.attacks.bench import Bench, Victim
+from ppreid_dist.attacks.bench import SHOWN, Bench, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.estimate import cut, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig
@@ -191,10 +191,10 @@ def test_the_same_features_leak_all(
         assert [point["n"] for point in found["curve"]] == [20, 60]
         assert found["curve"][0]["attackers"]["ridge"]["value"] == pytest.approx(1)
     assert result.judges["identity"]["mAP"] > 0.5
-    assert result.shown.shape == (12,)
+    assert result.shown.shape == (SHOWN,)
     assert set(result.reconstructions) == {(v, a) for v in ("unprotected", "protected") for a in ("retrieval", "ridge")}
     assert result.reconstructions["protected", "ridge"].dtype == torch.uint8
-    assert result.reconstructions["protected", "ridge"].shape == (12, 3, *SIZE)
+    assert result.reconstructions["protected", "ridge"].shape == (SHOWN, 3, *SIZE)
     assert set(result.strongest) == {"unprotected", "protected"}
     assert result.per_query["identity", "ridge", "floor"].shape == (40,)
     assert all(seconds > 0 for seconds in result.seconds.values())

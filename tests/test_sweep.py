@@ -201,7 +201,11 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
     (tmp_path / "other.onnx").touch()
     array(asked)
     out = tmp_path / "out"
-    assert list(json.loads((out / "front.json").read_text())["front"]) == ["pixel", "identity", "identity_2"]
+    front = json.loads((out / "front.json").read_text())
+    assert list(front["front"]) == ["pixel", "identity", "identity_2"]
+    assert {point["method"]: point["weight"] for point in front["points"]} == {
+        "noise": 0, "trained, int8": 1, "best response": 3, "best response, int8": 3,
+    }  # fmt: skip
     table = json.loads((out / "table.json").read_text())
     rows = {row["method"]: row for row in table["rows"]}
     assert list(rows) == ["unprotected", *sorted(methods)] and table["complete"]

@@ -13,7 +13,15 @@ from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import check_machine
-from ppreid_dist.sweep.front import hypervolume, make_points, of_several_sources, pareto, recommend, trials_per_hour
+from ppreid_dist.sweep.front import (
+    hypervolume,
+    make_points,
+    of_several_sources,
+    pairs_of,
+    pareto,
+    recommend,
+    trials_per_hour,
+)
 from ppreid_dist.sweep.space import Trial, as_overrides, listed_trials
 
 # --- the space --------------------------------------------------------------------------------------------------
@@ -189,6 +197,13 @@ def test_the_least_leak_that_keeps_enough_utility_is_recommended() -> None:
     assert recommend(points, "identity", 1.01) is None
     points[1]["axes"]["identity"]["urr"] |= {"status": "n/a", "broken": True}
     assert recommend(points, "identity", 0.95) == points[0]["name"]
+    assert list(pairs_of(points, "identity")) == [points[0]["name"], points[2]["name"]]
+
+
+def test_masking_is_unknown_where_no_probe_ran() -> None:
+    for seen, told in (([None, None], None), ([None, True], True), ([None, False], False)):
+        [point] = make_points([row(1, seed, masking=masking) for seed, masking in enumerate(seen)])
+        assert point["masking"] is told
 
 
 def test_rows_of_another_version_of_the_attackers_are_told_of() -> None:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,18 +22,16 @@ from ppreid_dist.attacks.base import (
     Outcome,
     Progress,
     permute_people,
-    picture_size,
-    split_people,
     to_uint8,
 )
 from ppreid_dist.attacks.config import AttackConfig
-from ppreid_dist.attacks.inverse import blank, train_inverse
 from ppreid_dist.attacks.judging import Judge, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
-from ppreid_dist.attacks.plateau import Learner, Split
-from ppreid_dist.attacks.recogniser import Recogniser, shape_of, train_recogniser, untrained
+from ppreid_dist.attacks.plateau import Learner
+from ppreid_dist.attacks.recogniser import Recogniser
+from ppreid_dist.attacks.recognisers import Recognisers, asked_widths
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
@@ -41,7 +39,7 @@ from ppreid_dist.evaluation.images import scores
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.settings import to_dict
 
-SHOWN = 12  # identities whose reconstructions are kept
+SHOWN = 16  # identities whose reconstructions are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +133,8 @@ class Bench:
         self.real_QD = self.perception.features(query.images_N3HW)
         # Whoever lacks a library or a backbone says so before anybody is trained.
         others = config.auxiliary.attackers if config.auxiliary.variants else []
-        self.recogniser_backbone = ""
-        if any([self.attacker(name).asks_recogniser for name in (*config.attackers, *others)]):
-            network = untrained(config.recogniser, 1, config.seed)
-            weights = (part for item in network.state_dict().items() for part in item)
-            self.recogniser_backbone = digest(shape_of(network), *weights)
-        self.recognisers: dict[str, Recogniser] = {}
+        asking = any([self.attacker(name).asks_recogniser for name in (*config.attackers, *others)])
+        self.recognisers = Recognisers(config, kept, say=self.say, found=self.found) if asking else None
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
         tests = [query.images_N3HW, query.pids_N, query.camids_N, *self.gallery]
         tests += [*(judge.gallery_GD for judge in judges), *self.perception.weights]
@@ -172,55 +166,13 @@ class Bench:
         """A fresh one."""
         return ATTACKERS[name](getattr(self.config, name))
 
-    def recogniser(self, rows: np.ndarray) -> Recogniser:
-        """The ReID model that was, or now is, trained on these auxiliary pictures."""
-        config, images_N3hw, pids_N = self.config, self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows]
-        own = [to_dict(config.recogniser), self.recogniser_backbone, config.seed]
-        key = digest(source_digest(), "recogniser", own, images_N3hw, pids_N)
-        split = Split(*split_people(self.groups_N[rows], config.seed), config.seed)
-        both = digest(key, "inverse", to_dict(config.inverse), split.fit_F)
-        if both not in self.recognisers:
-            made = self._recogniser(key, images_N3hw, pids_N)
-            made.inverse = cache(partial(self._inverse, both, made, images_N3hw, len(np.unique(pids_N)), split))
-            self.recognisers[both] = made
-        return self.recognisers[both]
-
-    def _inverse(
-        self, key: str, recogniser: Recogniser, images_N3hw: Tensor, people: int, split: Split, width: int
-    ) -> Generator:
-        config, key = self.config, digest(key, width)
-        if self.kept and (weights := self.kept.weights(key)) is not None:
-            made = blank(recogniser, picture_size(images_N3hw), width)
-            try:
-                made.load_state_dict(weights)
-                return made.to(images_N3hw.device)
-            except RuntimeError:
-                pass  # of another recogniser: it is trained again
-        label, started = f"inverse of the recogniser, {people} people, width {width}", time.monotonic()
-        made = train_inverse(
-            recogniser, images_N3hw, split, width, config.inverse,
-            seed=config.seed, progress=partial(self.say, label),
-        )  # fmt: skip
-        if self.kept:
-            self.kept.put_weights(key, {name: of.cpu() for name, of in made.state_dict().items()})
-        self.found(f"{label}: {time.monotonic() - started:.1f} s")
-        return made
-
-    def _recogniser(self, key: str, images_N3hw: Tensor, pids_N: np.ndarray) -> Recogniser:
-        own, people = self.config.recogniser, len(np.unique(pids_N))
-        if self.kept and (weights := self.kept.weights(key)) is not None:
-            network = untrained(own, people, self.config.seed)
-            try:
-                network.load_state_dict(weights)
-                return Recogniser(network.to(images_N3hw.device))
-            except RuntimeError:
-                pass  # of another torch or transformers: it is trained again
-        label, started = f"recogniser, {people} people", time.monotonic()
-        made = train_recogniser(images_N3hw, pids_N, own, seed=self.config.seed, progress=partial(self.say, label))
-        if self.kept:
-            self.kept.put_weights(key, {name: of.cpu() for name, of in made.network.state_dict().items()})
-        self.found(f"{label}: {time.monotonic() - started:.1f} s")
-        return made
+    def recogniser(self, rows: np.ndarray) -> Recogniser | None:
+        """The ReID model that was, or now is, trained on these auxiliary pictures; None where no attacker asks one."""
+        if self.recognisers is None:
+            return None
+        return self.recognisers.of(
+            self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows], self.groups_N[rows]
+        )
 
     def pixels(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray) -> dict[str, np.ndarray]:
         """Pixel scores of reconstructions (uint8) of the query rows ``asked_Q``, on the person if masks are known."""
@@ -254,6 +206,20 @@ class Bench:
         reached = ", ".join(f"{axis} {np.nanmean(outcome.scores[axis]):.3f}" for axis in self.axes)
         self.found(f"{label}: {reached}, {how}")
         return outcome
+
+    def took(self) -> dict[str, float]:
+        """Seconds of what attackers share, by what it is, kept from before or not."""
+        for n in self.people:
+            names = self.config.attackers if n == self.people[-1] else self.config.curve_attackers
+            for width in asked_widths(self.config, names):
+                shared = self.recogniser(np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n])))
+                assert shared is not None
+                assert shared.inverse is not None
+                shared.inverse(width)
+        return dict(self.recognisers.took) if self.recognisers else {}
+
+    def _spent(self) -> float:
+        return self.recognisers.spent if self.recognisers else 0.0
 
     def say(self, label: str, line: str) -> None:
         self.progress(f"{label}: {line}")
@@ -295,9 +261,8 @@ class Bench:
                     label = f"{name}, {n} people, {role.name}" + (f", seed {draw + 1}" if draw else "")
                     settings = [name, to_dict(getattr(self.config, name)), self.config.seed, draw]
                     make = partial(self._train, label, name, draw, *parts, reversal)
-                    if self.attacker(name).asks_recogniser:
-                        settings += [to_dict(self.config.recogniser), self.recogniser_backbone]
-                        settings.append(to_dict(self.config.inverse))
+                    if self.recognisers and self.attacker(name).asks_recogniser:
+                        settings += self.recognisers.settings
                     key = digest(self.world, settings, *parts, *start)
                     trainings.append(Training(label=label, key=key, make=make))
                 yield name, n, trainings
@@ -318,7 +283,7 @@ class Bench:
         attacker.leaked_LD = leaked_LD
         if attacker.asks_recogniser:
             attacker.recogniser = self.recogniser(rows)
-        started = time.monotonic()
+        started, spent = time.monotonic(), self._spent()
         if isinstance(attacker, Adaptive) and reversal is not None:
             attacker.start_from(reversal)
         if isinstance(attacker, Learner):
@@ -338,7 +303,8 @@ class Bench:
                 each = [self.pixels(to_uint8(guess_B3hw), rows_B)["ssim"] for guess_B3hw in guesses_SB3hw]
                 best.append(np.max(each, 0))
         drawn_Q3hw = torch.cat(drawn)
-        outcome = self.judged(drawn_Q3hw, np.arange(len(drawn_Q3hw)), seconds=time.monotonic() - started)
+        seconds = time.monotonic() - started - (self._spent() - spent)  # others share what was learnt first
+        outcome = self.judged(drawn_Q3hw, np.arange(len(drawn_Q3hw)), seconds=seconds)
         bound = float(np.nanmean(np.concatenate(best))) if best else float("nan")
         return replace(
             outcome,

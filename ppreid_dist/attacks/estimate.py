@@ -21,6 +21,7 @@ from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.inverse import train_inverse
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
 from ppreid_dist.attacks.recogniser import Recogniser, steps_for, train_recogniser, untrained
+from ppreid_dist.attacks.recognisers import asked_widths
 from ppreid_dist.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -111,18 +112,13 @@ def inverse_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndar
     points = []
     for steps in (STEPS[0], *STEPS):
         short, started = cut(config.inverse, steps), time.monotonic()
-        train_inverse(recogniser, pictures_N3hw, split, max(asked_widths(config)), short, seed=config.seed)
+        train_inverse(
+            recogniser, pictures_N3hw, split, max(asked_widths(config, config.attackers)), short, seed=config.seed
+        )
         if pictures_N3hw.is_cuda:
             torch.cuda.synchronize()
         points.append((float(most_steps(short)), time.monotonic() - started))
     return _further(points[1:], most_steps(config.inverse))
-
-
-def asked_widths(config: AttackConfig) -> set[int]:
-    """The widths of networks that begin as an inverse."""
-    own = {name: getattr(config, name) for name in config.attackers}
-    asking = [of for name, of in own.items() if ATTACKERS[name](of).asks_recogniser]
-    return {width for of in asking for width in getattr(getattr(of, "start", of), "widths", [])}
 
 
 def _further(points: Sequence[tuple[float, float]], to: float) -> float:
@@ -149,7 +145,7 @@ def estimate(
         # One for each number of people, and on more of them it takes longer.
         curve = any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in config.curve_attackers)
         times = len(config.people) if curve else 1
-        trainings = trainings + Counter(recogniser=times, inverse=times * len(asked_widths(config)))
+        trainings = trainings + Counter(recogniser=times, inverse=times * len(asked_widths(config, config.attackers)))
         known = {
             **known,
             "recogniser": recogniser_seconds(config, pictures_N3hw, pids_N),

@@ -1,13 +1,14 @@
 """Trainings that are done, kept in a folder: a stopped attack goes on, and what the same data gave is not made twice.
 
 A training is found again by a digest of all it was made of: features, pictures, people, settings, seed, judge, and the
-source of this package but for what only shows figures or starts runs, so that an attacker that was changed never
-answers with an old figure.
+source of this package but for what only shows figures or starts runs, and the libraries' versions, so that an attacker
+that was changed never answers with an old figure.
 """
 
 import hashlib
 import json
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ppreid_dist.files import read_tensors, write_tensors
 
 _NUMBERS = ("l1", "psnr", "kid", "best", "seconds", "held_out", "still_falling")
 _SCORES = "scores/"
-_ELSEWHERE = ("reporting/", "sweep/", "cli.py", "doctor.py", "findings.py", "progress.py")
+_SECONDS = "kept/seconds"  # no weight's name has a slash
+_ELSEWHERE = ("reporting/", "sweep/", "attacks/estimate.py", "cli.py", "doctor.py", "findings.py", "progress.py")
+_LIBRARIES = ("torch", "transformers", "numpy", "scikit-learn", "diffusers")
 
 
 def digest(*parts: Any) -> str:
@@ -41,10 +44,18 @@ def digest(*parts: Any) -> str:
 
 @cache
 def source_digest() -> str:
-    """Digest of the source files that can change an attacker's figures."""
+    """Digest of the source files that can change an attacker's figures, and of the libraries' versions."""
     root = Path(ppreid_dist.__file__).parent
     files = {str(file.relative_to(root)): file for file in sorted(root.rglob("*.py"))}
-    return digest(*[[name, file.read_text()] for name, file in files.items() if not name.startswith(_ELSEWHERE)])
+    ours = [[name, file.read_text()] for name, file in files.items() if not name.startswith(_ELSEWHERE)]
+    return digest(*ours, *[[name, _version(name)] for name in _LIBRARIES])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 class Kept:
@@ -76,14 +87,18 @@ class Kept:
         numbers = torch.tensor([getattr(outcome, name) for name in _NUMBERS], dtype=torch.float64)
         write_tensors(self.folder / f"{key}.safetensors", {**arrays, "numbers": numbers, "shown": outcome.shown})
 
-    def weights(self, key: str) -> dict[str, Tensor] | None:
-        """The weights that were kept under ``key``; None where none were, or they are damaged."""
+    def weights(self, key: str) -> tuple[dict[str, Tensor], float] | None:
+        """The weights that were kept under ``key``, and the seconds that they took; None where none were, or they are
+        damaged."""
         file = self.folder / f"{key}.safetensors"
         try:
-            return read_tensors(file) if file.is_file() else None
+            found = read_tensors(file) if file.is_file() else {}
         except DataError:
             return None
+        seconds = found.pop(_SECONDS, None)
+        return None if seconds is None else (found, float(seconds))
 
-    def put_weights(self, key: str, weights: dict[str, Tensor]) -> None:
+    def put_weights(self, key: str, weights: dict[str, Tensor], seconds: float) -> None:
         """Keep them; DataError naming the file if it can't be written."""
-        write_tensors(self.folder / f"{key}.safetensors", weights)
+        beside = {_SECONDS: torch.tensor(seconds, dtype=torch.float64)}
+        write_tensors(self.folder / f"{key}.safetensors", {**weights, **beside})

@@ -44,7 +44,8 @@ class SuiteResult:
     ``strongest`` the attacker that found most people, by victim's name. ``per_query`` holds the scores behind the
     axes, by (axis, attacker, "control" | "protected" | "floor"), ``pixels`` the mean "l1" and "psnr" by
     attacker and role, ``kid`` kernel distances by attacker and role (None where there is none), all at the largest
-    number of people. ``seconds`` is the training time of each attacker, over all trainings, ``leaked`` the number of
+    number of people. ``seconds`` is the training time of each attacker, over all trainings, and of what they share
+    (``attacks.recognisers``), ``leaked`` the number of
     the stolen database's entries.
     """
 
@@ -76,28 +77,39 @@ def run_suite(
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
-    Features and pictures lie on one device. ``auxiliaries`` is what else attackers learn on. ``announce`` is told first
-    how long the trainings may take, for which some steps of each are tried, and what that leaves out.
+    Features and pictures lie on one device. ``auxiliaries`` is what else attackers learn on. ``announce`` is told which
+    judges are weak, how long the trainings may take, for which some steps of each are tried, and what that leaves out.
 
     Raises ConfigError naming the variant where there are too few auxiliary people.
     """
+    chance_Q = chance_of(bench.query, *bench.gallery)
+    # Before the trainings: a test in which nobody can be found, and a judge who finds nobody, are known at once.
+    quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
+    weak = weak_judges(bench.judges, quality, float(np.nanmean(control.utility_ap_Q)))
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
+    if announce is not None:
+        for line in weak:
+            announce(line)
     if announce is not None and (line := expected(bench, control, protected)):
         parts = {"white-box inversion": bench.config.whitebox.people, "attack.auxiliary": variants}
         left_out = [name for name, there in parts.items() if there]
         announce(line + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
     roles = attack_victims(bench, control, protected)
-    return summarise(bench, control, protected, roles, variants)
+    return _summarise(bench, control, protected, roles, variants, chance_Q, quality, weak)
 
 
-def summarise(
-    bench: Bench, control: Victim, protected: Victim, roles: Roles, variants: Sequence[tuple[Auxiliary, Bench]] = ()
+def _summarise(
+    bench: Bench,
+    control: Victim,
+    protected: Victim,
+    roles: Roles,
+    variants: Sequence[tuple[Auxiliary, Bench]],
+    chance_Q: np.ndarray,
+    quality: dict[str, dict[str, float]],
+    notes: list[str],
 ) -> SuiteResult:
     """Ratios, curves and notes of what was trained."""
     config, largest = bench.config, bench.people[-1]
-    chance_Q = chance_of(bench.query, *bench.gallery)
-    quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
-    notes = weak_judges(bench.judges, quality, float(np.nanmean(control.utility_ap_Q)))
     if dropped := sorted(n for n in config.people if n > largest):
         more = ", ".join(map(str, dropped))
         notes.append(f"attack.people: {more}: there are only {largest} auxiliary people, and that many attacked")
@@ -167,7 +179,8 @@ def summarise(
         seconds={
             name: sum(o.seconds for runs in roles.values() for (who, _), o in runs.items() if who == name)
             for name in config.attackers
-        },
+        }
+        | bench.took(),
         shown=bench.shown,
         reconstructions={
             (victim, name): outcome.shown
@@ -238,7 +251,7 @@ def _axis(
     axis: str, bench: Bench, control: Victim, protected: Victim, scores: Scores, chance_Q: np.ndarray | None
 ) -> dict[str, Any]:
     config, pids_Q = bench.config, bench.query.pids_N
-    bootstrap = {"resamples": config.resamples, "seed": config.seed}
+    bootstrap: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
     attackers, by_n = scores
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
     whole = urr(

@@ -222,7 +222,9 @@ def _curve(axis: dict[str, Any], theme: Theme) -> Figure:
     strongest = np.array([_value(point["r"]) for point in points])
     low, high = np.array([_ends(point["r"]) for point in points]).T
     axes.fill_between(n, low, high, color=theme.protected, alpha=0.16, linewidth=0)
-    axes.plot(n, strongest, color=theme.protected, linewidth=2.2, marker="o", markersize=5.5, label="strongest of these")
+    axes.plot(
+        n, strongest, color=theme.protected, linewidth=2.2, marker="o", markersize=5.5, label="strongest of these"
+    )
     if len(n) == 1:  # a band needs two ends
         axes.vlines(n, low, high, color=theme.protected, linewidth=2.2)
     if (half := axis["n50"]["value"]) is not None and n[0] <= half <= n[-1]:

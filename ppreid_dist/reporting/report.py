@@ -26,10 +26,11 @@ def report(folder: Path, *, pictures: str | None = None) -> str:
 
 def _panel(folder: Path, attacker: str, people: int, synthetic: bool) -> Panel:
     drawn = read_tensors(folder / "pictures.safetensors")
+    shown = min(people, len(drawn["real"]))
     return Panel(
         real_K3hw=drawn["real"][:people],
         control_K3hw=drawn[f"control/{attacker}"][:people],
         protected_K3hw=drawn[f"protected/{attacker}"][:people],
         attacker=attacker,
-        note=f"The first query picture of the first {people} test people" + (", all synthetic." if synthetic else "."),
+        note=f"The first query picture of {shown} test people" + (", all synthetic." if synthetic else "."),
     )

@@ -159,7 +159,10 @@ def _list(parts: list[str]) -> str:
 
 
 def _limits(axes: dict[str, Any], people: str) -> str:
-    grown, whose = [], dict.fromkeys(name for of in axes.values() for point in of["curve"] for name in point["attackers"])
+    grown, whose = (
+        [],
+        dict.fromkeys(name for of in axes.values() for point in of["curve"] for name in point["attackers"]),
+    )
     for name, axis in axes.items():
         known = [point for point in axis["curve"] if point["r"]["value"] is not None]
         if len(known) > 1 and known[-1]["r"]["value"] > known[0]["r"]["value"]:
@@ -208,8 +211,8 @@ def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:
         widest = max(known, key=lambda row: row["apparent"] / row["fresh"])
         text = (
             f"after {widest['images']:,} pictures training's own opponent erred by {number(widest['apparent'], 3)}, a "
-            f"fresh attacker by only {number(widest['fresh'], 3)} ({probe['unit']}). What training took for protection is partly a stale "
-            "opponent; only what fresh attackers reach counts."
+            f"fresh attacker by only {number(widest['fresh'], 3)} ({probe['unit']}). What training took for protection "
+            "is partly a stale opponent; only what fresh attackers reach counts."
         )
         found.append(Line("Masking", text))
     for name, axis in axes.items():

@@ -18,8 +18,9 @@ OUT/
     table.json  table.md    of a sweep of methods
 """
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,16 +94,19 @@ class Folder:
 
     @property
     def attackers(self) -> str:
-        """A digest of who attacks: their source, their settings, and the judges beside the sweep's own."""
-        return digest(source_digest(), to_dict(self.run_config([]).attack), self.config.judges)[:16]
+        """A digest of who attacks now: their source, their settings, and the judges beside the sweep's own."""
+        return self.attackers_of(source_digest())
+
+    def attackers_of(self, source: str) -> str:
+        """The same for a source of another time."""
+        judges = [[judge, _digest_of(Path(judge))] for judge in self.config.judges]
+        return digest(source, to_dict(self.run_config([]).attack), judges)[:16]
 
     def forget_other_attackers(self) -> int:
         """Let what others than the present :attr:`attackers` attacked be attacked again; how many trials these are."""
-        count = 0
-        for file in (self.path / "trials").glob("*/trial.json"):
-            row = read_json(file)
-            if row["status"] == "done" and row.get("attackers_source") != self.attackers:
-                (file.parent / "attack" / "attack.json").unlink(missing_ok=True)
+        now, count = self.attackers, 0
+        for file, row in self._rows():
+            if row["status"] == "done" and row.get("attackers_source") != now:
                 file.unlink(missing_ok=True)
                 count += 1
         return count
@@ -110,10 +114,33 @@ class Folder:
     def forget_failures(self) -> None:
         """Let what failed be tried again."""
         for file in (self.path / "shared").glob("*.json"):
-            file.unlink()
+            file.unlink(missing_ok=True)
+        for file, row in self._rows():
+            if row["status"] == "failed":
+                file.unlink(missing_ok=True)
+
+    def _rows(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The finished trials' files, without those that another task takes away meanwhile."""
         for file in (self.path / "trials").glob("*/trial.json"):
-            if read_json(file)["status"] == "failed":
-                file.unlink()
+            try:
+                row = read_json(file)
+            except DataError:
+                if file.is_file():
+                    raise
+                continue
+            yield file, row
+
+
+def _digest_of(judge: Path) -> str:
+    """Of a judge's weights, an .onnx file or a run."""
+    file = judge / "model" / "extractor.safetensors" if judge.is_dir() else judge
+    return _digest_of_file(file, file.stat().st_mtime_ns) if file.is_file() else ""
+
+
+@lru_cache(maxsize=16)
+def _digest_of_file(file: Path, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=256)

@@ -62,7 +62,7 @@ def _point(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         "seeds": [row["seed"] for row in rows],
         "mAP": mean(mAPs),
         "utility": mean([row["utility"] for row in rows]),
-        "masking": any(row["masking"] for row in rows),
+        "masking": None if (seen := {row["masking"] for row in rows}) == {None} else True in seen,
         "axes": {
             axis: {
                 "leak": mean([row["axes"][axis]["leak"] for row in rows]),
@@ -115,17 +115,17 @@ def _times(value: float | None, factor: float) -> float | None:
 
 
 def pairs_of(points: Sequence[Mapping[str, Any]], axis: str) -> dict[str, Pair]:
-    """mAP and leak of the points whose leak is known."""
-    leaks = {point["name"]: point["axes"][axis]["leak"]["value"] for point in points}
+    """mAP and leak of the points whose leak a sound attack measured: a broken one's says nothing."""
+    sound = [point for point in points if not point["axes"][axis]["urr"]["broken"]]
+    leaks = {point["name"]: point["axes"][axis]["leak"]["value"] for point in sound}
     return {
-        point["name"]: (point["mAP"]["value"], leak) for point in points if (leak := leaks[point["name"]]) is not None
+        point["name"]: (point["mAP"]["value"], leak) for point in sound if (leak := leaks[point["name"]]) is not None
     }
 
 
 def recommend(points: Sequence[Mapping[str, Any]], axis: str, min_utility: float) -> str | None:
-    """Of the front of the points whose attack isn't broken, the one with the least leak of those that keep enough
-    utility; None if none does."""
-    pairs = pairs_of([p for p in points if not p["axes"][axis]["urr"]["broken"]], axis)
+    """Of the front, the one with the least leak of those that keep enough utility; None if none does."""
+    pairs = pairs_of(points, axis)
     useful = {point["name"] for point in points if (point["utility"]["value"] or 0.0) >= min_utility}
     return next((name for name in pareto(pairs) if name in useful), None)
 

@@ -70,7 +70,8 @@ class Worker:
 
     def note(self, trial: Trial, found: dict[str, Any], began: float) -> dict[str, Any]:
         """Write the trial's row: it is finished."""
-        weight = trial.settings.get(WEIGHT, self.folder.run_config([]).privacy.weight)
+        trained, stored = _parts(trial)
+        weight = trained.get(WEIGHT, self.folder.run_config([]).privacy.weight) if trained or not stored else 0
         row = {
             "name": trial.name,
             "point": trial.point,
@@ -103,8 +104,9 @@ class Worker:
             command = self.programs.store([str(source.run), "--out", str(protected.run), *as_overrides(stored)])
             self._start(command, protected.finished, "store", claim, environment, protected.log)
         self._attack(trial, protected, control, judge, claim, environment)
-        found = read_json(place / "attack" / "attack.json")["report"]
-        return {**_row(found, control.name, judge.name), "attackers_source": self.folder.attackers}
+        found = read_json(place / "attack" / "attack.json")
+        attackers = self.folder.attackers_of(found["source"])
+        return {**_row(found["report"], control.name, judge.name), "attackers_source": attackers}
 
     def _attack(
         self,
@@ -117,6 +119,7 @@ class Worker:
     ) -> None:
         place, trained = self.folder.of(trial), self.folder.path / "trained"
         out = place / "attack"
+        (out / "attack.json").unlink(missing_ok=True)  # of a trial that got no row: others may have attacked it
         judges = [word for other in (judge.run, *self.folder.config.judges) for word in ("--judge", other)]
         runs = ("--control", control.run, "--protected", protected.run, *judges)
         # The sweep's attackers: those in the run's own configuration may be older.
