@@ -215,8 +215,13 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
 
 def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    words = ["model.store.kind=signs", "model.store.dim=24"]
-    ppreid("store", str(runs / "trained"), "--out", str(kept), *words)
+    trained, words = str(runs / "trained"), ["model.store.kind=signs", "model.store.dim=24"]
+    assert "note: model.store.key=0 is the public" in ppreid("store", trained, "--out", str(kept), *words).stdout
+    own = ["model.store.key=340282366920938463463374607431768211455", "model.store.quantise=int8"]
+    said = ppreid("store", trained, "--out", str(tmp_path / "own"), *words, *own).stdout
+    assert "note:" not in said and "3402823" not in said  # a secret doesn't belong into a log
+    assert f"key: {2**128 - 1}" in (tmp_path / "own" / "config.yaml").read_text()
+    ppreid("evaluate", str(tmp_path / "own"))
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0",
            "attack.attackers=[ridge,adaptive]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
