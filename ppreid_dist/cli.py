@@ -60,11 +60,11 @@ def _train(arguments: Sequence[str], prog: str = "ppreid train") -> int:
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.experiment import Config, train
     from ppreid_dist.settings import load_settings
+    from ppreid_dist.training.stopping import restarted
 
     config = load_settings(Config, options.config, options.settings)
     # A launcher that starts its processes again (--max_restarts) means them to go on.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    result = train(config, resume=options.resume or restarted)
+    result = train(config, resume=options.resume or restarted())
     if os.environ.get("RANK", "0") == "0":
         _say(f"{config.output}: {result['steps']} steps, {result['images_per_second']} images/s, {result['seconds']} s")
     return 0
