@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ppreid_dist import __version__
-from ppreid_dist.errors import ConfigError, LostError, PPReIDError, Stopped
+from ppreid_dist.errors import ConfigError, DataError, LostError, PPReIDError, Stopped
 
 FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 1, 2, 75, 130
 _SETTINGS = "key=value"
@@ -82,6 +82,8 @@ def _shards(arguments: Sequence[str]) -> int:
 
     config = load_settings(Config, options.config, options.settings)
     if options.check:
+        if not Path(config.data.shards).is_dir():
+            raise DataError(f"{config.data.shards}: no such folder (data.shards); write it by `ppreid shards`")
         problems = check_shards(Path(config.data.shards))
         _say("\n".join(problems) or f"{config.data.shards}: every sample is whole")
         return FAILED if problems else 0
