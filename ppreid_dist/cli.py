@@ -333,7 +333,8 @@ def sweep_main() -> NoReturn:
 
 def main() -> NoReturn:
     """What ``ppreid`` runs."""
-    lines = "\n".join(f"  {name:10} {what}" for name, (_, what) in _COMMANDS.items())
+    widest = max(map(len, _COMMANDS))
+    lines = "\n".join(f"  {name:{widest}} {what}" for name, (_, what) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="ppreid",
         description="Person re-identification whose stored features are meant to be harder to turn back into\n"
