@@ -130,6 +130,27 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _features(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid features", "What a finished run stores of new pictures, as a gallery keeps it.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        type=Path,
+        metavar="PICTURE",
+        help="a person each, cropped as the training's; or a folder",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="and the files' names in FILE.keys.txt"
+    )
+    options = parser.parse_args(arguments)
+    from ppreid_dist.features import write_features
+
+    count, dim = write_features(options.run, options.pictures, options.out)
+    _say(f"{options.out}: {count} features of {dim} numbers, their files in {options.out.with_suffix('.keys.txt')}")
+    return 0
+
+
 def _attack(arguments: Sequence[str]) -> int:
     parser = _parser(
         "ppreid attack",
@@ -276,6 +297,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train one extractor (many processes: accelerate launch train.py)"),
     "store": (_store, "a finished run whose gallery keeps something else than plain features"),
     "evaluate": (_evaluate, "mAP, CMC, mINP of runs"),
+    "features": (_features, "what a run stores of new pictures"),
     "attack": (_attack, "fresh attackers on a control and a protected run"),
     "report": (_report, "the privacy report of an attack"),
     "sweep": (_sweep, "many trials over λ and more, and the front of mAP against leak"),

@@ -349,6 +349,7 @@ PROVEN = {
     "make test": ".ci/run",
     "ppreid shards": "test_from_pictures_to_the_report",
     "ppreid evaluate": "test_from_pictures_to_the_report",
+    "ppreid features": "tests/test_features.py",
     "ppreid attack": "test_from_pictures_to_the_report",
     "ppreid report": "test_from_pictures_to_the_report",
     "ppreid doctor": "test_doctor_finds_this_installation_sound",
