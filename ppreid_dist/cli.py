@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from ppreid_dist.errors import ConfigError, DataError, LostError, PPReIDError, S
 
 FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 1, 2, 75, 130
 _SETTINGS = "key=value"
+_PATIENCE = 5.0  # seconds
 _log = logging.getLogger(__name__)
 
 
@@ -318,6 +320,10 @@ def _guard(work: Callable[[], int]) -> NoReturn:
     try:
         sys.exit(work())
     except PPReIDError as error:
+        if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            # All processes find it. The first one says it and ends, and the launcher then ends this one; were this one
+            # to end first, the launcher might end the first before it has said anything.
+            time.sleep(_PATIENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     except LostError as error:
