@@ -138,7 +138,6 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
             result = _play(config, folder, split, engine, progress=progress)
     except Stopped:
         leave_word(folder)
-        engine.wait()  # or the launcher might start the next ones before it is there
         engine.close()
         raise
     except BaseException:

@@ -83,10 +83,12 @@ def restarted() -> bool:
 
 
 def leave_word(folder: Path) -> None:
-    """For :func:`stopped_before`, after a stop that all processes agreed on; nothing where nobody would restart them.
-    Until the first process has done it, none may end."""
-    if distributed.rank() == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    """For :func:`stopped_before`, after a stop that all processes agreed on; nothing where nobody restarts them."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    if distributed.rank() == 0:
         write_text(folder / STOPPED_FILE, _launcher())
+    distributed.chosen_by_main(None)  # the end of any process would have the launcher kill the first
 
 
 def stopped_before(folder: Path) -> bool:
