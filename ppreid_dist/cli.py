@@ -4,15 +4,17 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ppreid_dist import __version__
-from ppreid_dist.errors import ConfigError, LostError, PPReIDError, Stopped
+from ppreid_dist.errors import ConfigError, DataError, LostError, PPReIDError, Stopped
 
 FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 1, 2, 75, 130
 _SETTINGS = "key=value"
+_PATIENCE = 5.0  # seconds
 _log = logging.getLogger(__name__)
 
 
@@ -60,11 +62,11 @@ def _train(arguments: Sequence[str], prog: str = "ppreid train") -> int:
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.experiment import Config, train
     from ppreid_dist.settings import load_settings
+    from ppreid_dist.training.stopping import restarted
 
     config = load_settings(Config, options.config, options.settings)
     # A launcher that starts its processes again (--max_restarts) means them to go on.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    result = train(config, resume=options.resume or restarted)
+    result = train(config, resume=options.resume or restarted())
     if os.environ.get("RANK", "0") == "0":
         _say(f"{config.output}: {result['steps']} steps, {result['images_per_second']} images/s, {result['seconds']} s")
     return 0
@@ -82,6 +84,8 @@ def _shards(arguments: Sequence[str]) -> int:
 
     config = load_settings(Config, options.config, options.settings)
     if options.check:
+        if not Path(config.data.shards).is_dir():
+            raise DataError(f"{config.data.shards}: no such folder (data.shards); write it by `ppreid shards`")
         problems = check_shards(Path(config.data.shards))
         _say("\n".join(problems) or f"{config.data.shards}: every sample is whole")
         return FAILED if problems else 0
@@ -97,10 +101,18 @@ def _store(arguments: Sequence[str]) -> int:
         "settings", nargs="+", metavar=_SETTINGS, help="model.store.kind=… and the others of model.store"
     )
     options = parser.parse_intermixed_args(arguments)
-    from ppreid_dist.storing import store
+    from ppreid_dist.models.store import KEYED, PUBLIC_KEY
+    from ppreid_dist.storing import STORED, store
 
-    store(options.run, options.out, options.settings)
-    _say(f"{options.out}: {options.run}, stored by {' '.join(options.settings)}")
+    chosen, key = store(options.run, options.out, options.settings), f"{STORED}key="
+    told = [f"{key}…" if setting.startswith(key) else setting for setting in options.settings]  # outputs are kept
+    _say(f"{options.out}: {options.run}, stored by {' '.join(told)}")
+    if chosen.kind in KEYED and chosen.key == PUBLIC_KEY:
+        _say(
+            f"note: {key}{PUBLIC_KEY} is the public example key, right for measurements and wrong for a gallery: give "
+            f"your own, {key}$(python -c 'import secrets; print(secrets.randbits(128))'). It will lie in config.yaml "
+            f"and model/ of {options.out}: guard them as the gallery's other secrets"
+        )
     return 0
 
 
@@ -117,6 +129,27 @@ def _evaluate(arguments: Sequence[str]) -> int:
     for run in options.runs:
         summary = evaluate(run, reranking=Reranking() if options.rerank else None)
         _say(f"{run}: " + "  ".join(f"{name} {value:.4f}" for name, value in summary.items()))
+    return 0
+
+
+def _features(arguments: Sequence[str]) -> int:
+    parser = _parser("ppreid features", "What a finished run stores of new pictures, as a gallery keeps it.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        type=Path,
+        metavar="PICTURE",
+        help="a person each, cropped as the training's; or a folder",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.safetensors", help="and the files' names in FILE.keys.txt"
+    )
+    options = parser.parse_args(arguments)
+    from ppreid_dist.features import write_features
+
+    count, dim = write_features(options.run, options.pictures, options.out)
+    _say(f"{options.out}: {count} features of {dim} numbers, their files in {options.out.with_suffix('.keys.txt')}")
     return 0
 
 
@@ -266,6 +299,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train one extractor (many processes: accelerate launch train.py)"),
     "store": (_store, "a finished run whose gallery keeps something else than plain features"),
     "evaluate": (_evaluate, "mAP, CMC, mINP of runs"),
+    "features": (_features, "what a run stores of new pictures"),
     "attack": (_attack, "fresh attackers on a control and a protected run"),
     "report": (_report, "the privacy report of an attack"),
     "sweep": (_sweep, "many trials over λ and more, and the front of mAP against leak"),
@@ -286,6 +320,10 @@ def _guard(work: Callable[[], int]) -> NoReturn:
     try:
         sys.exit(work())
     except PPReIDError as error:
+        if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            # All processes find it. The first one says it and ends, and the launcher then ends this one; were this one
+            # to end first, the launcher might end the first before it has said anything.
+            time.sleep(_PATIENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT)
     except LostError as error:
@@ -323,7 +361,8 @@ def sweep_main() -> NoReturn:
 
 def main() -> NoReturn:
     """What ``ppreid`` runs."""
-    lines = "\n".join(f"  {name:10} {what}" for name, (_, what) in _COMMANDS.items())
+    widest = max(map(len, _COMMANDS))
+    lines = "\n".join(f"  {name:{widest}} {what}" for name, (_, what) in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="ppreid",
         description="Person re-identification whose stored features are meant to be harder to turn back into\n"

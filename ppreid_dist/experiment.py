@@ -43,6 +43,7 @@ from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import ReversalAdversary, ReversalConfig
 from ppreid_dist.training.runner import Runner, TrainingConfig
 from ppreid_dist.training.step import ExtractorStep, PrivacyConfig
+from ppreid_dist.training.stopping import leave_word, stopped_before
 from ppreid_dist.training.tracking import open_trackers, tracker_options
 
 _log = logging.getLogger(__name__)
@@ -131,9 +132,12 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     folder.mkdir(parents=True, exist_ok=True)
     engine = open_engine(config.engine, run_folder=folder, loggers=open_trackers(config.engine.trackers, folder))
     try:
+        if stopped_before(folder):
+            raise Stopped(f"{folder}: was asked to stop, so the launcher's restart doesn't train")
         with using(config.kernels, engine.device, partitioned=engine.kind != "ddp"):
             result = _play(config, folder, split, engine, progress=progress)
     except Stopped:
+        leave_word(folder)
         engine.close()
         raise
     except BaseException:

@@ -91,7 +91,8 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
     for item in overrides:
         key, equals, text = item.partition("=")
         if not key or not equals:
-            raise ConfigError(f"{item}: an override has the form key=value")
+            hint = "; a file? give it by --config FILE" if Path(item).is_file() else ""
+            raise ConfigError(f"{item}: an override has the form key=value{hint}")
         if "[" in key:
             raise ConfigError(f"{key}: a list is given whole, {key.partition('[')[0]}=[…]")
         if " #" in text and text.lstrip()[:1] not in tuple("'\"[{"):

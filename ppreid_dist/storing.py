@@ -18,17 +18,18 @@ from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import atomic
 from ppreid_dist.models.folder import load_extractor, save_extractor
-from ppreid_dist.models.store import USES, Store
+from ppreid_dist.models.store import USES, Store, StoreConfig
 from ppreid_dist.settings import load_settings, save_settings
 
 STORED = "model.store."
 
 
-def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = True) -> None:
+def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = True) -> StoreConfig:
     """Make ``out`` the run ``run`` with other ``model.store.*`` settings, fitted on its own training pictures.
 
-    ``out`` appears whole or not at all. ConfigError for any other setting, one that its kind doesn't have, or none that
-    changes anything; RunError where ``run`` isn't finished or stores otherwise already, or ``out`` is there.
+    ``out`` appears whole or not at all; returns how it stores. ConfigError for any other setting, one that its kind
+    doesn't have, or none that changes anything; RunError where ``run`` isn't finished or stores otherwise already, or
+    ``out`` is there.
     """
     for setting in settings:
         if not setting.startswith(STORED):
@@ -67,3 +68,4 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
         save_extractor(whole / "model", saved.extractor, config.model, saved.size, saved.about)
         hand_on(run, whole)
         save_settings(config, whole / "config.yaml")
+    return chosen

@@ -73,6 +73,14 @@ source_site() {
     fi
 }
 
+# Whether the environment and the configuration $1 are there, once the site's settings are. A Python of the system's
+# has no yaml.
+check_environment() {
+    python -c 'import yaml' 2>/dev/null ||
+        fail "no Python with ppreid_dist: activate its environment in slurm/site.sh (slurm/site.example.sh) or before sbatch"
+    [[ -f $1 ]] || fail "$1: no such configuration file"
+}
+
 # End the job by status $1, or requeue it where that says that all is saved.
 leave() {
     (($1 == SAVED)) || exit "$1"

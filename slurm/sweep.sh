@@ -27,6 +27,7 @@ shift
 tell_once() { kill -USR2 "$driver"; }
 
 source_site
+check_environment "$config"
 
 sweep=(python -m ppreid_dist.sweep --config "$config" --resume)
 ray=''

@@ -33,6 +33,7 @@ shift
 tell_once() { scancel --quiet --signal=USR2 "$job"; }
 
 source_site
+check_environment "$config"
 
 output=''
 for setting in "$@"; do

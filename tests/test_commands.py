@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT
 
 from ppreid_dist.cli import main
+from ppreid_dist.data.dataset import open_split
+from ppreid_dist.errors import DataError
 from ppreid_dist.experiment import Config
 from ppreid_dist.files import read_tensors
 from ppreid_dist.reporting.page import load_report
@@ -215,8 +217,13 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
 
 def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    words = ["model.store.kind=signs", "model.store.dim=24"]
-    ppreid("store", str(runs / "trained"), "--out", str(kept), *words)
+    trained, words = str(runs / "trained"), ["model.store.kind=signs", "model.store.dim=24"]
+    assert "note: model.store.key=0 is the public" in ppreid("store", trained, "--out", str(kept), *words).stdout
+    own = ["model.store.key=340282366920938463463374607431768211455", "model.store.quantise=int8"]
+    said = ppreid("store", trained, "--out", str(tmp_path / "own"), *words, *own).stdout
+    assert "note:" not in said and "3402823" not in said  # a secret doesn't belong into a log
+    assert f"key: {2**128 - 1}" in (tmp_path / "own" / "config.yaml").read_text()
+    ppreid("evaluate", str(tmp_path / "own"))
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0",
            "attack.attackers=[ridge,adaptive]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
@@ -278,6 +285,25 @@ def test_doctor_finds_this_installation_sound() -> None:
         assert re.search(rf"ok +kernels\.{operation} \(.+\)", said)
 
 
+def test_the_commands_stand_in_a_column() -> None:
+    said = ppreid("--help").stdout.partition("commands (each has --help):\n")[2].splitlines()
+    assert len({re.match(r"  \S+ +", line).end() for line in said}) == 1  # type: ignore[union-attr]
+
+
+def test_shards_without_people_for_attackers_say_so_before_training(
+    world: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    people = "{train: 12, unlabelled: 0, aux: 0, test: 2, cameras: 2, shots: 2, height: 32, width: 16}"
+    here = [*world, f"data.root={tmp_path / 'pictures'}", f"data.shards={tmp_path / 's'}", f"data.synthetic={people}"]
+    config = load_settings(Config, None, here)
+    with caplog.at_level("WARNING"):
+        ppreid("shards", *here)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "no split 'aux'" in said and "data.synthetic.aux=N" in said
+    with pytest.raises(DataError, match=r"s: has no split 'aux': .* data\.synthetic\.aux=N"):
+        open_split(config.data, "aux")
+
+
 @pytest.mark.parametrize("command", ["shards", "train", "attack"])
 def test_help_shows_every_default(command: str) -> None:
     said = ppreid(command, "--help").stdout
@@ -302,7 +328,9 @@ def test_shards_are_checked(world: list[str], tmp_path: Path) -> None:
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
         (["shards", "--config", "a.yaml", "--config", "b.yaml"], "--config: given twice"),
         (["train", "optimiser.lrr=1"], "optimiser.lrr:"),
-        (["shards", "data.kind=market1501", "data.root=/nowhere"], "/nowhere"),
+        (["train", "configs/demo.yaml"], "configs/demo.yaml: an override has the form key=value; a file? give it by"),
+        (["shards", "data.kind=market1501", "data.root=/nowhere"], "/nowhere: no such folder (data.root)"),
+        (["shards", "--check", "data.shards=/nowhere"], "/nowhere: no such folder (data.shards); write it by"),
         (["report", "/nowhere"], "/nowhere/attack.json: no such file"),
         (["evaluate", "/nowhere"], "/nowhere: not a run"),
     ],
@@ -321,6 +349,7 @@ PROVEN = {
     "make test": ".ci/run",
     "ppreid shards": "test_from_pictures_to_the_report",
     "ppreid evaluate": "test_from_pictures_to_the_report",
+    "ppreid features": "tests/test_features.py",
     "ppreid attack": "test_from_pictures_to_the_report",
     "ppreid report": "test_from_pictures_to_the_report",
     "ppreid doctor": "test_doctor_finds_this_installation_sound",

@@ -1,6 +1,7 @@
 """The Slurm door: what slurm/train.sh and sweep.sh ask of Slurm, seen by stand-ins, and stops on a real cluster."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,20 @@ def test_mistakes_at_the_start_are_one_line(door: Door) -> None:
     assert door.run("a run.yaml", expect=2).startswith("error: submit it from the repository's root")
     del door.environment["SLURM_JOB_ID"]
     assert door.run("a run.yaml", expect=2).startswith("error: start it by: sbatch")
+
+
+@pytest.mark.parametrize("script", ["train.sh", "sweep.sh"])
+def test_what_is_missing_is_named_before_anything_starts(tmp_path: Path, script: str) -> None:
+    door = make_door(tmp_path, script)
+    assert door.run("nowhere.yaml", expect=2) == "error: nowhere.yaml: no such configuration file\n"
+    python, bare = tmp_path / "stand ins" / "python", tmp_path / "bare"
+    python.write_text("#!/bin/sh\nexit 1\n")  # of the system, without our packages
+    bare.mkdir()
+    (bare / "bash").symlink_to(shutil.which("bash") or "")
+    for where in ({}, {"PATH": str(bare)}):
+        said = door.run("a run.yaml", expect=2, **where)
+        assert re.fullmatch(r"error: no Python with ppreid_dist: activate .*\n", said)
+    assert door.calls("srun") == []
 
 
 def test_nothing_is_left_in_the_folder_of_temporary_files(door: Door, tmp_path: Path) -> None:

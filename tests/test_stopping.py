@@ -173,6 +173,21 @@ def test_a_launcher_s_restart_goes_on_bit_for_bit(world: list[str], tmp_path: Pa
 
 
 @pytest.mark.engines
+def test_a_launcher_s_restart_keeps_to_a_stop(world: list[str], tmp_path: Path) -> None:
+    """To the launcher status 75 is a crash. What a later one starts goes on."""
+    folder, restarts = tmp_path / "run", ["--max_restarts", "2"]
+    folder.mkdir()
+    (folder / "stop").touch()
+    said = launch(2, *world, f"output={folder}", options=restarts, expect=1).stderr
+    assert said.count("asked to stop, saved at step 1 of 10") == 1
+    assert said.count("was asked to stop, so the launcher's restart doesn't train; continue it by --resume") == 2
+    assert not (folder / "result.json").exists() and not (folder / "stop").exists()
+    launch(2, *world, f"output={folder}", "--resume", options=restarts)
+    assert json.loads((folder / "result.json").read_text())["resumed_at"] == 1
+    assert not (folder / "stopped").exists()
+
+
+@pytest.mark.engines
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_process_that_never_comes_is_one_line(world: list[str], tmp_path: Path, missing: int) -> None:
     """The first keeps the address where all meet; any other is waited for there."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.models.store import USES, DecoderConfig, Store, StoreConfig, int8_step, quantise_int8
-from ppreid_dist.settings import load_settings
+from ppreid_dist.files import read_json, write_json
+from ppreid_dist.models.store import KEYED, USES, DecoderConfig, Store, StoreConfig, int8_step, quantise_int8
+from ppreid_dist.settings import load_settings, save_settings, to_dict
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.config import SweepConfig
 
@@ -53,6 +55,44 @@ def test_rotation_keeps_every_cosine_and_hides_every_component() -> None:
     assert (kept - plain).norm(dim=1).min() > 0.5
     again = Store(StoreConfig(kind="rotation", key=3), 16)
     assert torch.equal(again(x), kept) and not again.state_dict()
+
+
+KEYS = (7, 7 + 2**32, 7 + 2**64, 7 + 2**127)
+
+
+@pytest.mark.parametrize("kind", KEYED)
+def test_every_bit_of_a_key_counts(kind: str) -> None:
+    """torch's generator on the CPU would keep 32 of them."""
+    x = features()
+    kept = [Store(StoreConfig(kind=kind, key=key), 16)(x) for key in KEYS]
+    for one, other in combinations(kept, 2):
+        assert ((one - other).norm(dim=1) > 0.05).all()
+    wide = Store(StoreConfig(kind=kind, key=KEYS[-1]), 16)
+    assert torch.equal(wide(x), kept[-1]) and wide.rekeyed().config.key == KEYS[-1] + 1
+    assert not torch.equal(wide.rekeyed()(x), kept[-1])
+
+
+def test_secrets_are_the_same_everywhere() -> None:
+    """Galleries are read for years: what a key draws must never change. And it is spread as it should be."""
+    store = Store(StoreConfig(kind="signs", key=KEYS[-1], dim=2048), 256)
+    assert store.secret_AS[0, :3].tolist() == pytest.approx([-0.8128685, 0.0704747, -1.2672069], abs=1e-6)
+    assert store.secret_AS.mean().abs() < 0.01 and store.secret_AS.std() == pytest.approx(1, abs=0.01)
+    assert [float((store.secret_AS.abs() > far).float().mean()) for far in (1, 2, 3)] == pytest.approx(
+        [0.3173, 0.0455, 0.0027], abs=2e-3
+    )
+    assert store.phases_S.min() > 0 and store.phases_S.mean() == pytest.approx(math.pi, abs=0.2)
+
+
+def test_a_wide_key_comes_back_from_files(tmp_path: Path) -> None:
+    config = load_settings(StoreConfig, None, ["kind=adversarial", "decoder.width=8", f"key={KEYS[-1]}"])
+    assert config.key == KEYS[-1]
+    save_settings(config, tmp_path / "store.yaml")
+    write_json(tmp_path / "store.json", to_dict(config))
+    assert load_settings(StoreConfig, tmp_path / "store.yaml") == config
+    assert read_json(tmp_path / "store.json")["key"] == KEYS[-1]
+    assert torch.isfinite(Store(config, 16)(features())).all()
+    with pytest.raises(ConfigError, match=r"key: -1 must be at least 0"):
+        StoreConfig(key=-1)
 
 
 def test_pca_keeps_the_main_directions() -> None:

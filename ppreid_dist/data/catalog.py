@@ -95,7 +95,7 @@ def read_catalog(kind: str, root: Path) -> Catalog:
         raise ConfigError(f"data.kind: {kind!r} is not one of {', '.join(KINDS)}")
     root = Path(root)
     if not root.exists():
-        raise DataError(f"{root}: no such {'file' if kind == 'csv' else 'folder'}")
+        raise DataError(f"{root}: no such {'file' if kind == 'csv' else 'folder'} (data.root)")
     if kind != "csv" and not root.is_dir():
         raise DataError(f"{root}: {kind} is a folder, this is a file")
     try:

@@ -71,7 +71,18 @@ def prepare_shards(config: DataConfig, *, progress: bool = True) -> str:
         progress=progress,
     )
     _check_settings(config)
+    if "aux" not in catalog.counts():
+        _log.warning("%s: no split 'aux': %s", config.shards, _how_to_aux(config))
     return replace(catalog, kind=config.kind).table()
+
+
+def _how_to_aux(config: DataConfig) -> str:
+    """It is wanted only when all is trained; then the extractors already know the people."""
+    ways = {"synthetic": "data.synthetic.aux=N", "csv": "data.aux_identities=N, or rows of the split aux in the CSV"}
+    return (
+        f"the attackers of `ppreid attack` need people whom no extractor was trained on: "
+        f"{ways.get(config.kind, 'data.aux_identities=N')}, and shards in another folder, before training"
+    )
 
 
 def _shaping(config: DataConfig) -> dict[str, Any]:
@@ -109,6 +120,8 @@ def open_split(config: DataConfig, split: str) -> ShardedSplit:
     if not (folder / "meta.json").is_file():
         raise DataError(f"{folder}: no shards there; write them by `ppreid shards --config …`")
     _check_settings(config)
+    if split == "aux" and split not in read_meta(folder)["splits"]:
+        raise DataError(f"{folder}: has no split 'aux': {_how_to_aux(config)}")
     return ShardedSplit.open(folder, split)
 
 

@@ -17,16 +17,18 @@ Shapes: B batch, N fitted rows, D the embedding's dim, A main directions, S the 
 """
 
 import dataclasses
+import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.seeding import seeded
+from ppreid_dist.models.seeding import seed_of, seeded
 from ppreid_dist.settings import Settings, option
 
 USES = {
@@ -40,6 +42,7 @@ USES = {
 }
 """The settings, beside ``quantise``, that each kind has."""
 KEYED = ("noise", "rotation", "signs", "codes")  # the key is all of their secret; adversarial's trains a decoder too
+PUBLIC_KEY = 0  # for measurements; a gallery takes its own
 NOISE_WAVES = 64.0  # of noise, per unit of distance
 INT8_MAX = 127
 INT8_SIGMAS = 4.0
@@ -69,7 +72,11 @@ class StoreConfig(Settings):
     dim: int = option(0, "of pca, signs and codes: the stored dimension; 0 is the embedding's", at_least=0)
     axes: int = option(0, "of codes: the main directions that are coded; 0 is all", at_least=0)
     width: float = option(0.5, "of codes: features at distance d agree as exp(-d^2 / (2 width^2)) says", more_than=0)
-    key: int = option(0, "of noise, rotation, signs and codes: the secret that they are drawn from", at_least=0)
+    key: int = option(
+        PUBLIC_KEY,
+        "of noise, rotation, signs and codes: the secret that they are drawn from, of any length; 0 is everybody's",
+        at_least=0,
+    )
     quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))
 
 
@@ -92,11 +99,11 @@ class Store(nn.Module):
             raise ConfigError(f"model.store.{setting}: {axes} is more than the embedding's {dim}")
         secret_AS, phases_S = torch.empty(0), torch.empty(0)  # two: who counts buffers counts a shared one once
         if "key" in USES[config.kind]:
-            secret = torch.Generator().manual_seed(config.key)
-            secret_AS = torch.randn(axes or dim, self.dim, generator=secret)
-            phases_S = 2 * math.pi * torch.rand(self.dim, generator=secret)
+            secret_AS = torch.special.ndtri(_drawn(config.key, "directions", axes or dim, self.dim))
+            phases_S = (2 * math.pi * _drawn(config.key, "phases", self.dim)).float()
             if config.kind == "rotation":
-                secret_AS = torch.linalg.qr(secret_AS.double())[0].float()
+                secret_AS = _rotation(secret_AS)
+            secret_AS = secret_AS.float()
         self.decoder = None
         if config.kind == "adversarial":
             with seeded(config.key, 0xADF):
@@ -138,7 +145,7 @@ class Store(nn.Module):
         recipe, decoder = self.config.decoder, self.decoder.requires_grad_(True)
         optimiser = torch.optim.AdamW(decoder.parameters(), recipe.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
-        random = torch.Generator().manual_seed(self.config.key)
+        random = torch.Generator().manual_seed(seed_of(self.config.key))
         with torch.enable_grad():
             for _ in range(recipe.steps):
                 rows = torch.randint(len(plain_ND), (recipe.batch,), generator=random)
@@ -185,7 +192,8 @@ class Store(nn.Module):
         Where a code's signs agree best with the waves: sought from the best ``starts`` of what is ``known_KA`` of
         others and of as many random directions, by ascent. That takes a start within about twice the waves' width.
         """
-        random_KA = torch.randn(known_KA.shape, generator=torch.Generator().manual_seed(self.config.key))
+        random = torch.Generator().manual_seed(seed_of(self.config.key))
+        random_KA = torch.randn(known_KA.shape, generator=random)
         known_KA = F.normalize(torch.cat([known_KA, random_KA.to(known_KA)]), dim=1)
         waves_KS, found = self._waves(known_KA), []
         for signs_BS in stored_BS.sign().split(256):
@@ -237,6 +245,22 @@ class Store(nn.Module):
         even_BD = (2 * (phase_BD - phase_BD.floor()) - 1).abs().clamp(1e-6, 1 - 1e-6)
         normal_BD = math.sqrt(2) * torch.erfinv(2 * even_BD - 1)
         return (normal_BD * self.config.strength / plain_BD.shape[1] ** 0.5).to(plain_BD.dtype)
+
+
+def _drawn(key: int, what: str, *shape: int) -> Tensor:
+    """The secret ``what`` of a key: numbers spread evenly within (0, 1), float64, the same on every platform.
+
+    From a hash, since torch's generator on the CPU keeps 32 bits of its seed, and so few keys can all be tried.
+    """
+    label = f"ppreid_dist model.store {what} {key}"
+    words = np.frombuffer(hashlib.shake_256(label.encode()).digest(4 * math.prod(shape)), dtype="<u4")
+    return torch.from_numpy((words + 0.5) * 2.0**-32).reshape(shape)
+
+
+def _rotation(normal_DD: Tensor) -> Tensor:
+    """Evenly spread over all rotations and reflections, if ``normal_DD`` is Gaussian."""
+    directions_DD, triangle_DD = torch.linalg.qr(normal_DD)
+    return directions_DD * triangle_DD.diagonal().sign()  # which sign a library gives a column is its own affair
 
 
 def int8_step(dim: int) -> float:

@@ -6,6 +6,7 @@
         checkpoints/            see ``checkpoint``
         model/                  the finished extractor, see ``models.extractor``
         result.json             what the run took: steps, images, seconds, images per second, data wait; the engine
+        stop, stopped           of stops, see ``stopping``
         trace.json, costs.json  where asked for, see ``trace``
         wandb.json  wandb/      where asked for, see ``tracking``
 

@@ -2,9 +2,14 @@
 
 Nothing is saved inside a signal's handler: it only raises a flag. A cluster may signal one process or all of them, at
 different moments, so the flags are reduced over processes, and all of them stop after the same step.
+
+A launcher that starts its processes again (``--max_restarts``) takes status 75 for a crash. So that a stop holds, its
+processes leave a file by which the next ones know it.
 """
 
+import os
 import signal
+import socket
 import threading
 from pathlib import Path
 from types import FrameType
@@ -12,10 +17,11 @@ from types import FrameType
 import torch
 
 from ppreid_dist import distributed
+from ppreid_dist.files import write_text
 from ppreid_dist.transfer import to_device
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not USR1, which NCCL takes
-STOP_FILE = "stop"
+STOP_FILE, STOPPED_FILE = "stop", "stopped"
 
 
 class StopRequests:
@@ -69,3 +75,32 @@ class StopRequests:
         """The checkpoint is written: take the file away, or the resumed run would stop at once."""
         if distributed.rank() == 0:
             self.file.unlink(missing_ok=True)
+
+
+def restarted() -> bool:
+    """Whether a launcher has started this process again, after another's crash or end."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def leave_word(folder: Path) -> None:
+    """For :func:`stopped_before`, after a stop that all processes agreed on; nothing where nobody restarts them."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    if distributed.rank() == 0:
+        write_text(folder / STOPPED_FILE, _launcher())
+    distributed.chosen_by_main(None)  # the end of any process would have the launcher kill the first
+
+
+def stopped_before(folder: Path) -> bool:
+    """Whether the launcher that has started these processes again had processes that were asked to stop; the same
+    answer on all of them. What an earlier launcher's left is taken away."""
+    file, known = folder / STOPPED_FILE, False
+    if distributed.rank() == 0 and file.is_file():
+        known = restarted() and file.read_text(encoding="utf-8") == _launcher()
+        if not known:
+            file.unlink()
+    return bool(distributed.chosen_by_main(known))
+
+
+def _launcher() -> str:
+    return f"{socket.gethostname()} {os.getppid()}\n"
