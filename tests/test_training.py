@@ -27,6 +27,7 @@ from ppreid_dist.experiment import Config, _check_world, train
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.adversary import Metrics
 from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
+from ppreid_dist.training.engine import _Whole
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import ReversalAdversary
@@ -387,6 +388,25 @@ def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
     assert {t.dtype for n, t in got.items() if n.startswith("/modules") and t.is_floating_point()} == {torch.float32}
     losses = identity_losses(tmp_path / "run")
     assert losses and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("compiled", ["no", "aot_eager"])
+def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: str
+) -> None:
+    """The identity head's, which a backward under autocast would round."""
+    seen: list[Tensor] = []
+    norm = _Whole._norm
+
+    def watching(self: _Whole) -> Tensor:
+        if self.name == "extractor":
+            seen.append(self.module.classifier.weight.grad.clone())
+        return norm(self)
+
+    monkeypatch.setattr(_Whole, "_norm", watching)
+    run(world, tmp_path / "run", "engine.precision=bf16", f"engine.compile={compiled}", "training.images=96")
+    assert len(seen) == 6
+    assert all(float((g == g.bfloat16().float()).float().mean()) < 0.1 for g in seen)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
@@ -146,6 +147,8 @@ class _Whole(Held):
             # A function of its own for each phase: the frozen player is called bare, and never by this graph.
             # A graph that the GPU replays is of one shape: steps of the game, which add strangers, have their own.
             how: dict[str, Any] = {"backend": engine.compile}
+            # A graph's backward would be traced under the forward's autocast, and round what is to stay fp32.
+            functorch.backward_pass_autocast = "off"
             if engine.compile == "reduce-overhead":
                 how = {"mode": engine.compile, "dynamic": False}
             self.forward = torch.compile(self.forward, **how)

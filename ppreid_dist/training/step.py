@@ -81,27 +81,31 @@ class ExtractorStep:
         rows = len(labelled.x_B3HW)
         # One forward for both: a wrapper may be called once only for each backward.
         x = labelled.x_B3HW if strangers is None else torch.cat([labelled.x_B3HW, strangers.clean_B3HW])
-        with self.extractor.active() as forward, self._heads() as heads, self.engine.autocast():
-            with part("extractor forward"):
-                out = forward(x)
-            terms = {
-                "identity": self._identity(out, rows, labelled.labels_B, heads),
-                "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
-            }
-            loss = terms["identity"] + terms["triplet"]
-            if self.neighbourhood.weight:
-                terms["neighbourhood"] = neighbourhood_loss(out.stored_BD[:rows], labelled.labels_B, self.neighbourhood)
-                loss = loss + self.neighbourhood.weight * terms["neighbourhood"]
-            if strength > 0:
-                shown = self._expose(out.stored_BD[:rows], labelled)
-                if strangers is not None:
-                    shown = replace(shown, strangers=self._expose(out.stored_BD[rows:], strangers))
-                for adversary, weight in self.adversaries:
-                    with part(f"{adversary.kind} loss"):
-                        terms[adversary.kind] = adversary.loss(shown, step)
-                    loss = loss + strength * weight * terms[adversary.kind]
+        with self.extractor.active() as forward, self._heads() as heads:
+            with self.engine.autocast():
+                with part("extractor forward"):
+                    out = forward(x)
+                terms = {
+                    "identity": self._identity(out, rows, labelled.labels_B, heads),
+                    "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
+                }
+                loss = terms["identity"] + terms["triplet"]
+                if self.neighbourhood.weight:
+                    terms["neighbourhood"] = neighbourhood_loss(
+                        out.stored_BD[:rows], labelled.labels_B, self.neighbourhood
+                    )
+                    loss = loss + self.neighbourhood.weight * terms["neighbourhood"]
+                if strength > 0:
+                    shown = self._expose(out.stored_BD[:rows], labelled)
+                    if strangers is not None:
+                        shown = replace(shown, strangers=self._expose(out.stored_BD[rows:], strangers))
+                    for adversary, weight in self.adversaries:
+                        with part(f"{adversary.kind} loss"):
+                            terms[adversary.kind] = adversary.loss(shown, step)
+                        loss = loss + strength * weight * terms[adversary.kind]
             seen = {name: term.detach() for name, term in terms.items()}
             self.terms = {step - 1: self.terms.get(step - 1, {}), step: seen}
+            # Outside of autocast, which would round the gradients of what was kept in fp32, too.
             with part("extractor backward, update"):
                 norm = self.extractor.step(loss, progress, beside=self.beside)
         return {f"loss/{name}": term for name, term in seen.items()} | {"extractor/gradient": norm}
