@@ -269,7 +269,7 @@ def _feed(
 
 def _adversary(kind: str, config: Config, extractor: Player, engine: Engine, reversal: Feed | None) -> Adversary:
     if kind == "ridge":
-        return RidgeAdversary(config.privacy.ridge, seed=config.seed)
+        return RidgeAdversary(config.privacy.ridge, seed=config.seed, bounded_loss=config.privacy.bounded)
     if kind == "distance_correlation":
         return DistanceCorrelationAdversary(config.privacy.ridge)
     assert reversal is not None

@@ -373,6 +373,16 @@ def test_every_variant_trains(world: list[str], whole: Path, tmp_path: Path, set
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_best_response_can_be_unbounded(world: list[str], tmp_path: Path) -> None:
+    """Below 0 where anything is hidden, which the bounded one never is."""
+    settings = ["privacy.adversaries=[{kind: ridge}]", "training.images=96"]
+    for bounded in (True, False):
+        run(world, tmp_path / str(bounded), f"privacy.bounded={bounded}", *settings)
+        rows = read_metrics(tmp_path / str(bounded) / "metrics.jsonl")
+        losses = [row["loss/ridge"] for row in rows if "loss/ridge" in row]
+        assert losses and all((loss > 0) is bounded for loss in losses)
+
+
 def test_reading_as_planned_gives_the_resident_run_bit_for_bit(world: list[str], whole: Path, tmp_path: Path) -> None:
     assert_same(last(whole), run(world, tmp_path / "run", "data.stream.placement=indexed"))
 
@@ -416,6 +426,7 @@ def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
         ("privacy.ridge.strangers=33", "privacy.ridge.strangers: 33"),
         ("reversal.batch=25", "reversal.batch: 25"),
         ("reversal.size=[20,10]", "reversal.size: 20x10"),
+        ("privacy={bounded: false, adversaries: [{kind: distance_correlation}]}", "privacy.bounded: false means"),
         ("reversal.lazy={mode: ema, pool: 2}", "reversal.lazy.pool: is for the mode snapshot, which ema isn't"),
         ("reversal.lazy={mode: rare, restart: 1}", "reversal.lazy.restart: is for the mode snapshot, which rare isn't"),
         ("reversal.generator_optimiser.decay=cosine", "reversal.generator_optimiser: warmup and decay aren't for"),

@@ -36,7 +36,9 @@ class PrivacyConfig(Settings):
         1, "the game is played in one of so many steps, λ times as much; the others are plain and cheap", at_least=1
     )
     bounded: bool = option(
-        True, "count only what is drawn better than from a wrong person's feature; false is an ablation"
+        True,
+        "count only what is drawn better than from a wrong person's feature; false is an ablation, of adversaries that "
+        "draw (not of distance_correlation)",
     )
     adversaries: list[AdversaryConfig] = option(
         [AdversaryConfig()], "whom the extractor plays against, together", may_be_empty=True
@@ -50,6 +52,8 @@ class PrivacyConfig(Settings):
             raise ConfigError(f"adversaries: each kind once, not {', '.join(kinds)}")
         if self.weight > 0 and not kinds:
             raise ConfigError("adversaries: privacy.weight is more than 0 but there is no adversary")
+        if not self.bounded and kinds == ["distance_correlation"]:
+            raise ConfigError("bounded: false means nothing to distance_correlation, which draws no pictures")
 
 
 class ExtractorStep:
