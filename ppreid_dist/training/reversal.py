@@ -219,6 +219,7 @@ class ReversalAdversary(Adversary):
 
     def _learn(self, stored: Tensor, target: Tensor) -> dict[str, Tensor]:
         noise = self._noise((_TURN, self.turns), len(target), target.device)
+        self.engine.watch.fed = {"batch_of": self.kind, "batch": target, "features": stored}
         metrics: dict[str, Tensor] = {}
         if self.critic is not None:
             metrics["critic"] = self._critic_step(target, stored, noise)

@@ -277,9 +277,9 @@ class Runner:
         return found is not None
 
     def _not_finite(self, error: NotFinite) -> RunError:
-        """Keep the batch, the loss terms and all weights from before the step that failed, and say where."""
-        batch = self.labelled[error.step]
-        terms = self.extractor_step.terms.get(error.step, {})
-        seen = {"terms": terms, "batch": batch.x_B3HW, "labels": batch.labels_B}
-        target = self.state.keep_failed(replace(self.at, step=error.step), seen)
-        return RunError(f"step {error.step}: {error} is not finite; nothing was updated; look at {target}")
+        """Keep what the gradient came from (the first process's rows) and all weights from before it, and say where."""
+        target = self.state.keep_failed(replace(self.at, step=error.step), error.fed)
+        return RunError(
+            f"step {error.step}: {error} is not finite; nothing was updated; for the batch of the "
+            f"{error.fed['batch_of']} and all weights look at {target}"
+        )

@@ -76,7 +76,6 @@ class ExtractorStep:
         self.identity, self.triplet, self.neighbourhood = identity, triplet, neighbourhood
         self.reversal_size = reversal_size
         self.beside = [] if head is None else [head]
-        self.terms: dict[int, dict[str, Tensor]] = {}  # of the latest step and the one before, for a look at a NaN
 
     def __call__(
         self, labelled: FeedBatch, strangers: FeedBatch | None, *, step: int, strength: float, progress: float
@@ -108,7 +107,13 @@ class ExtractorStep:
                             terms[adversary.kind] = adversary.loss(shown, step)
                         loss = loss + strength * weight * terms[adversary.kind]
             seen = {name: term.detach() for name, term in terms.items()}
-            self.terms = {step - 1: self.terms.get(step - 1, {}), step: seen}
+            self.engine.watch.fed = {
+                "batch_of": "extractor",
+                "terms": seen,
+                "batch": labelled.x_B3HW,
+                "labels": labelled.labels_B,
+                **({} if strangers is None else {"strangers": strangers.clean_B3HW}),
+            }
             # Outside of autocast, which would round the gradients of what was kept in fp32, too.
             with part("extractor backward, update"):
                 norm = self.extractor.step(loss, progress, beside=self.beside)

@@ -28,7 +28,7 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels import choice
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.training.engine import Engine, Held, one_step
-from ppreid_dist.training.finite import FiniteWatch, NotFinite
+from ppreid_dist.training.finite import FiniteWatch
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class _Partitioned(Held):
         self.forward.backward(loss)
         self.forward.step()
         if not self.forward.was_step_applied():
-            raise NotFinite(self.name, self._watch.step)
+            raise self._watch.failure(self.name)
         self._steps += 1
         return torch.as_tensor(self.forward.get_global_grad_norm())
 
