@@ -54,7 +54,7 @@ class LazyConfig(Settings):
     catch_up: int = option(60, "most reversal steps spent on catching up at a period's end", at_least=1)
     window: int = option(20, "reversal steps over which progress is judged", at_least=2)
     tolerance: float = option(0.01, "caught up when the error fell by less than this share over a window", at_least=0)
-    ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, at_most=1)
+    ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, less_than=1)
     restart: int = option(
         0,
         "of the mode snapshot: after so many the reversal begins anew, with warm_steps to catch up; 0 is never",

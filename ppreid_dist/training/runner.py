@@ -55,7 +55,7 @@ class TrainingConfig(Settings):
     checkpoint_every: int = option(500, "steps between checkpoints; the last step always makes one", at_least=1)
     keep: int = option(2, "checkpoints kept", at_least=1)
     ema: float = option(
-        0.0, "decay of the averaged extractor that is kept and probed; 0 = keep the last", at_least=0, at_most=1
+        0.0, "decay of the averaged extractor that is kept and probed; 0 = keep the last", at_least=0, less_than=1
     )
     trace: TraceConfig = option(TraceConfig(), "")
 
