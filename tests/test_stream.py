@@ -259,6 +259,16 @@ def test_it_works_ahead_but_not_further_than_asked():
     ahead.close()
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", []), (None, [])])
+def test_its_thread_has_the_process_s_gpu(monkeypatch, device, chosen):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda on: seen.append((threading.current_thread().name, str(on))))
+    assert list(Prefetcher(lambda x: (x, len(seen)), iter(range(3)), 1, device=device)) == [
+        (x, len(chosen)) for x in range(3)
+    ]
+    assert seen == [("prefetch", name) for name in chosen]
+
+
 def test_errors_come_in_their_place_and_end_it():
     ahead = Prefetcher(lambda x: 6 // (2 - x), itertools.count(), 4)
     assert [next(ahead), next(ahead)] == [3, 6]

@@ -302,7 +302,7 @@ def open_stream(
         seed = int(np.random.default_rng([plan.seed, _POOL, start_step]).integers(2**31))
         found = source.batches(local // plan.K, plan.K, seed=seed)
         streamed = (batch(step, *next(found)) for step in steps)
-        return BatchStream(Prefetcher(lambda made: made, streamed, prefetch))
+        return BatchStream(Prefetcher(lambda made: made, streamed, prefetch, device=device))
 
     def read(step: int) -> Batch:
         rows = plan.batch(step)[rank_rows]
@@ -310,4 +310,4 @@ def open_stream(
 
     if isinstance(source, ResidentSource):  # no thread: an index into memory is done before one would wake
         return BatchStream(read(step) for step in steps)
-    return BatchStream(Prefetcher(read, steps, prefetch))
+    return BatchStream(Prefetcher(read, steps, prefetch, device=device))
