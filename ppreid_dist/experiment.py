@@ -204,7 +204,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         strangers=strangers,
         reversals=list(reversals.values()),
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
-        probe_every=config.probe.every,
+        probe_every=config.probe.every if adversaries else 0,
         identity={
             **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
             "engine.precision": engine.precision,
@@ -294,17 +294,20 @@ def _perceiver(config: Config, engine: Engine) -> Any:
     return lambda x_B3hw: network.backbone((x_B3hw - network.mean) / network.std).map_BChw
 
 
-def _probe(config: Config, engine: Engine) -> Probe:
+def _probe(config: Config, engine: Engine) -> Probe | None:
+    """The main process's, who probes alone; all others look for the same mistakes, and decode nothing."""
     people = open_split(config.data, "aux")
-    backend, device = config.data.stream.backend, engine.device
-    pictures = load_pictures(people, config.data.size, backend=backend, device=device, progress=False)
-    targets = load_pictures(people, config.reversal.size, backend=backend, device=device, progress=False)
 
     def fresh(name: str) -> Attacker:
         return ATTACKERS[name](by_pixels(getattr(config.attack, name)))
 
     for name in config.probe.attackers:
         fresh(name)  # who lacks a library says so now
+    if not engine.is_main:
+        return None
+    backend, device = config.data.stream.backend, engine.device
+    pictures = load_pictures(people, config.data.size, backend=backend, device=device, progress=False)
+    targets = load_pictures(people, config.reversal.size, backend=backend, device=device, progress=False)
     return Probe(
         config.probe,
         pictures,

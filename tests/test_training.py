@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModel
 
 from ppreid_dist import distributed
 from ppreid_dist.data.dataset import prepare_shards
-from ppreid_dist.data.stream import open_stream
+from ppreid_dist.data.stream import load_pictures, open_stream
 from ppreid_dist.errors import ConfigError, DataError, RunError
-from ppreid_dist.experiment import Config, _check_world, train
+from ppreid_dist.experiment import Config, _check_world, _probe, train
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.adversary import Metrics
 from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
@@ -445,6 +445,23 @@ def test_bad_input_is_one_line(world: list[str], tmp_path: Path, setting: str, m
 def test_an_uneven_world_is_refused_before_training(world: list[str], tmp_path: Path) -> None:
     done = launch(2, *world, f"output={tmp_path / 'run'}", "data.identities_per_batch=9", expect=-1)
     assert "data.identities_per_batch: 9 can't be shared evenly by 2 processes" in done.stderr
+
+
+def test_only_the_main_process_decodes_the_probe_s_people(world: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, decoded = load_settings(Config, None, world), []
+
+    def counted(*of: Any, **more: Any) -> Any:
+        decoded.append(1)
+        return load_pictures(*of, **more)
+
+    monkeypatch.setattr("ppreid_dist.experiment.load_pictures", counted)
+    for is_main in (True, False):
+        engine: Any = SimpleNamespace(is_main=is_main, device=torch.device("cpu"))
+        assert (_probe(config, engine) is not None) is is_main
+    assert len(decoded) == 2
+    config.data.shards = "/nowhere"
+    with pytest.raises(DataError, match="/nowhere"):
+        _probe(config, engine)
 
 
 def test_only_what_is_used_must_be_shared_evenly(world: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,10 @@ class TrainingConfig(Settings):
 
 
 class Runner:
-    """Joins players, adversaries, feeds and files. ``probe`` measures, and never changes, the game."""
+    """Joins players, adversaries, feeds and files.
+
+    ``probe`` measures, and never changes, the game; the main process has one if ``probe_every`` isn't 0.
+    """
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class Runner:
                 if self.step % self.config.log_every == 0 or self.step == self.total:
                     bar.set_postfix(self._log(), refresh=False)
                 bar.update()
-                if self.probe is not None and self._probe_due():
+                if self._probe_due():
                     self._run_probe()
                 stop, last = self.requests.agreed(), self.step == self.total
                 if stop or last or self.step % self.config.checkpoint_every == 0:
@@ -235,13 +238,13 @@ class Runner:
 
     def _probe_due(self) -> bool:
         played = self.step - self.game_from
-        return played > 0 and (played % self.probe_every == 0 or self.step == self.total)
+        return self.probe_every > 0 and played > 0 and (played % self.probe_every == 0 or self.step == self.total)
 
     def _run_probe(self) -> None:
-        assert self.probe is not None
         self.engine.watch.settle()
         extractor, views = self.finished(), [adversary.view() for adversary in self.adversaries]
         if self.engine.is_main:
+            assert self.probe is not None
             found = self.probe(extractor, [view for view in views if view is not None], self.step)
             values = {f"probe/{name}": value for name, value in found.items()}
             self.engine.accelerator.log({"images": self.step * self.batch_rows, **values}, step=self.step)
