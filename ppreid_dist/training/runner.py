@@ -11,7 +11,8 @@
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ, the learning
 rate, and what a backbone with stochastic depth or dropout drops (which is each process's own). A resumed run therefore
-continues as if it had never stopped; only the row of metrics.jsonl in which it stopped is a mean over what came after.
+continues as if it had never stopped, bit for bit on CPUs and on GPUs up to the order of sums, in which some of torch's
+kernels are free; only the row of metrics.jsonl in which it stopped is a mean over what came after.
 """
 
 import time
