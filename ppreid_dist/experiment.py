@@ -84,8 +84,8 @@ class Config(Settings):
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
-FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
-        "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
+FREE = ("output", "data.root", "data.shards", "data.remote", "data.stream.", "engine.kind", "engine.trackers",
+        "engine.timeout", "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
         "training.log_every", "training.checkpoint_every", "training.keep", "training.trace.",
         "probe.", "attack.", "report.")  # fmt: skip
 
@@ -167,7 +167,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
     if "ridge" in kinds and config.privacy.ridge.strangers:
         people, people_source = split, source
         if config.data.strangers_split != "train":
-            people = open_split(config.data, config.data.strangers_split)
+            people = open_split(config.data, config.data.strangers_split, streamed=True)
             people_source = open_source(people, config=config.data.stream, size=config.data.size, device=engine.device)
         strangers_fingerprint = people.fingerprint
         crowd = StrangersPlan(people.pids, config.privacy.ridge.strangers, config.seed)

@@ -393,6 +393,23 @@ def test_streaming_promises_less_but_trains(world: list[str], tmp_path: Path) ->
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.01
 
 
+@pytest.mark.parametrize("form", ["{}", "file:{}/"])
+def test_streaming_from_elsewhere(world: list[str], tmp_path: Path, form: str) -> None:
+    """Here lie the index, and what is decoded whole; an attacker's own people, say."""
+    here, far = tmp_path / "here", tmp_path / "far"
+    shutil.copytree(load_settings(Config, None, world).data.shards, here)
+    far.mkdir()
+    for shard in [*here.glob("train-*.tar"), *here.glob("unlabelled-*.tar")]:
+        shard.rename(far / shard.name)
+    settings = [*world, f"data.shards={here}", "data.stream.placement=webdataset", "training.images=96"]
+    settings += ["privacy.adversaries=[{kind: ridge}]", "training.warm=0.2"]
+    with pytest.raises(DataError, match=r"here/train-000000\.tar: missing"):
+        run(settings, tmp_path / "run")
+    run(settings, tmp_path / "run", f"data.remote={form.format(far)}")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert any("loss/ridge" in row for row in rows) and any("probe/fresh" in row for row in rows)
+
+
 def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
     got = run(world, tmp_path / "run", "engine.precision=bf16")
     assert {t.dtype for n, t in got.items() if n.startswith("/modules") and t.is_floating_point()} == {torch.float32}
@@ -432,6 +449,7 @@ def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
         ("reversal.generator_optimiser.decay=cosine", "reversal.generator_optimiser: warmup and decay aren't for"),
         ("reversal.critic_optimiser.warmup=0.1", "reversal.critic_optimiser: warmup and decay aren't for"),
         ("model.backbone=/nowhere", "model.backbone: /nowhere"),
+        ("data.remote=https://there/", "data.remote: shards elsewhere are streamed: it needs"),
         ("data.shards=/nowhere", "/nowhere: no shards there"),
     ],
 )
