@@ -3,7 +3,7 @@
 To look at a gradient's norm is to wait until the device has done all that it was asked for, and to let it stand idle
 until the host has caught up. So on a GPU an answer is read when the next gradient has been asked for, and has long come
 by then. Until it is read the optimisers see to it that nothing is lost: from the first norm on that isn't finite they
-leave the weights and moments of every player as they were.
+leave the weights and moments of every player as they were. (On several GPUs torch's SyncBatchNorm waits all the same.)
 """
 
 from collections.abc import Mapping, Sequence
