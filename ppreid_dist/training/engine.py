@@ -107,8 +107,11 @@ class Held(ABC):
         """
 
     @abstractmethod
-    def weights(self) -> Mapping[str, Tensor]:
-        """What ``module.state_dict()`` gives where the module is whole; only to be read, before the next step."""
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
+        """What ``module.state_dict()`` gives where the module is whole; only to be read, before the next step.
+
+        ``to_save``: the first process will write them, and no other needs any: a copy needn't lie on the device.
+        """
 
     @abstractmethod
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -200,7 +203,7 @@ class _Whole(Held):
     def _norm(self) -> Tensor:
         return clip.total_norm([p.grad for p in self.parameters if p.grad is not None])
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
         return self.module.state_dict()
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -229,7 +232,7 @@ class _Split(_Whole):
     def _wrap(self) -> nn.Module:
         return self.module
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
         """Whole on the first process, which writes them; this process's share on the others."""
         return {key: distributed.rows_on_main(known, self._rows) for key, known in self.module.state_dict().items()}
 
