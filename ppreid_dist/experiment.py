@@ -85,8 +85,8 @@ class Config(Settings):
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
-FREE = ("output", "data.root", "data.shards", "data.stream.", "engine.kind", "engine.trackers", "engine.timeout",
-        "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
+FREE = ("output", "data.root", "data.shards", "data.remote", "data.stream.", "engine.kind", "engine.trackers",
+        "engine.timeout", "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
         "training.log_every", "training.checkpoint_every", "training.keep", "training.trace.",
         "probe.", "attack.", "report.")  # fmt: skip
 
@@ -171,7 +171,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
     if "ridge" in kinds and config.privacy.ridge.strangers:
         people, people_source = split, source
         if config.data.strangers_split != "train":
-            people = open_split(config.data, config.data.strangers_split)
+            people = open_split(config.data, config.data.strangers_split, streamed=True)
             people_source = open_source(people, config=config.data.stream, size=config.data.size, device=engine.device)
         strangers_fingerprint = people.fingerprint
         crowd = StrangersPlan(people.pids, config.privacy.ridge.strangers, config.seed)
@@ -208,7 +208,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         strangers=strangers,
         reversals=list(reversals.values()),
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
-        probe_every=config.probe.every,
+        probe_every=config.probe.every if adversaries else 0,
         identity={
             **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
             "engine.precision": engine.precision,
@@ -273,7 +273,7 @@ def _feed(
 
 def _adversary(kind: str, config: Config, extractor: Player, engine: Engine, reversal: Feed | None) -> Adversary:
     if kind == "ridge":
-        return RidgeAdversary(config.privacy.ridge, seed=config.seed)
+        return RidgeAdversary(config.privacy.ridge, seed=config.seed, bounded_loss=config.privacy.bounded)
     if kind == "distance_correlation":
         return DistanceCorrelationAdversary(config.privacy.ridge)
     assert reversal is not None
@@ -298,17 +298,20 @@ def _perceiver(config: Config, engine: Engine) -> Any:
     return lambda x_B3hw: network.backbone((x_B3hw - network.mean) / network.std).map_BChw
 
 
-def _probe(config: Config, engine: Engine) -> Probe:
+def _probe(config: Config, engine: Engine) -> Probe | None:
+    """The main process's, who probes alone; all others look for the same mistakes, and decode nothing."""
     people = open_split(config.data, "aux")
-    backend, device = config.data.stream.backend, engine.device
-    pictures = load_pictures(people, config.data.size, backend=backend, device=device, progress=False)
-    targets = load_pictures(people, config.reversal.size, backend=backend, device=device, progress=False)
 
     def fresh(name: str) -> Attacker:
         return ATTACKERS[name](by_pixels(getattr(config.attack, name)))
 
     for name in config.probe.attackers:
         fresh(name)  # who lacks a library says so now
+    if not engine.is_main:
+        return None
+    backend, device = config.data.stream.backend, engine.device
+    pictures = load_pictures(people, config.data.size, backend=backend, device=device, progress=False)
+    targets = load_pictures(people, config.reversal.size, backend=backend, device=device, progress=False)
     return Probe(
         config.probe,
         pictures,

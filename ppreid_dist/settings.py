@@ -33,6 +33,7 @@ def option(
     at_least: float | None = None,
     more_than: float | None = None,
     at_most: float | None = None,
+    less_than: float | None = None,
     may_be_empty: bool = False,
 ) -> Any:
     """A dataclass field with its explanation and its bounds, for use in a :class:`Settings` class.
@@ -40,8 +41,9 @@ def option(
     A list must have something in it where its default has, unless it ``may_be_empty``. A list, a dictionary or a
     Settings instance as ``default`` is copied for every instance.
     """
-    metadata = dict(help=help, choices=choices, at_least=at_least, more_than=more_than, at_most=at_most)
-    metadata["filled"] = isinstance(default, list) and bool(default) and not may_be_empty
+    bounds = dict(at_least=at_least, more_than=more_than, at_most=at_most, less_than=less_than)
+    filled = isinstance(default, list) and bool(default) and not may_be_empty
+    metadata = dict(help=help, choices=choices, filled=filled, **bounds)
     if isinstance(default, (list, dict, Settings)):
         return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,6 +75,7 @@ class Settings:
                         ("at_least", lambda v, b: v < b, "at least"),
                         ("more_than", lambda v, b: v <= b, "more than"),
                         ("at_most", lambda v, b: v > b, "at most"),
+                        ("less_than", lambda v, b: v >= b, "less than"),
                     ):
                         bound = rules.get(rule)
                         if bound is not None and broken(item, bound):

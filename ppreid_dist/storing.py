@@ -53,8 +53,8 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     kept = Store(config.model.store, saved.extractor.feature_dim).to(device)
     if kept.needs_features:
         load = partial(
-            load_pictures, open_training(config.data), backend=config.data.stream.backend, device=device,
-            progress=progress,
+            load_pictures, open_training(config.data, streamed=False), backend=config.data.stream.backend,
+            device=device, progress=progress,
         )  # fmt: skip
         plain_ND = stored_features(saved.extractor, load(saved.size).images_N3HW)
         targets = load(config.model.store.decoder.size) if config.model.store.kind == "adversarial" else None

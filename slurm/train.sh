@@ -43,6 +43,8 @@ if [[ -z $output ]]; then
     read_output='import sys, yaml; print(yaml.safe_load(open(sys.argv[1], encoding="utf-8"))["output"])'
     output=$(python -c "$read_output" "$config" 2>/dev/null) || fail "$config: no output in it: give output=FOLDER"
 fi
+# As train.py does: no shell expands a ~ in a file or behind output=.
+output=$(python -c 'import os, sys; print(os.path.expanduser(sys.argv[1]))' "$output")
 if [[ -v SLURM_ARRAY_TASK_ID ]]; then
     output=$output/seed_$SLURM_ARRAY_TASK_ID
     set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$output"

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ppreid_dist.data.catalog import Catalog
 from ppreid_dist.data.records import Record
+from ppreid_dist.data.shards import ShardedSplit
 
 
 def encode(pixels: np.ndarray, form: str = "JPEG", **options: object) -> bytes:
@@ -46,6 +47,11 @@ def make_catalog(
                     Record(path=path, pid=pid, camid=shot + 1, split=split, mask=mask, attributes=attributes)
                 )
     return Catalog(kind="csv", root=folder, records=tuple(records), notes=("made for a test",))
+
+
+def part_of(split: ShardedSplit, rows: np.ndarray) -> ShardedSplit:
+    """The samples ``rows`` (integers, or a flag for each) as a split of their own."""
+    return ShardedSplit(split.name, split.index.take(np.arange(len(split))[rows]), split.tars)
 
 
 def forget_settings(shards: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ppreid_dist.data import decode
 from ppreid_dist.data.decode import Decoder, choose_backend, decode_masks
-from ppreid_dist.errors import DataError, MissingExtra
+from ppreid_dist.errors import ConfigError, DataError, MissingExtra
 
 DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not DALI, reason="DALI is not installed")
@@ -96,6 +96,12 @@ def test_auto_is_decided_by_what_there_is_and_said(monkeypatch, caplog):
         assert choice in caplog.text
     with pytest.raises(MissingExtra, match="DALI decoding needs the extra 'gpu'"):
         choose_backend("dali-cpu", CPU)
+
+
+@needs_dali
+def test_decoding_on_a_gpu_that_isn_t_there_is_one_line():
+    with pytest.raises(ConfigError, match=r"^data\.stream\.backend: dali-mixed decodes on a GPU, and this runs on cpu"):
+        Decoder("dali-mixed", (8, 4), CPU)
 
 
 def test_masks_are_the_person_where_half_of_a_pixel_is():

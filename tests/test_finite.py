@@ -15,6 +15,7 @@ from ppreid_dist.errors import RunError
 from ppreid_dist.training import engine as engine_module
 from ppreid_dist.training import step as step_module
 from ppreid_dist.training.finite import FiniteWatch
+from ppreid_dist.training.player import Player
 from ppreid_dist.training.tracking import read_metrics
 
 STEPS = 10  # of the tests' training
@@ -43,6 +44,7 @@ def test_not_a_number_stops_before_the_update(
         kept.append(load_file(Path(str(error.value).split("look at ")[1]) / "tensors.safetensors"))
         assert torch.isnan(kept[-1]["/terms/triplet"]) and torch.isfinite(kept[-1]["/terms/identity"])
         assert kept[-1]["/batch"].shape == (16, 3, 32, 16)
+        assert ("/strangers" in kept[-1]) is (step >= 4)
         assert all(torch.isfinite(t).all() for n, t in kept[-1].items() if n.startswith("/modules"))
     # The statistics of batch norm have seen another batch. No weight, no moment has moved.
     moved = ("running_mean", "running_var", "num_batches_tracked")
@@ -52,6 +54,33 @@ def test_not_a_number_stops_before_the_update(
     )
     assert any("exp_avg" in name for name in later)
     assert_same(at_once, later)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("player", ["extractor", "critic", "generator"])
+def test_the_batch_that_is_kept_is_the_one_that_failed(
+    late: bool, player: str, world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stream that would give other pictures if it were asked again, and of whoever failed."""
+    honest, calls, fed = Player.step, [], []
+
+    def poisoned(self: Player, loss: Tensor, *rest: Any, **named: Any) -> Tensor:
+        calls.append(self.name)
+        if calls.count(player) == 4 and self.name == player and not fed:
+            fed.append(self.held._engine.watch.fed["batch"].clone())  # type: ignore[attr-defined]
+            loss = loss * float("nan")
+        return honest(self, loss, *rest, **named)
+
+    monkeypatch.setattr(Player, "step", poisoned)
+    monkeypatch.setattr(engine_module, "FiniteWatch", partial(FiniteWatch, late=late))
+    settings = ["data.stream.placement=webdataset", "privacy.adversaries=[{kind: gan}]"]
+    with pytest.raises(RunError, match=rf"the gradient of the {player} is not finite") as error:
+        run(world, tmp_path / "run", *settings)
+    whose = "extractor" if player == "extractor" else "gan"
+    assert f"for the batch of the {whose} and all weights look at" in str(error.value)
+    kept = load_file(Path(str(error.value).split("look at ")[1]) / "tensors.safetensors")
+    assert torch.equal(kept["/batch"], fed[0])
+    assert ("/labels" in kept) is (player == "extractor")
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -122,6 +122,17 @@ def test_best_response_equals_numpy_over_all_adversaries() -> None:
     assert ridge_best_response(x, y, groups, softened, seed=4, step=9).loss.item() < expected
 
 
+def test_unbounded_it_pays_for_rows_beyond_the_floor() -> None:
+    """Of features that tell nothing the bounded loss wants little more, the unbounded one as much error as there is."""
+    config = RidgeConfig(views=["raw"], widths=[0.5], ridges=[1e-3])
+    x, y, groups = random(12, 4), random(12, 3, seed=1), np.arange(12)
+    bounded, unbounded = (
+        ridge_best_response(x, y, groups, config, seed=0, step=0, bounded_loss=flag) for flag in (True, False)
+    )
+    assert unbounded.error > unbounded.floor and 0 <= bounded.loss < 1
+    torch.testing.assert_close(unbounded.loss, -unbounded.error / unbounded.floor)
+
+
 @pytest.mark.parametrize("widths", [[LINEAR], [0.7], [LINEAR, 0.5, 2.0]])
 @pytest.mark.parametrize("view", ["raw", "whitened"])
 def test_gradient_through_fit_test_and_scale(view: str, widths: list[float]) -> None:

@@ -28,6 +28,7 @@ class Outer(Settings):
     size: tuple[int, int] = option((4, 2), "a size")
     count: int = option(3, "a count", at_least=1)
     maybe: float | None = option(None, "or nothing")
+    decay: float = option(0.9, "a decay", at_least=0, less_than=1)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ class Outer(Settings):
         ("count=0", "count:"),
         ("inner.rate=0", "inner.rate:"),
         ("inner.rate=2", "inner.rate:"),
+        ("decay=1", "decay: 1.0 must be less than 1"),
         ("inner.kind=c", "inner.kind:"),
         ("many=[{kind: c}]", "many[0].kind:"),
         ("many=[{kin: a}]", "kin:"),
@@ -59,6 +61,15 @@ def test_a_mistake_is_one_line_that_starts_with_the_key(override: str, start: st
         load_settings(Outer, None, [override])
     assert str(error.value).startswith(start)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["optimiser.beta1", "reversal.critic_optimiser.beta2", "training.ema", "reversal.lazy.ema_decay"],
+)
+def test_what_would_never_move_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: 1\.0 must be less than 1$"):
+        load_settings(Config, None, [f"{key}=1"])
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words", "\x00"])

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from make_shards import encode, make_catalog
+from make_shards import encode, make_catalog, part_of
 from PIL import Image
 
 from ppreid_dist.data.index import read_index
@@ -95,12 +95,12 @@ def test_plain_tarfile_agrees_with_the_index(shards):
             assert " " not in row["key"]
 
 
-def test_subset_and_join(shards, catalog):
+def test_a_part_and_a_join(shards, catalog):
     train, query = ShardedSplit.open(shards, "train"), ShardedSplit.open(shards, "query")
-    part = train.subset(np.array([4, 0, 9]))
+    part = part_of(train, np.array([4, 0, 9]))
     assert part.keys == [train.keys[i] for i in (4, 0, 9)]
     assert [part.image_bytes(k) for k in range(3)] == [train.image_bytes(i) for i in (4, 0, 9)]
-    assert np.array_equal(train.subset(train.pids == 3).pids, [3, 3, 3])
+    assert np.array_equal(part_of(train, train.pids == 3).pids, [3, 3, 3])
     both = join_splits([train, query])
     assert both.name == "train+query"
     assert both.keys == train.keys + query.keys
@@ -240,7 +240,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import ppreid_dist.data.shards as shards
-from make_shards import make_catalog
+from make_shards import make_catalog, part_of
 catalog = make_catalog(Path({raw!r}))
 append = shards._append
 def slowly(*arguments):

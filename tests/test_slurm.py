@@ -104,6 +104,15 @@ def test_a_crash_after_a_checkpoint_comes_back(door: Door, status: int) -> None:
     assert len(door.requeued()) == 1
 
 
+@pytest.mark.parametrize("arguments", [["home.yaml"], ["a run.yaml", "output=~/a run"]])
+def test_a_checkpoint_in_the_home_folder_is_found(door: Door, arguments: list[str]) -> None:
+    """No shell expands a ~ behind output=, and none one in a file."""
+    (door.root / "home.yaml").write_text("output: ~/a run\n")
+    home = door.root / "home"
+    door.run(*arguments, STATUS="1", HOME=str(home), SAVES=f"{home}/a run/checkpoints")
+    assert door.requeued() == ["70001"]
+
+
 def test_a_mistake_after_a_checkpoint_stays_away(door: Door) -> None:
     door.run("a run.yaml", STATUS="2", SAVES="runs/a run/checkpoints", expect=2)
     assert door.requeued() == []

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from make_shards import make_catalog
+from make_shards import make_catalog, part_of
 
 from ppreid_dist import distributed
 from ppreid_dist.data.decode import Decoder
@@ -66,7 +66,7 @@ def test_a_whole_split_is_loaded_in_its_order(split, pictures):
     assert pictures.attributes == split.attributes
     for pid, mask in zip(split.pids, pictures.masks_N1HW, strict=True):
         assert mask[0, 0].sum() == 4 + (pid - 3) // 7  # as the person was drawn
-    query = load_pictures(split.subset(np.arange(3)), SIZE, backend="pillow", device=CPU, progress=False)
+    query = load_pictures(part_of(split, np.arange(3)), SIZE, backend="pillow", device=CPU, progress=False)
     assert torch.equal(query.images_N3HW, pictures.images_N3HW[:3])
 
 
@@ -173,8 +173,26 @@ def test_streamed_order_is_seeded(split):
     assert pids(0) == pids(0) != pids(1)
 
 
+def test_labelled_pictures_and_strangers_come_in_orders_of_their_own(split):
+    """…from the same shards, by the same seed; and each in the same order again."""
+    labelled, strangers = PKPlan(split.pids, 2, 2, seed=0), StrangersPlan(split.pids, 4, seed=0)
+    asked = []
+
+    class Seen(WebDatasetSource):
+        def batches(self, P, K, *, seed):
+            asked.append(seed)
+            return super().batches(P, K, seed=seed)
+
+    for plan in (labelled, strangers, labelled, StrangersPlan(split.pids, 4, seed=0, key="reversal.batch")):
+        source = Seen(split.urls, Decoder("pillow", SIZE, CPU))
+        rows = slice(0, plan.total)
+        with open_stream(split, plan, source=source, prefetch=1, device=CPU, start_step=0, rank_rows=rows) as stream:
+            next(stream)
+    assert asked[0] == asked[2] and len(set(asked)) == 3
+
+
 def test_streaming_keeps_to_a_selection_and_repeats_where_pictures_are_few(split):
-    few = split.subset(np.flatnonzero(np.isin(split.pids, split.pids[:3]))[:7])
+    few = part_of(split, np.flatnonzero(np.isin(split.pids, split.pids[:3]))[:7])
     plan = PKPlan(few.pids, len(set(few.pids)), 4, seed=0)
     with _open(few, plan, "webdataset") as stream:
         for batch in itertools.islice(stream, 10):
@@ -209,7 +227,7 @@ def test_all_processes_hear_of_one_that_would_be_dealt_too_few_people(split, mon
     assert len(np.unique(split.index.table_N["shard"])) == 4
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     first = np.isin(split.index.table_N["shard"], [0, 2])
-    few = split.subset(np.flatnonzero(first | (split.pids == split.pids[~first][0])))
+    few = part_of(split, np.flatnonzero(first | (split.pids == split.pids[~first][0])))
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         rows = slice(8 * rank, 8 * rank + 8)
@@ -257,6 +275,16 @@ def test_it_works_ahead_but_not_further_than_asked():
     time.sleep(0.3)
     assert len(done) == 5  # one taken, three waiting, one in hand
     ahead.close()
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", []), (None, [])])
+def test_its_thread_has_the_process_s_gpu(monkeypatch, device, chosen):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda on: seen.append((threading.current_thread().name, str(on))))
+    assert list(Prefetcher(lambda x: (x, len(seen)), iter(range(3)), 1, device=device)) == [
+        (x, len(chosen)) for x in range(3)
+    ]
+    assert seen == [("prefetch", name) for name in chosen]
 
 
 def test_errors_come_in_their_place_and_end_it():

@@ -21,12 +21,13 @@ from transformers import AutoConfig, AutoModel
 
 from ppreid_dist import distributed
 from ppreid_dist.data.dataset import prepare_shards
-from ppreid_dist.data.stream import open_stream
+from ppreid_dist.data.stream import load_pictures, open_stream
 from ppreid_dist.errors import ConfigError, DataError, RunError
-from ppreid_dist.experiment import Config, _check_world, train
+from ppreid_dist.experiment import Config, _check_world, _probe, train
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.adversary import Metrics
 from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
+from ppreid_dist.training.engine import _Whole
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 from ppreid_dist.training.player import Player
 from ppreid_dist.training.reversal import ReversalAdversary
@@ -282,7 +283,7 @@ def test_a_pool_of_snapshots(world: list[str], tmp_path: Path) -> None:
         patch.setattr(ReversalAdversary, "_strongest", watching)
         alone = run(settings, tmp_path / "whole")
     assert [count for count, *_ in seen] == sorted(count for count, *_ in seen) and seen[-1][0] > 3
-    assert {known for *_, known in seen} == {2, 3}
+    assert [known for *_, known in seen] == [1, 1, 2, 2, 3, 3, 3, 3]  # none is taken twice as the game begins
     assert not any(any(same[: count - 1]) for count, same, _ in seen)
     first_part(settings, tmp_path / "stopped", 7)
     assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
@@ -292,7 +293,7 @@ def test_a_reversal_that_begins_anew(world: list[str], tmp_path: Path) -> None:
     """At every second snapshot generator and critic are new, their moments too, and it resumes."""
     from ppreid_dist.training.player import Player
 
-    settings = [*world, "reversal.lazy={period: 2, restart: 2}", "privacy.adversaries=[{kind: gan}]",
+    settings = [*world, "reversal.lazy={period: 1, restart: 2}", "privacy.adversaries=[{kind: gan}]",
                 "training.warm=0.2"]  # fmt: skip
     renewed: list[tuple[str, Tensor]] = []
     renew = Player.renew
@@ -372,6 +373,16 @@ def test_every_variant_trains(world: list[str], whole: Path, tmp_path: Path, set
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_best_response_can_be_unbounded(world: list[str], tmp_path: Path) -> None:
+    """Below 0 where anything is hidden, which the bounded one never is."""
+    settings = ["privacy.adversaries=[{kind: ridge}]", "training.images=96"]
+    for bounded in (True, False):
+        run(world, tmp_path / str(bounded), f"privacy.bounded={bounded}", *settings)
+        rows = read_metrics(tmp_path / str(bounded) / "metrics.jsonl")
+        losses = [row["loss/ridge"] for row in rows if "loss/ridge" in row]
+        assert losses and all((loss > 0) is bounded for loss in losses)
+
+
 def test_reading_as_planned_gives_the_resident_run_bit_for_bit(world: list[str], whole: Path, tmp_path: Path) -> None:
     assert_same(last(whole), run(world, tmp_path / "run", "data.stream.placement=indexed"))
 
@@ -382,11 +393,47 @@ def test_streaming_promises_less_but_trains(world: list[str], tmp_path: Path) ->
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.01
 
 
+@pytest.mark.parametrize("form", ["{}", "file:{}/"])
+def test_streaming_from_elsewhere(world: list[str], tmp_path: Path, form: str) -> None:
+    """Here lie the index, and what is decoded whole; an attacker's own people, say."""
+    here, far = tmp_path / "here", tmp_path / "far"
+    shutil.copytree(load_settings(Config, None, world).data.shards, here)
+    far.mkdir()
+    for shard in [*here.glob("train-*.tar"), *here.glob("unlabelled-*.tar")]:
+        shard.rename(far / shard.name)
+    settings = [*world, f"data.shards={here}", "data.stream.placement=webdataset", "training.images=96"]
+    settings += ["privacy.adversaries=[{kind: ridge}]", "training.warm=0.2"]
+    with pytest.raises(DataError, match=r"here/train-000000\.tar: missing"):
+        run(settings, tmp_path / "run")
+    run(settings, tmp_path / "run", f"data.remote={form.format(far)}")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert any("loss/ridge" in row for row in rows) and any("probe/fresh" in row for row in rows)
+
+
 def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
     got = run(world, tmp_path / "run", "engine.precision=bf16")
     assert {t.dtype for n, t in got.items() if n.startswith("/modules") and t.is_floating_point()} == {torch.float32}
     losses = identity_losses(tmp_path / "run")
     assert losses and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("compiled", ["no", "aot_eager"])
+def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: str
+) -> None:
+    """The identity head's, which a backward under autocast would round."""
+    seen: list[Tensor] = []
+    norm = _Whole._norm
+
+    def watching(self: _Whole) -> Tensor:
+        if self.name == "extractor":
+            seen.append(self.module.classifier.weight.grad.clone())
+        return norm(self)
+
+    monkeypatch.setattr(_Whole, "_norm", watching)
+    run(world, tmp_path / "run", "engine.precision=bf16", f"engine.compile={compiled}", "training.images=96")
+    assert len(seen) == 6
+    assert all(float((g == g.bfloat16().float()).float().mean()) < 0.1 for g in seen)
 
 
 @pytest.mark.parametrize(
@@ -396,11 +443,13 @@ def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
         ("privacy.ridge.strangers=33", "privacy.ridge.strangers: 33"),
         ("reversal.batch=25", "reversal.batch: 25"),
         ("reversal.size=[20,10]", "reversal.size: 20x10"),
+        ("privacy={bounded: false, adversaries: [{kind: distance_correlation}]}", "privacy.bounded: false means"),
         ("reversal.lazy={mode: ema, pool: 2}", "reversal.lazy.pool: is for the mode snapshot, which ema isn't"),
         ("reversal.lazy={mode: rare, restart: 1}", "reversal.lazy.restart: is for the mode snapshot, which rare isn't"),
         ("reversal.generator_optimiser.decay=cosine", "reversal.generator_optimiser: warmup and decay aren't for"),
         ("reversal.critic_optimiser.warmup=0.1", "reversal.critic_optimiser: warmup and decay aren't for"),
         ("model.backbone=/nowhere", "model.backbone: /nowhere"),
+        ("data.remote=https://there/", "data.remote: shards elsewhere are streamed: it needs"),
         ("data.shards=/nowhere", "/nowhere: no shards there"),
     ],
 )
@@ -415,6 +464,23 @@ def test_an_uneven_world_is_refused_before_training(world: list[str], tmp_path: 
     done = launch(2, *world, f"output={tmp_path / 'run'}", "data.identities_per_batch=9", expect=-1)
     line = "error: data.identities_per_batch: 9 can't be shared evenly by 2 processes"
     assert done.stderr.count(line) == 1  # of two processes
+
+
+def test_only_the_main_process_decodes_the_probe_s_people(world: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, decoded = load_settings(Config, None, world), []
+
+    def counted(*of: Any, **more: Any) -> Any:
+        decoded.append(1)
+        return load_pictures(*of, **more)
+
+    monkeypatch.setattr("ppreid_dist.experiment.load_pictures", counted)
+    for is_main in (True, False):
+        engine: Any = SimpleNamespace(is_main=is_main, device=torch.device("cpu"))
+        assert (_probe(config, engine) is not None) is is_main
+    assert len(decoded) == 2
+    config.data.shards = "/nowhere"
+    with pytest.raises(DataError, match="/nowhere"):
+        _probe(config, engine)
 
 
 def test_only_what_is_used_must_be_shared_evenly(world: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,10 @@ def _two_steps(engine: Engine, network: Extractor, options: argparse.Namespace) 
     x_B3HW = torch.rand(options.batch, 3, 256, 128, device=engine.device)
     for _ in range(2):
         begun = time.perf_counter()
-        with extractor.active() as forward, engine.autocast():
-            extractor.step(forward(x_B3HW).embedding_BD.square().mean(), 0.0)
+        with extractor.active() as forward:
+            with engine.autocast():
+                loss = forward(x_B3HW).embedding_BD.square().mean()
+            extractor.step(loss, 0.0)
     return {"seconds": time.perf_counter() - begun}
 
 

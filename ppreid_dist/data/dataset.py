@@ -26,6 +26,12 @@ class DataConfig(Settings):
     )
     root: str = option("data/synthetic", "the pictures' folder, or a CSV file")
     shards: str = option("data/synthetic-shards", "the folder that `ppreid shards` writes and training reads")
+    remote: str = option(
+        "",
+        "where the shards that training streams lie, if not there: a folder, or what webdataset reads from and the "
+        "shard's name is put behind (https://host/folder/, file:/folder/, `pipe:curl -s https://host/folder/`); for "
+        "data.stream.placement=webdataset",
+    )
     images_per_shard: int = option(4096, "pictures in a shard", at_least=1)
     aux_identities: int = option(
         0, "training people set apart for the attackers; 0 where the data names its own", at_least=0
@@ -46,6 +52,12 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.root, self.shards = os.path.expanduser(self.root), os.path.expanduser(self.shards)
+        self.remote = os.path.expanduser(self.remote)
+        if self.remote and self.stream.placement != "webdataset":
+            raise ConfigError(
+                f"remote: shards elsewhere are streamed: it needs data.stream.placement=webdataset, not "
+                f"{self.stream.placement}"
+            )
         if self.kind == "synthetic" and self.aux_identities:
             raise ConfigError("aux_identities: synthetic people are set apart by data.synthetic.aux")
 
@@ -113,18 +125,22 @@ def is_synthetic(config: DataConfig) -> bool:
     return bool(read_meta(Path(config.shards)).get("settings", {}).get("data.kind") == "synthetic")
 
 
-def open_split(config: DataConfig, split: str) -> ShardedSplit:
-    """A split of the configuration's shards. DataError naming the folder and the command that writes it, if there are
-    none, or if they were written with other settings."""
+def open_split(config: DataConfig, split: str, *, streamed: bool = False) -> ShardedSplit:
+    """A split of the configuration's shards; if it is to be ``streamed``, those in ``data.remote``, where that is set.
+
+    DataError naming the folder and the command that writes it, if there are none, or if they were written with other
+    settings.
+    """
     folder = Path(config.shards)
     if not (folder / "meta.json").is_file():
         raise DataError(f"{folder}: no shards there; write them by `ppreid shards --config …`")
     _check_settings(config)
     if split == "aux" and split not in read_meta(folder)["splits"]:
         raise DataError(f"{folder}: has no split 'aux': {_how_to_aux(config)}")
-    return ShardedSplit.open(folder, split)
+    remote = f"{config.remote.rstrip('/')}/" if streamed and config.remote else ""
+    return ShardedSplit.open(folder, split, remote=remote)
 
 
-def open_training(config: DataConfig) -> ShardedSplit:
-    """What the extractor trains on."""
-    return join_splits([open_split(config, split) for split in config.train_splits])
+def open_training(config: DataConfig, *, streamed: bool = True) -> ShardedSplit:
+    """What the extractor trains on. ``streamed``: as in :func:`open_split`; to be read at random it mustn't be."""
+    return join_splits([open_split(config, split, streamed=streamed) for split in config.train_splits])

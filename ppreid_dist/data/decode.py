@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ppreid_dist.errors import DataError, MissingExtra
+from ppreid_dist.errors import ConfigError, DataError, MissingExtra
 from ppreid_dist.transfer import to_device
 
 BACKENDS = ("auto", "pillow", "dali-cpu", "dali-mixed")
@@ -37,11 +37,14 @@ def _say_once(line: str) -> None:
 def choose_backend(backend: str, device: torch.device) -> str:
     """``auto`` resolved for this machine, said once in a logged line; another name is checked and returned.
 
-    Raises MissingExtra when DALI is asked for and not installed.
+    Raises MissingExtra when DALI is asked for and not installed, ConfigError for ``dali-mixed`` on another device than
+    a GPU.
     """
     present = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if backend.startswith("dali") and not present:
         raise MissingExtra("DALI decoding", "gpu")
+    if backend == "dali-mixed" and device.type != "cuda":
+        raise ConfigError(f"data.stream.backend: dali-mixed decodes on a GPU, and this runs on {device}; use dali-cpu")
     if backend == "auto":
         backend = "pillow" if not present else "dali-mixed" if device.type == "cuda" else "dali-cpu"
         _say_once(f"decoding by {backend} (DALI {'installed' if present else 'absent'}, device {device})")

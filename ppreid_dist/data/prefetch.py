@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -13,15 +15,17 @@ class Prefetcher(Generic[T, R]):
     """``map(work, items)`` in order, up to ``depth`` results ahead in a thread of its own.
 
     What ``items`` or ``work`` raises is raised by ``next`` in its place. ``close()`` ends the thread, also in the
-    middle; an abandoned prefetcher closes itself. On CUDA both threads use torch's default stream, so a consumer
-    on another stream must wait for it.
+    middle; an abandoned prefetcher closes itself. On CUDA, which ``device`` says, both threads use torch's default
+    stream, so a consumer on another stream must wait for it.
     """
 
-    def __init__(self, work: Callable[[T], R], items: Iterator[T], depth: int):
+    def __init__(
+        self, work: Callable[[T], R], items: Iterator[T], depth: int, *, device: torch.device | str | None = None
+    ):
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
         self._stop = threading.Event()
         # The thread holds the queue and the event but not this object, whose __del__ could otherwise never run.
-        arguments = (work, items, self._queue, self._stop)
+        arguments = (work, items, self._queue, self._stop, None if device is None else torch.device(device))
         self._thread = threading.Thread(target=_work_ahead, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -49,7 +53,13 @@ class Prefetcher(Generic[T, R]):
         self._stop.set()
 
 
-def _work_ahead(work: Callable[[Any], Any], items: Iterator[Any], results: "queue.Queue[Any]", stop: Any) -> None:
+def _work_ahead(
+    work: Callable[[Any], Any],
+    items: Iterator[Any],
+    results: "queue.Queue[Any]",
+    stop: threading.Event,
+    device: torch.device | None,
+) -> None:
     def put(kind: str, value: Any) -> None:
         while not stop.is_set():
             try:
@@ -58,6 +68,9 @@ def _work_ahead(work: Callable[[Any], Any], items: Iterator[Any], results: "queu
                 continue
 
     try:
+        # A thread begins with GPU 0, where all processes of a node would then each have a context.
+        if device is not None and device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         for item in items:
             if stop.is_set():
                 return

@@ -233,7 +233,7 @@ class _Tars:
 
 @dataclass(frozen=True, eq=False)
 class ShardedSplit:
-    """One split of a folder of shards, or a selection of it; samples are addressed by row. N samples.
+    """One split of a folder of shards, or several joined; samples are addressed by row. N samples.
 
     ``remote`` splits know their index only: their shards are URLs that ``stream.WebDatasetSource`` reads in order.
     """
@@ -309,10 +309,6 @@ class ShardedSplit:
             shard = self.tars.paths[row["shard"]]
             raise DataError(f"{shard}: {self.index.key(i)}: damaged (its {what or 'image_'}crc isn't the index's)")
         return data
-
-    def subset(self, rows: np.ndarray) -> "ShardedSplit":
-        """The samples ``rows`` (integers, or a mask over all rows) as a split of their own."""
-        return ShardedSplit(self.name, self.index.take(np.arange(len(self))[rows]), self.tars)
 
 
 def join_splits(splits: Sequence[ShardedSplit]) -> ShardedSplit:

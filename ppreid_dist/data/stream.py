@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import tarfile
+import zlib
 from collections.abc import Container, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -145,7 +146,7 @@ class WebDatasetSource:
     Its promises are weaker than the plan's: a resumed run doesn't see the batches that the unbroken one would have
     (the order is seeded, a stream's position is not kept); batches differ with the number of processes, since each
     reads shards of its own; identities are unique within a process's rows only, not over the global batch; CRCs are
-    not checked. ``only`` names the keys to use, where a split is a selection of what the shards hold.
+    not checked. ``only`` names the keys to use, where the shards hold more.
     """
 
     def __init__(self, urls: Sequence[str], decoder: Decoder, *, only: Container[str] | None = None, pool: int = 8192):
@@ -299,10 +300,12 @@ def open_stream(
 
     if isinstance(source, WebDatasetSource):
         _check_dealing(split, local // plan.K)
-        seed = int(np.random.default_rng([plan.seed, _POOL, start_step]).integers(2**31))
+        # Labelled pictures and strangers may come from the same shards by the same seed, in an order each of its own.
+        which = zlib.crc32(f"{plan.key} {split.name}".encode())
+        seed = int(np.random.default_rng([plan.seed, _POOL, which, start_step]).integers(2**31))
         found = source.batches(local // plan.K, plan.K, seed=seed)
         streamed = (batch(step, *next(found)) for step in steps)
-        return BatchStream(Prefetcher(lambda made: made, streamed, prefetch))
+        return BatchStream(Prefetcher(lambda made: made, streamed, prefetch, device=device))
 
     def read(step: int) -> Batch:
         rows = plan.batch(step)[rank_rows]
@@ -310,4 +313,4 @@ def open_stream(
 
     if isinstance(source, ResidentSource):  # no thread: an index into memory is done before one would wake
         return BatchStream(read(step) for step in steps)
-    return BatchStream(Prefetcher(read, steps, prefetch))
+    return BatchStream(Prefetcher(read, steps, prefetch, device=device))

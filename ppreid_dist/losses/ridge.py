@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve, whitening
-from ppreid_dist.losses.privacy import bounded
+from ppreid_dist.losses.privacy import bounded, unbounded
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.transfer import to_device
 
@@ -70,7 +70,8 @@ class RidgeConfig(Settings):
 class RidgeResult(NamedTuple):
     """The loss to minimise and, detached, what to log."""
 
-    loss: Tensor  # scalar: 0 is no better than the mean picture, 1 is perfect reconstruction of every test row
+    loss: Tensor  # scalar: 0 is no better than the mean picture, 1 is perfect reconstruction of every test row;
+    # unbounded, these are -1 and 0
     error: Tensor  # scalar: the strongest adversary's mean squared error on the test rows
     floor: Tensor  # scalar: the mean picture's
     best: Tensor  # int64 (3,): the strongest adversary's places in views, widths and ridges
@@ -96,7 +97,14 @@ def centre_by_camera(targets_NM: Tensor, cameras_N: Tensor) -> Tensor:
 
 
 def ridge_best_response(
-    features_ND: Tensor, targets_NM: Tensor, groups_N: np.ndarray, config: RidgeConfig, *, seed: int, step: int
+    features_ND: Tensor,
+    targets_NM: Tensor,
+    groups_N: np.ndarray,
+    config: RidgeConfig,
+    *,
+    seed: int,
+    step: int,
+    bounded_loss: bool = True,
 ) -> RidgeResult:
     """What the strongest ridge adversary gains on unseen identities: mean(max(0, floor - error)) / mean(floor).
 
@@ -107,7 +115,8 @@ def ridge_best_response(
     without information their lucky rows count and their bad ones don't.
 
     The gradient is that of the chosen adversary alone, exact for the minimum; ``softmin`` weighs all by their mean
-    errors instead, the weights held constant. ConfigError where there are fewer than two groups.
+    errors instead, the weights held constant. Without ``bounded_loss``, an ablation, the loss is :func:`unbounded`.
+    ConfigError where there are fewer than two groups.
     """
     split = split_groups(groups_N, config.fit_fraction, seed, step)
     fit_F, test_T = (to_device(torch.from_numpy(rows), features_ND.device) for rows in split)
@@ -144,7 +153,8 @@ def ridge_best_response(
         width_W, ridge_R = widths_W.index_select(0, best[1:2]), ridges_R.index_select(0, best[2:])
         errors_XT = errors(view_ND, width_W, ridge_R).flatten(0, 1)
         weights_X = torch.ones_like(errors_XT[:, 0])
-    loss_X = torch.stack([bounded(error_T, floor_T) for error_T in errors_XT])
+    lose = bounded if bounded_loss else unbounded
+    loss_X = torch.stack([lose(error_T, floor_T) for error_T in errors_XT])
     return RidgeResult((weights_X * loss_X).sum().to(dtype), mean_X.min(), floor_T.mean(), best)
 
 

@@ -90,7 +90,8 @@ def convert_batchnorm(module: nn.Module) -> nn.Module:
     """``module`` with every BatchNorm layer in it synchronised, in place, if there is more than one process.
 
     Parameters, buffers and the keys of the state stay the same. A module already on a GPU gets torch's fused
-    ``SyncBatchNorm``, any other one ours, so move it to its device first.
+    ``SyncBatchNorm``, which waits for the device in every forward (docs/gpu.md); any other one ours, so move it to its
+    device first.
     """
     if world_size() == 1:
         return module

@@ -53,7 +53,10 @@ class Adversary(ABC):
 
     @abstractmethod
     def loss(self, shown: Exposure, step: int) -> Tensor:
-        """Step B: how much is given away, 0 (no more than to a stranger) to about 1; differentiable."""
+        """Step B: how much is given away, 0 (no more than to a stranger) to about 1; differentiable.
+
+        Under ``privacy.bounded=false``, of those that draw: minus the error in units of the floor, without an end.
+        """
 
     def follow(self, step: int) -> Metrics:
         """The extractor has taken step ``step``."""

@@ -33,8 +33,8 @@ class RidgeAdversary(Adversary):
 
     kind: ClassVar[str] = "ridge"
 
-    def __init__(self, config: RidgeConfig, *, seed: int):
-        self.config, self.seed = config, seed
+    def __init__(self, config: RidgeConfig, *, seed: int, bounded_loss: bool):
+        self.config, self.seed, self.bounded_loss = config, seed, bounded_loss
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
         loss = shown.stored_BD.new_zeros(())
@@ -49,8 +49,15 @@ class RidgeAdversary(Adversary):
         targets_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.config))
         if self.config.centre == "camera":
             targets_NM = centre_by_camera(targets_NM, distributed.gather(shown.cameras_B))
-        persons_N = shown.persons_N
-        return ridge_best_response(features_ND, targets_NM, persons_N, self.config, seed=self.seed, step=step).loss
+        return ridge_best_response(
+            features_ND,
+            targets_NM,
+            shown.persons_N,
+            self.config,
+            seed=self.seed,
+            step=step,
+            bounded_loss=self.bounded_loss,
+        ).loss
 
     def view(self) -> View | None:
         return _RidgeView(self.config, self.seed)

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
@@ -106,8 +107,11 @@ class Held(ABC):
         """
 
     @abstractmethod
-    def weights(self) -> Mapping[str, Tensor]:
-        """What ``module.state_dict()`` gives where the module is whole; only to be read, before the next step."""
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
+        """What ``module.state_dict()`` gives where the module is whole; only to be read, before the next step.
+
+        ``to_save``: the first process will write them, and no other needs any: a copy needn't lie on the device.
+        """
 
     @abstractmethod
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -146,6 +150,9 @@ class _Whole(Held):
             # A function of its own for each phase: the frozen player is called bare, and never by this graph.
             # A graph that the GPU replays is of one shape: steps of the game, which add strangers, have their own.
             how: dict[str, Any] = {"backend": engine.compile}
+            # A graph's backward would be traced under the forward's autocast, and round what is to stay fp32.
+            if hasattr(functorch, "backward_pass_autocast"):  # not all versions can be told
+                functorch.backward_pass_autocast = "off"
             if engine.compile == "reduce-overhead":
                 how = {"mode": engine.compile, "dynamic": False}
             self.forward = torch.compile(self.forward, **how)
@@ -197,7 +204,7 @@ class _Whole(Held):
     def _norm(self) -> Tensor:
         return clip.total_norm([p.grad for p in self.parameters if p.grad is not None])
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
         return self.module.state_dict()
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
@@ -226,7 +233,7 @@ class _Split(_Whole):
     def _wrap(self) -> nn.Module:
         return self.module
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
         """Whole on the first process, which writes them; this process's share on the others."""
         return {key: distributed.rows_on_main(known, self._rows) for key, known in self.module.state_dict().items()}
 

@@ -18,8 +18,8 @@ _TORCHS = (torch.optim.Adam, torch.optim.AdamW)
 class OptimiserConfig(Settings):
     name: str = option("adam", "optimiser", choices=("adam", "adamw"))
     lr: float = option(3.5e-4, "learning rate after the warm-up", more_than=0)
-    beta1: float = option(0.9, "Adam's first decay", at_least=0, at_most=1)
-    beta2: float = option(0.999, "Adam's second decay", at_least=0, at_most=1)
+    beta1: float = option(0.9, "Adam's first decay", at_least=0, less_than=1)
+    beta2: float = option(0.999, "Adam's second decay", at_least=0, less_than=1)
     eps: float = option(1e-8, "Adam's least denominator: gradients far below it hardly move a weight", more_than=0)
     weight_decay: float = option(5e-4, "weight decay", at_least=0)
     warmup: float = option(

@@ -45,11 +45,16 @@ class LazyConfig(Settings):
         "pictures at the same time (ablation: gradient reversal in one step)",
         choices=("snapshot", "rare", "ema", "none", "one_step"),
     )
-    period: int = option(20, "extractor steps between snapshots, or between rare updates", at_least=1)
+    period: int = option(
+        20,
+        "played rounds between snapshots, or between rare updates; a round is played in one of privacy.every extractor "
+        "steps",
+        at_least=1,
+    )
     catch_up: int = option(60, "most reversal steps spent on catching up at a period's end", at_least=1)
     window: int = option(20, "reversal steps over which progress is judged", at_least=2)
     tolerance: float = option(0.01, "caught up when the error fell by less than this share over a window", at_least=0)
-    ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, at_most=1)
+    ema_decay: float = option(0.99, "decay of the mode ema", at_least=0, less_than=1)
     restart: int = option(
         0,
         "of the mode snapshot: after so many the reversal begins anew, with warm_steps to catch up; 0 is never",
@@ -74,7 +79,7 @@ class ReversalConfig(Settings):
     size: tuple[int, int] = option((128, 64), "height and width of the pictures that the reversal draws")
     batch: int = option(64, "distinct people in a reversal step, over all ranks", at_least=2)
     warm_steps: int = option(600, "most reversal steps before the game begins, the extractor frozen", at_least=1)
-    steps: int = option(1, "reversal steps to each extractor step", at_least=1)
+    steps: int = option(1, "reversal steps to each played round", at_least=1)
     generator: GeneratorConfig = option(GeneratorConfig(), "")
     critic: CriticConfig = option(CriticConfig(), "")
     adversarial: AdversarialConfig = option(AdversarialConfig(), "")
@@ -123,7 +128,7 @@ class ReversalAdversary(Adversary):
         self.ema = Ema(self.generator.held.copy(), config.lazy.ema_decay) if lazy == "ema" else None
         self.met: tuple[Tensor, Tensor] | None = None  # of the mode one_step: features and pictures of the last loss
         self.turns = 0  # reversal steps done
-        self.rounds = 0  # extractor steps answered
+        self.rounds = 0  # played, not all of the extractor's steps
         self.snapshots = 0  # taken
 
     def _untrained(self, dim: int, *renewal: int) -> tuple[Generator, Critic]:
@@ -151,9 +156,10 @@ class ReversalAdversary(Adversary):
 
     def respond(self, extractor: Player, step: int) -> Metrics:
         lazy, boundary = self.config.lazy, self.rounds % self.config.lazy.period == 0
+        first = self.rounds == 0
         self.rounds += 1
         metrics: Metrics = {}
-        if lazy.mode == "snapshot" and boundary:
+        if lazy.mode == "snapshot" and boundary and not first:  # the first follows a snapshot: see prepare
             self._take_lagged(extractor)
             renewed = lazy.restart > 0 and self.snapshots % lazy.restart == 0
             if renewed:
@@ -213,6 +219,7 @@ class ReversalAdversary(Adversary):
 
     def _learn(self, stored: Tensor, target: Tensor) -> dict[str, Tensor]:
         noise = self._noise((_TURN, self.turns), len(target), target.device)
+        self.engine.watch.fed = {"batch_of": self.kind, "batch": target, "features": stored}
         metrics: dict[str, Tensor] = {}
         if self.critic is not None:
             metrics["critic"] = self._critic_step(target, stored, noise)

@@ -12,7 +12,8 @@
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ, the learning
 rate, and what a backbone with stochastic depth or dropout drops (which is each process's own). A resumed run therefore
-continues as if it had never stopped; only the row of metrics.jsonl in which it stopped is a mean over what came after.
+continues as if it had never stopped, bit for bit on CPUs and on GPUs up to the order of sums, in which some of torch's
+kernels are free; only the row of metrics.jsonl in which it stopped is a mean over what came after.
 """
 
 import time
@@ -56,13 +57,16 @@ class TrainingConfig(Settings):
     checkpoint_every: int = option(500, "steps between checkpoints; the last step always makes one", at_least=1)
     keep: int = option(2, "checkpoints kept", at_least=1)
     ema: float = option(
-        0.0, "decay of the averaged extractor that is kept and probed; 0 = keep the last", at_least=0, at_most=1
+        0.0, "decay of the averaged extractor that is kept and probed; 0 = keep the last", at_least=0, less_than=1
     )
     trace: TraceConfig = option(TraceConfig(), "")
 
 
 class Runner:
-    """Joins players, adversaries, feeds and files. ``probe`` measures, and never changes, the game."""
+    """Joins players, adversaries, feeds and files.
+
+    ``probe`` measures, and never changes, the game; the main process has one if ``probe_every`` isn't 0.
+    """
 
     def __init__(
         self,
@@ -135,7 +139,7 @@ class Runner:
                 if self.step % self.config.log_every == 0 or self.step == self.total:
                     bar.set_postfix(self._log(), refresh=False)
                 bar.update()
-                if self.probe is not None and self._probe_due():
+                if self._probe_due():
                     self._run_probe()
                 stop, last = self.requests.agreed(), self.step == self.total
                 if stop or last or self.step % self.config.checkpoint_every == 0:
@@ -236,13 +240,13 @@ class Runner:
 
     def _probe_due(self) -> bool:
         played = self.step - self.game_from
-        return played > 0 and (played % self.probe_every == 0 or self.step == self.total)
+        return self.probe_every > 0 and played > 0 and (played % self.probe_every == 0 or self.step == self.total)
 
     def _run_probe(self) -> None:
-        assert self.probe is not None
         self.engine.watch.settle()
         extractor, views = self.finished(), [adversary.view() for adversary in self.adversaries]
         if self.engine.is_main:
+            assert self.probe is not None
             found = self.probe(extractor, [view for view in views if view is not None], self.step)
             values = {f"probe/{name}": value for name, value in found.items()}
             self.engine.accelerator.log({"images": self.step * self.batch_rows, **values}, step=self.step)
@@ -278,9 +282,9 @@ class Runner:
         return found is not None
 
     def _not_finite(self, error: NotFinite) -> RunError:
-        """Keep the batch, the loss terms and all weights from before the step that failed, and say where."""
-        batch = self.labelled[error.step]
-        terms = self.extractor_step.terms.get(error.step, {})
-        seen = {"terms": terms, "batch": batch.x_B3HW, "labels": batch.labels_B}
-        target = self.state.keep_failed(replace(self.at, step=error.step), seen)
-        return RunError(f"step {error.step}: {error} is not finite; nothing was updated; look at {target}")
+        """Keep what the gradient came from (the first process's rows) and all weights from before it, and say where."""
+        target = self.state.keep_failed(replace(self.at, step=error.step), error.fed)
+        return RunError(
+            f"step {error.step}: {error} is not finite; nothing was updated; for the batch of the "
+            f"{error.fed['batch_of']} and all weights look at {target}"
+        )

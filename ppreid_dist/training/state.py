@@ -58,12 +58,13 @@ class GameState:
         return averaged | {f"{kind}.{name}": module for kind, who in each for name, module in who.frozen.items()}
 
     def tree(self, position: Position) -> dict[str, Any]:
-        """The whole game, whatever engine plays it. Called by every process: each may have a part of it only."""
+        """The whole game, on the first process, whatever engine plays it. Called by every process: each may have a part
+        of it only."""
         return {
             **asdict(position),
             "identity": self.identity,
             "adversaries": {kind: adversary.counters() for kind, adversary in self.adversaries.items()},
-            "modules": {name: player.held.weights() for name, player in self.players.items()},
+            "modules": {name: player.held.weights(to_save=True) for name, player in self.players.items()},
             "frozen": {name: module.state_dict() for name, module in self.frozen().items()},
             "optimisers": {name: {"state": player.held.moments()} for name, player in self.players.items()},
         }

@@ -36,7 +36,9 @@ class PrivacyConfig(Settings):
         1, "the game is played in one of so many steps, λ times as much; the others are plain and cheap", at_least=1
     )
     bounded: bool = option(
-        True, "count only what is drawn better than from a wrong person's feature; false is an ablation"
+        True,
+        "count only what is drawn better than from a wrong person's feature; false is an ablation, of adversaries that "
+        "draw (not of distance_correlation)",
     )
     adversaries: list[AdversaryConfig] = option(
         [AdversaryConfig()], "whom the extractor plays against, together", may_be_empty=True
@@ -50,6 +52,8 @@ class PrivacyConfig(Settings):
             raise ConfigError(f"adversaries: each kind once, not {', '.join(kinds)}")
         if self.weight > 0 and not kinds:
             raise ConfigError("adversaries: privacy.weight is more than 0 but there is no adversary")
+        if not self.bounded and kinds == ["distance_correlation"]:
+            raise ConfigError("bounded: false means nothing to distance_correlation, which draws no pictures")
 
 
 class ExtractorStep:
@@ -72,7 +76,6 @@ class ExtractorStep:
         self.identity, self.triplet, self.neighbourhood = identity, triplet, neighbourhood
         self.reversal_size = reversal_size
         self.beside = [] if head is None else [head]
-        self.terms: dict[int, dict[str, Tensor]] = {}  # of the latest step and the one before, for a look at a NaN
 
     def __call__(
         self, labelled: FeedBatch, strangers: FeedBatch | None, *, step: int, strength: float, progress: float
@@ -81,27 +84,37 @@ class ExtractorStep:
         rows = len(labelled.x_B3HW)
         # One forward for both: a wrapper may be called once only for each backward.
         x = labelled.x_B3HW if strangers is None else torch.cat([labelled.x_B3HW, strangers.clean_B3HW])
-        with self.extractor.active() as forward, self._heads() as heads, self.engine.autocast():
-            with part("extractor forward"):
-                out = forward(x)
-            terms = {
-                "identity": self._identity(out, rows, labelled.labels_B, heads),
-                "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
-            }
-            loss = terms["identity"] + terms["triplet"]
-            if self.neighbourhood.weight:
-                terms["neighbourhood"] = neighbourhood_loss(out.stored_BD[:rows], labelled.labels_B, self.neighbourhood)
-                loss = loss + self.neighbourhood.weight * terms["neighbourhood"]
-            if strength > 0:
-                shown = self._expose(out.stored_BD[:rows], labelled)
-                if strangers is not None:
-                    shown = replace(shown, strangers=self._expose(out.stored_BD[rows:], strangers))
-                for adversary, weight in self.adversaries:
-                    with part(f"{adversary.kind} loss"):
-                        terms[adversary.kind] = adversary.loss(shown, step)
-                    loss = loss + strength * weight * terms[adversary.kind]
+        with self.extractor.active() as forward, self._heads() as heads:
+            with self.engine.autocast():
+                with part("extractor forward"):
+                    out = forward(x)
+                terms = {
+                    "identity": self._identity(out, rows, labelled.labels_B, heads),
+                    "triplet": triplet_loss(out.pooled_BD[:rows], labelled.labels_B, self.triplet),
+                }
+                loss = terms["identity"] + terms["triplet"]
+                if self.neighbourhood.weight:
+                    terms["neighbourhood"] = neighbourhood_loss(
+                        out.stored_BD[:rows], labelled.labels_B, self.neighbourhood
+                    )
+                    loss = loss + self.neighbourhood.weight * terms["neighbourhood"]
+                if strength > 0:
+                    shown = self._expose(out.stored_BD[:rows], labelled)
+                    if strangers is not None:
+                        shown = replace(shown, strangers=self._expose(out.stored_BD[rows:], strangers))
+                    for adversary, weight in self.adversaries:
+                        with part(f"{adversary.kind} loss"):
+                            terms[adversary.kind] = adversary.loss(shown, step)
+                        loss = loss + strength * weight * terms[adversary.kind]
             seen = {name: term.detach() for name, term in terms.items()}
-            self.terms = {step - 1: self.terms.get(step - 1, {}), step: seen}
+            self.engine.watch.fed = {
+                "batch_of": "extractor",
+                "terms": seen,
+                "batch": labelled.x_B3HW,
+                "labels": labelled.labels_B,
+                **({} if strangers is None else {"strangers": strangers.clean_B3HW}),
+            }
+            # Outside of autocast, which would round the gradients of what was kept in fp32, too.
             with part("extractor backward, update"):
                 norm = self.extractor.step(loss, progress, beside=self.beside)
         return {f"loss/{name}": term for name, term in seen.items()} | {"extractor/gradient": norm}

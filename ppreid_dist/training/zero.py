@@ -28,12 +28,13 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels import choice
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.training.engine import Engine, Held, one_step
-from ppreid_dist.training.finite import FiniteWatch, NotFinite
+from ppreid_dist.training.finite import FiniteWatch
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _log = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLAG = "ACCELERATE_USE_DEEPSPEED"
+_BUCKET = 500_000_000  # DeepSpeed's own default
 
 
 class _Plugin(DeepSpeedPlugin):
@@ -42,6 +43,18 @@ class _Plugin(DeepSpeedPlugin):
 
     def set_deepspeed_weakref(self) -> None:
         """Nothing: transformers would be told of stage 3, and make every backbone in parts from then on."""
+
+
+def zero_optimization(said: Mapping[str, Any], stage: int, elements: int) -> dict[str, Any]:
+    """DeepSpeed's settings of that name for a player of so many trainable elements; ``said`` is the user's file's.
+
+    Gradients are reduced in a buffer of ``reduce_bucket_size`` elements, which stage 3 keeps for good: by DeepSpeed's
+    default 2 GB for each player, so it gets no more than the player fills, unless the file asks for a size.
+    """
+    settings = {**said, "stage": stage}
+    if settings.get("reduce_bucket_size", "auto") == "auto":
+        settings["reduce_bucket_size"] = min(_BUCKET, elements)
+    return settings
 
 
 def name_locks() -> None:
@@ -70,15 +83,15 @@ class ZeroEngine(Engine):
         if backend and os.environ["LOCAL_RANK"] == "0":
             name_locks()
         return {
-            "deepspeed_plugins": {"": self._plugin(self.stage, 0.0)},
+            "deepspeed_plugins": {"": self._plugin(self.stage, 0.0, _BUCKET)},  # of no player
             "gradient_accumulation_plugin": one_step(),
             "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend)],
         }
 
-    def _plugin(self, stage: int, clip: float) -> DeepSpeedPlugin:
+    def _plugin(self, stage: int, clip: float, elements: int) -> DeepSpeedPlugin:
         said = copy.deepcopy(self.launched.deepspeed)
         settings = said | {
-            "zero_optimization": {**said.get("zero_optimization", {}), "stage": stage},
+            "zero_optimization": zero_optimization(said.get("zero_optimization", {}), stage, elements),
             # The size of the batch serves DeepSpeed's clock only.
             "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": 1,
@@ -108,7 +121,8 @@ class ZeroEngine(Engine):
         key = f"{len(state.deepspeed_plugins)} {name}"
         # Stage 3 takes a layer's weights away after its gradient, and fails where that gradient is differentiated.
         stage = min(2, self.stage) if twice else self.stage
-        state.deepspeed_plugins[key] = self._plugin(stage, config.clip)
+        elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        state.deepspeed_plugins[key] = self._plugin(stage, config.clip, elements)
         state.select_deepspeed_plugin(key)
         return _Partitioned(name, self.place(module), config, stage=stage, watch=self.watch)
 
@@ -149,15 +163,20 @@ class _Partitioned(Held):
         self.forward.backward(loss)
         self.forward.step()
         if not self.forward.was_step_applied():
-            raise NotFinite(self.name, self._watch.step)
+            raise self._watch.failure(self.name)
         self._steps += 1
         return torch.as_tensor(self.forward.get_global_grad_norm())
 
-    def weights(self) -> Mapping[str, Tensor]:
+    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
         if not self._partitioned:
             return self.module.state_dict()
         with self._gathered():
-            return {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
+            if to_save and distributed.rank() > 0:
+                return {}
+            return {
+                key: tensor.detach().to("cpu" if to_save else tensor.device, copy=True)
+                for key, tensor in self.module.state_dict().items()
+            }
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
         with self._gathered(modifier_rank=0):
