@@ -315,7 +315,7 @@ def test_golden_extractors_mislead_the_reversal_that_they_play(golden: World, me
 
     It is no more than that: in so short a game a fresh ridge errs no more than on the control (1.00, 0.98, 0.94).
     """
-    # regression 1.83, 1.67, 1.50; gan 1.84, 1.64, 1.48; restart 1.75, 1.66, 1.49
+    # regression 1.70, 1.85, 1.43; gan 1.76, 1.74, 1.42; restart 1.70, 1.83, 1.42
     assert golden.played_errors(method)["pool0"] > 1.25 * golden.played_errors("quiet")["pool0"]
 
 
@@ -323,7 +323,7 @@ def test_golden_extractors_mislead_the_reversal_that_they_play(golden: World, me
 def test_golden_a_pool_holds_as_many_as_asked_and_the_newest_is_the_strongest(golden: World) -> None:
     errors = golden.played_errors("regression")
     assert errors.keys() == {"snapshot", "pool0", "pool1"}
-    assert errors["snapshot"] < 0.97 * min(errors["pool0"], errors["pool1"])  # 0.90, 0.92, 0.91
+    assert errors["snapshot"] < 0.97 * min(errors["pool0"], errors["pool1"])  # 0.92, 0.91, 0.91
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_golden_a_reversal_that_begins_anew_is_another_one_and_as_strong(golden:
     key = "/modules/regression.generator/seed.weight"
     assert abs(float(F.cosine_similarity(anew[key].flatten(), ever[key].flatten(), dim=0))) < 0.1  # at most 0.01
     errors = [golden.played_errors(method)["snapshot"] for method in ("restart", "regression")]
-    assert errors[0] < 1.1 * errors[1]  # 0.99, 1.02, 1.02
+    assert errors[0] < 1.1 * errors[1]  # 1.00, 1.02, 0.99
 
 
 def adapted(golden: World) -> tuple[float, float]:
@@ -351,4 +351,4 @@ def adapted(golden: World) -> tuple[float, float]:
 @pytest.mark.slow
 def test_golden_the_training_s_own_generator_beats_its_floor_and_the_mean_picture(golden: World) -> None:
     found, floor = adapted(golden)
-    assert found < 0.88 * min(floor, golden.mean_picture_error)  # 0.74, 0.74, 0.72
+    assert found < 0.88 * min(floor, golden.mean_picture_error)  # 0.74, 0.74, 0.75
