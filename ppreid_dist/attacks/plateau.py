@@ -42,7 +42,7 @@ class StepsConfig(Settings):
     batch: int = option(64, "pictures a step", at_least=2)
     weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
     feature_noise: float = option(0.3, "noise added to the features, relative to their norm", at_least=0)
-    ema: float = option(0.99, "decay of the averaged weights, which are the ones that count", at_least=0, at_most=1)
+    ema: float = option(0.99, "decay of the averaged weights, which are the ones that count", at_least=0, less_than=1)
     plateau: PlateauConfig = option(PlateauConfig(), "")
 
 
