@@ -158,6 +158,7 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
     tmp_path: Path, aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor], config: RecogniserConfig
 ) -> None:
     said: list[str] = []
+    took: list[dict[str, float]] = []
     asked = {"attackers": ["ridge", "regression", "isomap"], "people": [20, 0], "curve_attackers": ["regression"]}
     files = Kept(tmp_path)
     kept = {"kept": files, "found": said.append}
@@ -166,11 +167,12 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
 
     def trained(**changes: object) -> list[str]:
         said.clear()
-        suite(
+        found = suite(
             *aux,
             *strangers,
             **{**asked, **own, "inverse": few.inverse, "recogniser": few.recogniser, **kept, **changes},
         )  # type: ignore[arg-type]
+        took.append(found.seconds)
         return [line.partition(":")[0] for line in said if "kept" not in line]
 
     first = trained()
@@ -180,6 +182,7 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
         for line in (f"recogniser, {people} people", f"inverse of the recogniser, {people} people, width 16")
     ]
     assert trained() == []
+    assert took[0] == took[1] and set(took[0]) == {*asked["attackers"], "recogniser", "inverse"}
     # The outcomes forgotten, not the recognisers: by those from the files the same comes out.
     scores = sorted(line.rpartition(", ")[0] for line in said)
     networks = forget_outcomes(files)
