@@ -168,11 +168,11 @@ class Bench:
 
     def recogniser(self, rows: np.ndarray) -> Recogniser | None:
         """The ReID model that was, or now is, trained on these auxiliary pictures; None where no attacker asks one."""
-        if self.recognisers is None:
-            return None
-        return self.recognisers.of(
-            self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows], self.groups_N[rows]
-        )
+        return self.recognisers.of(*self._people(rows)) if self.recognisers else None
+
+    def _people(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Pictures, people and groups of these auxiliary rows."""
+        return self.aux.images_N3HW[torch.from_numpy(rows)], self.aux.pids_N[rows], self.groups_N[rows]
 
     def pixels(self, drawn_Q3hw: Tensor, asked_Q: np.ndarray) -> dict[str, np.ndarray]:
         """Pixel scores of reconstructions (uint8) of the query rows ``asked_Q``, on the person if masks are known."""
@@ -209,14 +209,13 @@ class Bench:
 
     def took(self) -> dict[str, float]:
         """Seconds of what attackers share, by what it is, kept from before or not."""
+        found = Counter[str]()
         for n in self.people:
             names = self.config.attackers if n == self.people[-1] else self.config.curve_attackers
-            for width in asked_widths(self.config, names):
-                shared = self.recogniser(np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n])))
-                assert shared is not None
-                assert shared.inverse is not None
-                shared.inverse(width)
-        return dict(self.recognisers.took) if self.recognisers else {}
+            if self.recognisers and any(self.attacker(name).asks_recogniser for name in names):
+                people = self._people(np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n])))
+                found.update(self.recognisers.took(*people, asked_widths(self.config, names)))
+        return dict(found)
 
     def _spent(self) -> float:
         return self.recognisers.spent if self.recognisers else 0.0

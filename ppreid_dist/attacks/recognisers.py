@@ -6,8 +6,7 @@ Shapes: N pictures, h w pixels.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import TypeVar
 
@@ -34,8 +33,7 @@ def asked_widths(config: AttackConfig, attackers: Sequence[str]) -> set[int]:
 
 
 class Recognisers:
-    """``spent`` counts the seconds that this process trained; ``took``, by what was trained, those of everything that
-    was asked for, kept from before or not."""
+    """``spent`` counts the seconds that this process trained."""
 
     def __init__(self, config: AttackConfig, kept: Kept | None, *, say: Callable[[str, str], None], found: Progress):
         """``say`` hears, by a label, how a training goes, ``found`` how long it took. ConfigError naming
@@ -44,7 +42,8 @@ class Recognisers:
         network = untrained(config.recogniser, 1, config.seed)
         weights = (part for item in network.state_dict().items() for part in item)
         self.backbone = digest(shape_of(network), *weights)
-        self.spent, self.took = 0.0, defaultdict[str, float](float)
+        self.spent = 0.0
+        self._took: dict[tuple[str, str], float] = {}  # seconds by what it is and its key
         self._made: dict[str, Recogniser] = {}
 
     @property
@@ -56,10 +55,8 @@ class Recognisers:
         """The one of these pictures, (N, 3, h, w) in uint8. Its decoder holds out people by ``groups_N``, as attackers
         do."""
         config, people = self.config, len(np.unique(pids_N))
-        own = [to_dict(config.recogniser), self.backbone, config.seed]
-        key = digest(source_digest(), "recogniser", own, images_N3hw, pids_N)
         split = Split(*split_people(groups_N, config.seed), config.seed)
-        both = digest(key, "inverse", to_dict(config.inverse), split.fit_F)
+        key, both = self._keys(images_N3hw, pids_N, split)
         if both in self._made:
             return self._made[both]
 
@@ -72,6 +69,25 @@ class Recognisers:
         made.inverse = cache(partial(self._inverse, both, made, images_N3hw, people, split))
         self._made[both] = made
         return made
+
+    def took(
+        self, images_N3hw: Tensor, pids_N: np.ndarray, groups_N: np.ndarray, widths: Iterable[int]
+    ) -> dict[str, float]:
+        """Seconds, by what was trained, of these pictures' and its decoders', kept from before or not; nothing of what
+        isn't there."""
+        key, both = self._keys(images_N3hw, pids_N, Split(*split_people(groups_N, self.config.seed), self.config.seed))
+        found: dict[str, float] = {}
+        for what, its_key in [("recogniser", key), *(("inverse", digest(both, width)) for width in widths)]:
+            if (what, its_key) not in self._took and self.kept and (before := self.kept.weights(its_key)) is not None:
+                self._took[what, its_key] = before[1]
+            found[what] = found.get(what, 0.0) + self._took.get((what, its_key), 0.0)
+        return found
+
+    def _keys(self, images_N3hw: Tensor, pids_N: np.ndarray, split: Split) -> tuple[str, str]:
+        """Of the model, and of its decoders but for their width."""
+        own = [to_dict(self.config.recogniser), self.backbone, self.config.seed]
+        key = digest(source_digest(), "recogniser", own, images_N3hw, pids_N)
+        return key, digest(key, "inverse", to_dict(self.config.inverse), split.fit_F)
 
     def _inverse(
         self, key: str, recogniser: Recogniser, images_N3hw: Tensor, people: int, split: Split, width: int
@@ -93,7 +109,7 @@ class Recognisers:
             weights, seconds = before
             try:
                 empty.load_state_dict(weights)
-                self.took[what] += seconds
+                self._took[what, key] = seconds
                 return empty
             except RuntimeError:
                 pass  # of another torch or transformers: it is trained again
@@ -101,7 +117,7 @@ class Recognisers:
         made = train(partial(self.say, label))
         seconds = time.monotonic() - started
         self.spent += seconds
-        self.took[what] += seconds
+        self._took[what, key] = seconds
         if self.kept:
             self.kept.put_weights(key, {name: of.cpu() for name, of in made.state_dict().items()}, seconds)
         self.found(f"{label}: {seconds:.1f} s")
