@@ -32,7 +32,7 @@ from ppreid_dist.data.dataset import is_synthetic, open_split, open_training
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures, load_pictures
 from ppreid_dist.errors import ConfigError, RunError
-from ppreid_dist.evaluation.export import rank_split, rerank_split, save_features, stored_features
+from ppreid_dist.evaluation.export import rank_split, rerank_split, save_split, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.files import check_writable, write_json, write_tensors
@@ -74,8 +74,8 @@ def evaluate(run: Path, *, reranking: "Reranking | None" = None, progress: bool 
     saved = load_extractor(run / "model", device)
     query, gallery = (_pictures(config, split, saved.size, device, progress) for split in ("query", "gallery"))
     query_QD, gallery_GD = (stored_features(saved.extractor, split.images_N3HW) for split in (query, gallery))
-    save_features(run / "features", "query", query_QD, query)
-    save_features(run / "features", "gallery", gallery_GD, gallery)
+    save_split(run / "features", "query", query_QD, query)
+    save_split(run / "features", "gallery", gallery_GD, gallery)
     with using(config.kernels, device):
         summary = rank_split(query_QD, gallery_GD, query, gallery).summary()
     if reranking is not None:

@@ -13,7 +13,7 @@ import torch
 
 from ppreid_dist import distributed
 from ppreid_dist.attacks.adaptive import LEARNED
-from ppreid_dist.attacks.base import ATTACKERS, Attacker
+from ppreid_dist.attacks.base import ATTACKERS, SHOWN, Attacker
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.probe import Probe, ProbeConfig
 from ppreid_dist.attacks.recogniser import by_pixels
@@ -57,7 +57,7 @@ class ReportConfig(Settings):
         "show pictures of people in the report: only synthetic ones, always (real people too), or never",
         choices=("synthetic", "always", "never"),
     )
-    people: int = option(8, "people in the panel", at_least=1, at_most=16)
+    people: int = option(8, "people in the panel", at_least=1, at_most=SHOWN)
 
 
 @dataclass(kw_only=True)

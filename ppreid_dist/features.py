@@ -14,9 +14,8 @@ import torch
 from ppreid_dist.assessment import default_device
 from ppreid_dist.data.decode import Decoder
 from ppreid_dist.errors import ConfigError, DataError, RunError
-from ppreid_dist.evaluation.export import stored_features
+from ppreid_dist.evaluation.export import save_features, stored_features
 from ppreid_dist.experiment import load_run
-from ppreid_dist.files import write_tensors, write_text
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.progress import progress_bar
 
@@ -43,8 +42,7 @@ def write_features(run: Path, pictures: Sequence[Path], out: Path, *, progress: 
         images_B3HW = decoder.decode([_read(file) for file in some], [str(file) for file in some])
         parts.append(stored_features(saved.extractor, images_B3HW).cpu())
     features_NS = torch.cat(parts)
-    write_text(out.with_suffix(".keys.txt"), "".join(f"{file}\n" for file in files))
-    write_tensors(out, {"features": features_NS})
+    save_features(out, features_NS, files)
     return features_NS.shape
 
 

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written beside their place, synced, then renamed into it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -89,6 +90,12 @@ def write_text(target: str | Path, text: str) -> None:
 def write_json(target: str | Path, value: Any) -> None:
     """Write ``value`` as strict JSON (no NaN), indented, atomically."""
     write_text(target, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, as hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_json(file: str | Path) -> Any:

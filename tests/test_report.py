@@ -185,6 +185,10 @@ def test_masking_is_told_by_its_widest_gap() -> None:
     report["probe"]["history"][0] |= {"apparent": 0.21, "fresh": 0.15}
     [masking] = [line.text for line in write_verdict(report).warnings if line.label == "Masking"]
     assert "after 96,032 pictures training's own opponent erred by 0.210, a fresh attacker by only 0.150" in masking
+    for row in report["probe"]["history"]:
+        row["apparent"] = None
+    [masking] = [line.text for line in write_verdict(report).warnings if line.label == "Masking"]
+    assert masking.startswith("What training took for protection is partly a stale opponent")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ppreid_dist.attacks.base import (
     ATTACKERS,
+    SHOWN,
     Progress,
 )
-from ppreid_dist.attacks.bench import SHOWN, Bench, Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.estimate import cut, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig

@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppreid_dist.errors import ConfigError
+from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.experiment import Config
+from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import check_machine
+from ppreid_dist.sweep.folder import Folder
 from ppreid_dist.sweep.front import (
     hypervolume,
     make_points,
@@ -204,6 +208,41 @@ def test_masking_is_unknown_where_no_probe_ran() -> None:
     for seen, told in (([None, None], None), ([None, True], True), ([None, False], False)):
         [point] = make_points([row(1, seed, masking=masking) for seed, masking in enumerate(seen)])
         assert point["masking"] is told
+
+
+def test_rows_that_another_task_takes_away_are_nobody_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the tasks of an array may be told to forget what failed, or what others attacked."""
+    folder = Folder(
+        tmp_path, load_settings(SweepConfig, None, ["base=configs/demo.yaml", "grid={privacy.weight: [1]}"])
+    )
+    files = [tmp_path / "trials" / name / "trial.json" for name in "ab"]
+    for file in files:
+        write_json(file, {"status": "failed"})
+
+    def read_late(file: Path) -> Any:
+        """The other task was sooner with the first that is read."""
+        if all(other.is_file() for other in files):
+            file.unlink()
+        return read_json(file)
+
+    monkeypatch.setattr("ppreid_dist.sweep.folder.read_json", read_late)
+    folder.forget_failures()
+    assert not any(file.is_file() for file in files)
+    files[0].write_text("{")
+    with pytest.raises(DataError, match=r"trial\.json"):
+        folder.forget_failures()
+
+
+def test_a_judge_s_content_is_part_of_who_attacks(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.onnx"
+    asked = ["base=configs/demo.yaml", "grid={privacy.weight: [1]}", f"judges=[{judge}]"]
+    folder = Folder(tmp_path, load_settings(SweepConfig, None, asked))
+    judge.write_bytes(b"one")
+    before = folder.attackers
+    assert folder.attackers == before != folder.attackers_of("another source")
+    judge.write_bytes(b"two")
+    os.utime(judge, ns=(1, 1))  # files of one moment
+    assert folder.attackers != before
 
 
 def test_rows_of_another_version_of_the_attackers_are_told_of() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 VIEWS = ("raw", "whitened")
 HELD_OUT_SHARE, HELD_OUT_PEOPLE = 0.2, 4
+SHOWN = 16  # tested people whose reconstructions are kept for the report
 ERROR = ReconstructionConfig(l1=1.0, ssim=0.5)
 
 

@@ -18,6 +18,7 @@ from ppreid_dist.attacks.adaptive import Adaptive
 from ppreid_dist.attacks.base import (
     ATTACKERS,
     HELD_OUT_PEOPLE,
+    SHOWN,
     Attacker,
     Outcome,
     Progress,
@@ -38,8 +39,6 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.settings import to_dict
-
-SHOWN = 16  # identities whose reconstructions are kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Stored features of pictures: what a gallery keeps, and all that attackers get."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,12 +52,13 @@ def rerank_split(
     )
 
 
-def save_features(folder: Path, split: str, features_ND: Tensor, pictures: Pictures) -> None:
-    """Write SPLIT.safetensors (features, pids, camids) and SPLIT.keys.txt (a key a line) into ``folder``."""
-    tensors = {
-        "features": features_ND,
-        "pids": torch.from_numpy(pictures.pids_N),
-        "camids": torch.from_numpy(pictures.camids_N),
-    }
-    write_tensors(folder / f"{split}.safetensors", tensors)
-    write_text(folder / f"{split}.keys.txt", "".join(f"{key}\n" for key in pictures.keys))
+def save_features(file: Path, features_ND: Tensor, keys: Sequence[object], **labels_N: Tensor) -> None:
+    """Write FILE.safetensors (``features`` and what labels them) and beside it FILE.keys.txt (a key a line)."""
+    write_text(file.with_suffix(".keys.txt"), "".join(f"{key}\n" for key in keys))
+    write_tensors(file, {"features": features_ND, **labels_N})
+
+
+def save_split(folder: Path, split: str, features_ND: Tensor, pictures: Pictures) -> None:
+    """The same of a split, SPLIT.safetensors in ``folder``, with its pids and camids."""
+    labels = {"pids": torch.from_numpy(pictures.pids_N), "camids": torch.from_numpy(pictures.camids_N)}
+    save_features(folder / f"{split}.safetensors", features_ND, pictures.keys, **labels)

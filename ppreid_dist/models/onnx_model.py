@@ -3,7 +3,6 @@
 Shapes: N pictures, B those of one call, H×W the model's input, D feature dim.
 """
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.errors import MissingExtra, RunError
+from ppreid_dist.files import sha256_of
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
@@ -42,7 +42,7 @@ class OnnxModel:
             raise MissingExtra(f"{file}: a model in ONNX", "onnx")
         self.file, self.device = file, device
         try:
-            self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            self.digest = sha256_of(file)
         except OSError as error:
             raise RunError(f"{file}: can't be read: {error.strerror}") from None
         self.session = self._open()

@@ -159,10 +159,8 @@ def _list(parts: list[str]) -> str:
 
 
 def _limits(axes: dict[str, Any], people: str) -> str:
-    grown, whose = (
-        [],
-        dict.fromkeys(name for of in axes.values() for point in of["curve"] for name in point["attackers"]),
-    )
+    whose = dict.fromkeys(name for axis in axes.values() for point in axis["curve"] for name in point["attackers"])
+    grown = []
     for name, axis in axes.items():
         known = [point for point in axis["curve"] if point["r"]["value"] is not None]
         if len(known) > 1 and known[-1]["r"]["value"] > known[0]["r"]["value"]:
@@ -207,13 +205,13 @@ def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:
             text = f"on this axis the protection leaked MORE than the unprotected model ({r})."
             found.append(Line(f"r > 1, {axis_title(name).lower()}", text))
     if probe and probe["warned"]:  # at any time, so the widest gap is told
+        text = "What training took for protection is partly a stale opponent; only what fresh attackers reach counts."
         known = [row for row in probe["history"] if row["apparent"] and row["fresh"]]
-        widest = max(known, key=lambda row: row["apparent"] / row["fresh"])
-        text = (
-            f"after {widest['images']:,} pictures training's own opponent erred by {number(widest['apparent'], 3)}, a "
-            f"fresh attacker by only {number(widest['fresh'], 3)} ({probe['unit']}). What training took for protection "
-            "is partly a stale opponent; only what fresh attackers reach counts."
-        )
+        for row in sorted(known, key=lambda row: row["apparent"] / row["fresh"])[-1:]:
+            text = (
+                f"after {row['images']:,} pictures training's own opponent erred by {number(row['apparent'], 3)}, a "
+                f"fresh attacker by only {number(row['fresh'], 3)} ({probe['unit']}). {text}"
+            )
         found.append(Line("Masking", text))
     for name, axis in axes.items():
         if hardly_hindered := _hardly_hindered(axis):

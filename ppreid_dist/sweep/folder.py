@@ -18,7 +18,6 @@ OUT/
     table.json  table.md    of a sweep of methods
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 from ppreid_dist.attacks.kept import digest, source_digest
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, flat
-from ppreid_dist.files import read_json, write_json
+from ppreid_dist.files import read_json, sha256_of, write_json
 from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
@@ -139,8 +138,7 @@ def _digest_of(judge: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _digest_of_file(file: Path, changed: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,6 @@ A checkpoint is staged, synced and renamed, then the pointer moves, and only the
 process dies, the pointer names a whole checkpoint.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ppreid_dist.errors import DataError, RunError
-from ppreid_dist.files import atomic, read_json, read_tensors, write_json, write_tensors, write_text
+from ppreid_dist.files import atomic, read_json, read_tensors, sha256_of, write_json, write_tensors, write_text
 
 _FILES, _SUMS = ("tensors.safetensors", "state.json"), "SHA256SUMS"
 _log = logging.getLogger(__name__)
@@ -59,14 +58,9 @@ def write_tree(folder: Path, tree: Any) -> None:
         try:
             write_tensors(staged / "tensors.safetensors", tensors)
             write_json(staged / "state.json", skeleton)
-            write_text(staged / _SUMS, "".join(f"{_sha256(staged / name)}  {name}\n" for name in _FILES))
+            write_text(staged / _SUMS, "".join(f"{sha256_of(staged / name)}  {name}\n" for name in _FILES))
         except DataError as error:  # name the place that the user knows
             raise DataError(str(error).replace(str(staged), str(folder))) from error
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def damage(folder: Path) -> str | None:
@@ -75,7 +69,7 @@ def damage(folder: Path) -> str | None:
         lines = [line.split("  ", 1) for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()]
         if [name for _, name in lines] != list(_FILES):
             return f"{folder / _SUMS}: not as it was written"
-        changed = next((name for digest, name in lines if _sha256(folder / name) != digest), None)
+        changed = next((name for digest, name in lines if sha256_of(folder / name) != digest), None)
         return changed and f"{folder / changed}: not as it was written"
     except (OSError, ValueError) as error:
         return f"{folder}: can't be read: {error}"
