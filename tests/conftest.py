@@ -6,18 +6,22 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import yaml
 from attack_world import make_people
 from torch import Tensor
+from training_runs import run
 
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.experiment import Config
+from ppreid_dist.files import write_json
 from ppreid_dist.kernels import choice
-from ppreid_dist.settings import load_settings
+from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.sweep.programs import PLAIN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +30,10 @@ hypothesis.settings.load_profile("here")
 torch.set_num_threads(1)  # tiny tensors, and the tests must not depend on how sums are split over threads
 
 # Files that take more than half a minute, the longest first: with these begun, the short ones fill what is left.
-LONG = ("stopping", "engines", "commands", "training", "sweep", "slurm_jobs", "slurm", "accumulate", "split_head")
+LONG = (
+    "stopping", "engines", "commands", "game", "kernels", "training", "sweep", "slurm_jobs", "sweep_ray", "slurm",
+    "accumulate", "resume", "recogniser", "split_head",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +84,43 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
     prepare_shards(load_settings(Config, None, settings).data, progress=False)
     return settings
+
+
+@pytest.fixture(scope="session")
+def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the whole game (GAN and ridge), one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(world, folder)
+    return folder
+
+
+@pytest.fixture
+def sweep_file(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep's configuration: two weights, two seeds."""
+    monkeypatch.chdir(ROOT)
+    save_settings(load_settings(Config, None, world), tmp_path / "base.yaml")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "output": str(tmp_path / "out"),
+                "base": str(tmp_path / "base.yaml"),
+                "grid": {"privacy.weight": [1, 3]},
+                "seeds": [0, 1],
+            }
+        )
+    )
+    return file
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front without its page, which takes seconds to draw."""
+
+    def write_front(front: dict[str, Any], folder: Path) -> None:
+        write_json(folder / "front.json", front)
+
+    monkeypatch.setattr("ppreid_dist.sweep.driver.write_front", write_front)
 
 
 def launch(

@@ -8,8 +8,8 @@ import torch
 from backbone_families import FAMILIES
 from ranks import finish, start_ranks
 from test_engines import FLAG, STAGE, STEPS, assert_close, deepspeed
-from test_training import last, run
 from torch import Tensor
+from training_runs import last, run
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import finish, start_ranks
-from test_training import assert_same, last, run
+from training_runs import assert_same, last, run
 
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.extractor import Extractor

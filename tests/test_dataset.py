@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from make_shards import forget_settings
-from test_training import run
+from training_runs import run
 
 from ppreid_dist.data.dataset import is_synthetic, open_training
 from ppreid_dist.errors import DataError

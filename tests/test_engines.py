@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT
 from ranks import finish, start_ranks
 from safetensors.torch import load_file
-from test_training import assert_same, last, run
 from torch import Tensor
+from training_runs import assert_same, last, run
 
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.experiment import Config, train

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import assert_same, run
 from torch import Tensor
+from training_runs import assert_same, run
 
 from ppreid_dist.errors import RunError
 from ppreid_dist.training import engine as engine_module

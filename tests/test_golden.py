@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_world import NAMES, make, small_config
-from test_training import last, run
 from torch import Tensor
+from training_runs import last, run
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig, renewed, trained_generator
 from ppreid_dist.attacks.attribute import AttributeConfig, attribute_leak

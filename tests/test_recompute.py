@@ -7,8 +7,8 @@ import pytest
 import torch
 from backbone_families import write_backbone
 from ranks import finish, start_ranks
-from test_training import assert_same, last, run
 from torch import Tensor, nn
+from training_runs import assert_same, last, run
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig

@@ -15,7 +15,7 @@ from conftest import ROOT
 from ranks import finish, start_ranks
 from slurm_cluster import Cluster, cluster, missing
 from sweep_stand_ins import HERE, STEPS
-from test_training import assert_same, last
+from training_runs import assert_same, last
 
 pytestmark = pytest.mark.slurm
 

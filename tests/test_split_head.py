@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import finish, start_ranks
-from test_training import assert_same, last, run
+from training_runs import assert_same, last, run
 
 from ppreid_dist.distributed import gather, rank_rows, share
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss, split_identity_loss

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, launch
 from ranks import Rank, finish, start_ranks
-from test_training import assert_same, last, run
+from training_runs import assert_same, last, run
 
 from ppreid_dist.errors import Stopped
 from ppreid_dist.training.runner import Runner

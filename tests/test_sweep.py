@@ -1,101 +1,36 @@
-"""The sweep as a whole, and what is left when it is killed."""
+"""A sweep by tasks of an array: shared out, stopped, failed, begun again."""
 
 import csv
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import ROOT
 from report_examples import good_report
-from sweep_stand_ins import HERE, STEPS, stand_ins, until
+from sweep_stand_ins import until
+from sweeps import Driver, array, assert_whole, change, kill_half_way_and_resume, needs_ray, trainings
 
-from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError, Stopped
-from ppreid_dist.experiment import Config
-from ppreid_dist.files import read_json, write_json
-from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
-from ppreid_dist.settings import load_settings, save_settings
+from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError
+from ppreid_dist.files import read_json
+from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep import driver
-from ppreid_dist.sweep.asha import Losses
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
-from ppreid_dist.sweep.driver import sweep_in_array, write_again
+from ppreid_dist.sweep.driver import write_again
 from ppreid_dist.sweep.folder import open_folder
-from ppreid_dist.sweep.front import front_of
 from ppreid_dist.sweep.programs import Programs
-from ppreid_dist.sweep.space import Trial
-from ppreid_dist.sweep.study import open_study
-from ppreid_dist.sweep.trial import Worker
-from ppreid_dist.training.adversary import AdversaryConfig
 from ppreid_dist.training.launcher import Launched
-from ppreid_dist.training.step import PrivacyConfig
-
-# --- a whole sweep, of stand-ins --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def asked(world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sweep's file: two weights, two seeds."""
-    monkeypatch.chdir(ROOT)
-    save_settings(load_settings(Config, None, world), tmp_path / "base.yaml")
-    file = tmp_path / "sweep.yaml"
-    file.write_text(
-        yaml.safe_dump(
-            {
-                "output": str(tmp_path / "out"),
-                "base": str(tmp_path / "base.yaml"),
-                "grid": {"privacy.weight": [1, 3]},
-                "seeds": [0, 1],
-            }
-        )
-    )
-    return file
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The front without its page, which takes seconds to draw."""
-    monkeypatch.setattr(driver, "write_front", lambda front, folder: write_json(folder / "front.json", front))
-
-
-def change(asked: Path, **keys: Any) -> None:
-    asked.write_text(yaml.safe_dump(yaml.safe_load(asked.read_text()) | keys))
-
-
-def array(asked: Path, *settings: str, task: int = 0, tasks: int = 1, **how: Any) -> dict[str, Any]:
-    found = load_settings(SweepConfig, asked, settings)
-    return sweep_in_array(found, task, tasks, say=lambda text: None, programs=stand_ins(), **how)
-
-
-def trainings(out: Path) -> list[Path]:
-    return sorted(
-        file.parent for pattern in ("shared/*/steps.txt", "trials/*/run/steps.txt") for file in out.glob(pattern)
-    )
-
-
-def assert_whole(out: Path, controls: int = 2, trials: int = 4) -> dict[str, Any]:
-    """Every training of the sweep was done once and to its end, each step once, and the front shows it."""
-    runs = trainings(out)
-    assert len(runs) == controls + 1 + trials
-    for run in runs:
-        assert [int(line) for line in (run / "steps.txt").read_text().split()] == list(range(STEPS)), run
-    front = json.loads((out / "front.json").read_text(), parse_constant=pytest.fail)
-    assert front["complete"] and [row["status"] for row in front["trials"]] == ["done"] * trials
-    return front
-
-
-def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked: Path, tmp_path: Path) -> None:
-    array(asked)
+def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(sweep_file: Path, tmp_path: Path) -> None:
+    array(sweep_file)
     out = tmp_path / "out"
     front = assert_whole(out)
     assert sorted(front["controls"].values()) == [0.6, 0.6] and len(front["points"]) == 2
@@ -114,34 +49,34 @@ def test_an_array_does_a_whole_sweep_with_one_control_a_seed_and_one_judge(asked
         "cost_identity", "cost_pixel", "urr_identity", "urr_pixel",
     ]  # fmt: skip
     before = {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
-    array(asked, resume=True)
+    array(sweep_file, resume=True)
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("trial.json")}
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "5")])
 def test_a_trial_without_gpus_sees_none(
-    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, seen: str
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, seen: str
 ) -> None:
     """Ray leaves all of them to a trial that asks for none, and its own to one that asks."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     monkeypatch.setattr(driver, "check_machine", lambda resources: None)
-    change(asked, grid={"privacy.weight": [1]}, seeds=[0], resources={"gpus": gpus})
-    array(asked)
+    change(sweep_file, grid={"privacy.weight": [1]}, seeds=[0], resources={"gpus": gpus})
+    array(sweep_file)
     environments = [read_json(run / "environment.json") for run in trainings(tmp_path / "out")]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == [seen] * 3
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(asked: Path, tmp_path: Path) -> None:
-    change(asked, grid={"privacy.weight": [1]}, seeds=[0])
-    array(asked)
+def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(sweep_file: Path, tmp_path: Path) -> None:
+    change(sweep_file, grid={"privacy.weight": [1]}, seeds=[0])
+    array(sweep_file)
     trained = tmp_path / "out/trained"
     assert not (trained / "ahead.txt").exists()  # nobody to wait for
     (ceilings,) = trained.glob("*.done")
     for file in (ceilings, *(tmp_path / "out/trials").glob("*/trial.json")):
         file.unlink()
-    claim = open_folder(load_settings(SweepConfig, asked, []), resume=True).claims.take(ceilings.name)
+    claim = open_folder(load_settings(SweepConfig, sweep_file, []), resume=True).claims.take(ceilings.name)
     assert claim is not None
 
     def make_ceilings() -> None:
@@ -151,15 +86,15 @@ def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(asked: Pat
 
     with ThreadPoolExecutor(1) as another:
         another.submit(make_ceilings)
-        array(asked, resume=True)
+        array(sweep_file, resume=True)
     assert len((trained / "ahead.txt").read_text().splitlines()) == 1
     assert_whole(tmp_path / "out", controls=1, trials=1)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_trained_runs_are_attacked_again_by_other_attackers(asked: Path, tmp_path: Path) -> None:
-    change(asked, grid={"privacy.weight": [1, 3]}, seeds=[0], settings=["attack.people=[0]", "training.ema=0.5"])
-    array(asked)
+def test_trained_runs_are_attacked_again_by_other_attackers(sweep_file: Path, tmp_path: Path) -> None:
+    change(sweep_file, grid={"privacy.weight": [1, 3]}, seeds=[0], settings=["attack.people=[0]", "training.ema=0.5"])
+    array(sweep_file)
     out = tmp_path / "out"
     steps = {run: (run / "steps.txt").stat().st_mtime_ns for run in trainings(out)}
     rows = {row["name"]: row["attackers_source"] for row in assert_whole(out, controls=1, trials=2)["trials"]}
@@ -169,26 +104,26 @@ def test_trained_runs_are_attacked_again_by_other_attackers(asked: Path, tmp_pat
         return len((out / "trained" / "attacks.txt").read_text().splitlines())
 
     assert attacked() == 2
-    change(asked, settings=["attack.people=[0]", "attack.seeds=2", "training.ema=0.5"])
+    change(sweep_file, settings=["attack.people=[0]", "attack.seeds=2", "training.ema=0.5"])
     with pytest.raises(ConfigError, match=r"^settings: is .* was begun with .*; --reattack attacks what is trained"):
-        array(asked, resume=True)
-    array(asked, resume=True, reattack=True)
+        array(sweep_file, resume=True)
+    array(sweep_file, resume=True, reattack=True)
     front = assert_whole(out, controls=1, trials=2)
     assert all(row["attackers_source"] != rows[row["name"]] for row in front["trials"]) and attacked() == 4
     for trial in (out / "trials").iterdir():  # by the sweep's settings, not by those in the run's own file
         base, *settings = read_json(trial / "attack" / "settings.json")
-        assert base == load_settings(SweepConfig, asked, []).base and "attack.seeds=2" in settings
+        assert base == load_settings(SweepConfig, sweep_file, []).base and "attack.seeds=2" in settings
         assert f"privacy.weight={read_json(trial / 'settings.json')['settings']['privacy.weight']}" in settings
-    array(asked, resume=True, reattack=True)  # nothing is left to do
+    array(sweep_file, resume=True, reattack=True)  # nothing is left to do
     assert attacked() == 4
     assert steps == {run: (run / "steps.txt").stat().st_mtime_ns for run in trainings(out)}
-    change(asked, settings=["attack.people=[0]", "attack.seeds=2", "training.ema=0.75"])
+    change(sweep_file, settings=["attack.people=[0]", "attack.seeds=2", "training.ema=0.75"])
     with pytest.raises(ConfigError, match=r"^settings: is [^;]*$"):  # another training is another sweep
-        array(asked, resume=True, reattack=True)
+        array(sweep_file, resume=True, reattack=True)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path, tmp_path: Path) -> None:
+def test_methods_are_trained_or_put_on_the_control_and_make_a_table(sweep_file: Path, tmp_path: Path) -> None:
     methods = {
         "best response": {"privacy.weight": 3, "privacy": {"every": 2}},
         "noise": {"model.store.kind": "noise", "model.store.strength": 0.7},
@@ -197,9 +132,9 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
         "fails": {"training.ema": 0.25},
         "fails, int8": {"training.ema": 0.25, "model.store.quantise": "int8"},
     }
-    change(asked, grid={}, methods=methods, seeds=[0], judges=[str(tmp_path / "other.onnx")])
+    change(sweep_file, grid={}, methods=methods, seeds=[0], judges=[str(tmp_path / "other.onnx")])
     (tmp_path / "other.onnx").touch()
-    array(asked)
+    array(sweep_file)
     out = tmp_path / "out"
     front = json.loads((out / "front.json").read_text())
     assert list(front["front"]) == ["pixel", "identity", "identity_2"]
@@ -237,52 +172,52 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(asked: Path,
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_failed_trial_is_a_row_and_can_be_tried_again(asked: Path, tmp_path: Path) -> None:
-    change(asked, grid={"training.ema": [0.25, 0.5]}, seeds=[0])
-    front = array(asked)
+def test_a_failed_trial_is_a_row_and_can_be_tried_again(sweep_file: Path, tmp_path: Path) -> None:
+    change(sweep_file, grid={"training.ema": [0.25, 0.5]}, seeds=[0])
+    front = array(sweep_file)
     failed, done = front["trials"]
     assert (failed["status"], failed["reason"]) == ("failed", "training: step 3: the gradient is not finite")
     assert done["status"] == "done" and front["complete"]
-    array(asked, resume=True, retry=True)
+    array(sweep_file, resume=True, retry=True)
     again = read_json(tmp_path / "out" / "front.json")["trials"]
     assert again[0]["began"] >= failed["ended"] and again[1] == done
 
 
-def test_a_folder_that_holds_something_is_not_touched(asked: Path, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_not_touched(sweep_file: Path, tmp_path: Path) -> None:
     def refused(kind: type[PPReIDError], message: str, *settings: str, **how: Any) -> None:
         def held() -> dict[Path, int]:
             return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
 
         before = held()
         with pytest.raises(kind, match=message):
-            array(asked, *settings, **how)
+            array(sweep_file, *settings, **how)
         assert held() == before
 
-    open_folder(load_settings(SweepConfig, asked), resume=False)
+    open_folder(load_settings(SweepConfig, sweep_file), resume=False)
     refused(RunError, "out: holds a sweep already; continue it by --resume")
     refused(ConfigError, r"^grid.privacy.weight: is \[1\] but .*sweep.json was begun with \[1, 3\]",
             "grid.privacy.weight=[1]", resume=True)  # fmt: skip
     refused(ConfigError, "^optimiser.lrr:", "grid.optimiser.lrr=[1]", f"output={tmp_path / 'other'}")
     refused(ConfigError, "^judge: its seed 1 is one of seeds", 'judge=["seed=1"]', f"output={tmp_path / 'other'}")
     refused(ConfigError, r"^judges: none\.onnx: no such file", "judges=[none.onnx]", f"output={tmp_path / 'other'}")
-    change(asked, settings=["data.synthetic.train=25"])
+    change(sweep_file, settings=["data.synthetic.train=25"])
     with pytest.raises(DataError, match=r"written with data\.synthetic\.train=24, not with 25"):
-        array(asked, f"output={tmp_path / 'of others'}")
-    change(asked, settings=[])
+        array(sweep_file, f"output={tmp_path / 'of others'}")
+    change(sweep_file, settings=[])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a file").touch()
     refused(RunError, "full: holds something that isn't a sweep", f"output={tmp_path / 'full'}")
     (tmp_path / "a file").touch()
     refused(DataError, "a file/out", f"output={tmp_path / 'a file' / 'out'}")
-    change(asked, grid={}, search={"optimiser.weight_decay": {"low": 0.1, "high": 1}})
+    change(sweep_file, grid={}, search={"optimiser.weight_decay": {"low": 0.1, "high": 1}})
     refused(ConfigError, "^search: needs --backend ray; an array can do a grid or methods$")
 
 
 def test_tasks_that_open_a_new_sweep_together_do_not_refuse_each_other(
-    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one comes while this one looks into the folder."""
-    config, look = load_settings(SweepConfig, asked), Path.iterdir
+    config, look = load_settings(SweepConfig, sweep_file), Path.iterdir
     (tmp_path / "out").mkdir()
 
     def look_late(folder: Path) -> Any:
@@ -295,176 +230,19 @@ def test_tasks_that_open_a_new_sweep_together_do_not_refuse_each_other(
     assert Path.iterdir is look
 
 
-def _do_array(asked: Path, resume: bool) -> None:
-    try:
-        array(asked, resume=resume)
-    except Stopped:
-        sys.exit(75)
-
-
-class Driver:
-    """A sweep in a process of its own. An array's is forked, which spares it the imports."""
-
-    def __init__(self, backend: str, asked: Path, *, resume: bool = False, **environment: str):
-        self.log = asked.with_name(f"driver-{time.monotonic_ns()}.log")
-        if backend == "array":
-            self.process = multiprocessing.get_context("fork").Process(target=_do_array, args=(asked, resume))
-            self.process.start()
-            return
-        words = [HERE, backend, str(asked), *(["--resume"] if resume else [])]
-        self.process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        )  # fmt: skip
-
-    def ends(self, status: int, *, told: signal.Signals | None = None, within: float = 150) -> None:
-        if told is not None:
-            os.kill(self.process.pid, told)
-        if isinstance(self.process, subprocess.Popen):
-            found = self.process.wait(timeout=within)
-        else:
-            self.process.join(timeout=within)
-            found = self.process.exitcode
-        assert found == status, self.log.read_text() if self.log.exists() else found
-
-
-def kill_half_way_and_resume(backend: str, asked: Path, out: Path, number: signal.Signals) -> None:
-    change(asked, seeds=[0], concurrent=1)
-    running = Driver(backend, asked, STEP_SECONDS="0.5")  # for Ray takes a second or two to see that it was killed
-    until(lambda: len(list(out.glob("trials/*/trial.json"))) == 1, seconds=90)
-    until(lambda: any(0 < len(run.joinpath("steps.txt").read_text().split()) < STEPS for run in trainings(out)))
-    running.ends(-9 if number == signal.SIGKILL else 75, told=number)
-    until(lambda: not Claims(out / "claims").held())  # the guards have ended what ran
-    finished = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/trial.json")}
-    begun = {run: run.joinpath("steps.txt").read_text() for run in trainings(out)}
-    assert len(finished) == 1
-    time.sleep(0.3)
-    assert begun == {run: run.joinpath("steps.txt").read_text() for run in trainings(out)}, "an orphan trains on"
-    Driver(backend, asked, resume=True).ends(0)
-    assert_whole(out, controls=1, trials=2)
-    assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
-
-
 @pytest.mark.faults
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_an_array_that_is_killed_goes_on(asked: Path, tmp_path: Path, number: signal.Signals) -> None:
-    kill_half_way_and_resume("array", asked, tmp_path / "out", number)
+def test_an_array_that_is_killed_goes_on(sweep_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    kill_half_way_and_resume("array", sweep_file, tmp_path / "out", number)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_tasks_of_an_array_share_the_trials(asked: Path, tmp_path: Path) -> None:
-    change(asked, seeds=[0])
-    for task in [Driver("array", asked, resume=True), Driver("array", asked, resume=True)]:
+def test_tasks_of_an_array_share_the_trials(sweep_file: Path, tmp_path: Path) -> None:
+    change(sweep_file, seeds=[0])
+    for task in [Driver("array", sweep_file, resume=True), Driver("array", sweep_file, resume=True)]:
         task.ends(0)
     assert_whole(tmp_path / "out", controls=1, trials=2)
-
-
-# --- under Ray --------------------------------------------------------------------------------------------------
-
-needs_ray = pytest.mark.skipif(
-    not (find_spec("ray") and find_spec("optuna")), reason="the extra 'sweep' is not installed"
-)
-
-
-@needs_ray
-def test_a_sweep_goes_through_ray(asked: Path, tmp_path: Path) -> None:
-    change(asked, grid={"privacy.weight": [2]}, seeds=[0])
-    Driver("ray", asked).ends(0)
-    assert_whole(tmp_path / "out", controls=1, trials=1)
-
-
-@needs_ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_a_sweep_under_ray_that_is_killed_goes_on(asked: Path, tmp_path: Path) -> None:
-    kill_half_way_and_resume("ray", asked, tmp_path / "out", signal.SIGKILL)
-
-
-@needs_ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_a_sweep_under_ray_that_is_asked_to_stop_goes_on(asked: Path, tmp_path: Path) -> None:
-    kill_half_way_and_resume("ray", asked, tmp_path / "out", signal.SIGTERM)
-
-
-@needs_ray
-@pytest.mark.slow
-@pytest.mark.faults
-def test_a_trial_whose_ray_worker_is_killed_is_done_by_another(asked: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    change(asked, seeds=[0], concurrent=1)
-    running = Driver("ray", asked, STEP_SECONDS="0.5")
-    until(lambda: any(len(run.joinpath("steps.txt").read_text().split()) > 2 for run in trainings(out)), seconds=90)
-    (claim,) = (out / "claims").glob("weight_*.0001")
-    os.kill(read_json(claim)["pid"], signal.SIGKILL)
-    running.ends(0)
-    assert_whole(out, controls=1, trials=2)
-    assert claim.with_suffix(".0002").exists()
-
-
-@needs_ray
-@pytest.mark.slow
-def test_a_search_learns_from_what_an_earlier_session_found(asked: Path, tmp_path: Path) -> None:
-    change(asked, grid={}, search={"privacy.weight": {"low": 0.5, "high": 20, "log": True}}, trials=3, seeds=[0])
-    running = Driver("ray", asked)
-    until(lambda: len(list((tmp_path / "out").glob("trials/*/trial.json"))) >= 1, seconds=90)
-    running.ends(75, told=signal.SIGTERM)
-    begun = {folder.name for folder in (tmp_path / "out" / "trials").iterdir()}
-    Driver("ray", asked, resume=True).ends(0)
-    front = assert_whole(tmp_path / "out", controls=1, trials=3)
-    assert begun <= {row["name"] for row in front["trials"]}
-    assert len({row["weight"] for row in front["trials"]}) == 3
-
-
-@needs_ray
-@pytest.mark.slow
-def test_a_search_of_few_points_ends(asked: Path, tmp_path: Path) -> None:
-    """Two points, one of which three proposals must repeat."""
-    change(asked, grid={}, search={"privacy.every": {"low": 2, "high": 3}}, trials=3, seeds=[0])
-    Driver("ray", asked).ends(0, within=250)
-    front = json.loads((tmp_path / "out" / "front.json").read_text())
-    points = {row["settings"]["privacy.every"] for row in front["trials"]}
-    assert points <= {2, 3} and front["complete"] and front["expected"] == len(points) == len(front["trials"])
-    assert len(list((tmp_path / "out" / "repeats").iterdir())) == 3 - len(points)
-
-
-@needs_ray
-def test_what_a_search_proposed_again_is_not_missing(asked: Path) -> None:
-    change(asked, grid={}, search={"privacy.every": {"low": 2, "high": 4}}, trials=8, seeds=[0, 1])
-    folder = open_folder(load_settings(SweepConfig, asked), resume=False)
-    row = {"status": "failed", "reason": "a reason"}
-    for trial in [Trial({"privacy.every": every}, seed) for every in (2, 3, 4) for seed in (0, 1)]:
-        folder.begin(trial)
-        Worker(folder).note(trial, row, time.time())
-    assert open_study(folder).missing == 5 and front_of(folder)["expected"] == 16 and not front_of(folder)["complete"]
-    for proposal in ("a", "b", "c", "c", "d", "e"):
-        folder.repeat(proposal)
-    assert open_study(folder).missing == 0 and front_of(folder)["expected"] == 6 and front_of(folder)["complete"]
-
-
-def test_asha_compares_the_whole_objective() -> None:
-    privacy = PrivacyConfig(adversaries=[AdversaryConfig(kind="ridge", weight=2.0)])
-    losses = Losses(privacy, NeighbourhoodConfig(weight=3.0))
-    row = {"loss/identity": 1.0, "loss/triplet": 0.5, "loss/neighbourhood": 0.25, "loss/ridge": 0.1}
-    assert losses.loss({**row, "privacy/strength": 4.0}) == pytest.approx(1.5 + 3 * 0.25 + 4 * 2 * 0.1)
-    del row["loss/neighbourhood"]
-    assert losses.loss({**row, "privacy/strength": 4.0}) == pytest.approx(1.5 + 4 * 2 * 0.1)
-
-
-@needs_ray
-@pytest.mark.slow
-def test_asha_ends_a_trial_early_and_says_so(asked: Path, tmp_path: Path) -> None:
-    settings = [f"training.images={STEPS}"]
-    grid = {"training.ema": [0.1, 0.2, 0.3, 0.4]}
-    change(asked, settings=settings, grid=grid, seeds=[0], asha=True, concurrent=1)
-    Driver("ray", asked, STEP_SECONDS="0.5").ends(0)
-    rows = read_json(tmp_path / "out" / "front.json")["trials"]
-    assert {row["status"] for row in rows} == {"done", "stopped"}, rows
-    assert all(row["reason"].startswith("asha:") for row in rows if row["status"] == "stopped")
-
-
-# --- for real ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -489,7 +267,7 @@ def test_a_launch_is_not_by_the_user_s_own_file(tmp_path: Path, processes: int) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["array", pytest.param("ray", marks=needs_ray)])
-def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Path, backend: str) -> None:
+def test_real_trainings_are_killed_and_the_sweep_ends(sweep_file: Path, tmp_path: Path, backend: str) -> None:
     """Killed while the first one trains; what comes out is what `ppreid report` and `ppreid evaluate` take."""
     attack = [
         "training.images=1920",
@@ -498,8 +276,8 @@ def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Pat
         "attack.attackers=[ridge]",
         "attack.curve_attackers=[ridge]",
     ]
-    change(asked, settings=attack, seeds=[0])
-    command = [sys.executable, "-m", "ppreid_dist.sweep", "--config", str(asked), "--backend", backend]
+    change(sweep_file, settings=attack, seeds=[0])
+    command = [sys.executable, "-m", "ppreid_dist.sweep", "--config", str(sweep_file), "--backend", backend]
     out, environment = tmp_path / "out", {**os.environ, "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(command, cwd=ROOT, env=environment)
     until(lambda: any(out.glob("trials/*/run/checkpoints/latest")), seconds=120)
@@ -516,4 +294,4 @@ def test_real_trainings_are_killed_and_the_sweep_ends(asked: Path, tmp_path: Pat
     resumed = [read_json(result)["resumed_at"] for result in out.glob("trials/*/run/result.json")]
     assert max(resumed) > 0
     assert all(0 < row["mAP"] < 1 and math.isfinite(row["axes"]["pixel"]["leak"]["value"]) for row in front["trials"])
-    assert write_again(load_settings(SweepConfig, asked))["points"] == front["points"]
+    assert write_again(load_settings(SweepConfig, sweep_file))["points"] == front["points"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import assert_same, run
+from training_runs import assert_same, run
 
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_training import run
+from training_runs import run
 
 from ppreid_dist.training.tracking import read_metrics, tracker_options
 
