@@ -62,10 +62,9 @@ def _findings() -> Iterator[Finding]:
             yield Finding("ok", module, importlib.metadata.version(distribution))
         else:
             yield _absent(module, extra)
-    # The package of that name on the index is another project: NVIDIA's has these compiled parts.
-    apex = importlib.util.find_spec("amp_C") and importlib.util.find_spec("apex")
+    absent = choice.nvidia_apex_lacks("adam")
     yield Finding(
-        "ok" if apex else "none", "NVIDIA Apex", "installed" if apex else "absent: torch's own optimisers are used"
+        "none" if absent else "ok", "NVIDIA Apex", "absent: torch's own forms are used" if absent else "installed"
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for operation in choice.OPERATIONS:

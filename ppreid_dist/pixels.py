@@ -9,8 +9,11 @@ from torch import Tensor
 
 
 def to_float(pictures_N3HW: Tensor) -> Tensor:
-    """uint8 as float32 in [0, 1]; floats, which are taken to be in [0, 1], as float32."""
-    return pictures_N3HW.float() / 255 if pictures_N3HW.dtype == torch.uint8 else pictures_N3HW.float()
+    """uint8 as float32 in [0, 1], alike on all devices; floats, which are taken to be in [0, 1], as float32."""
+    if pictures_N3HW.dtype != torch.uint8:
+        return pictures_N3HW.float()
+    # Divided by a number, CUDA multiplies by its reciprocal, which rounds half of the 256 levels otherwise.
+    return pictures_N3HW.float() / torch.full((), 255.0, device=pictures_N3HW.device)
 
 
 def resize(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,12 @@ LONG = (
     "stopping", "engines", "commands", "game", "kernels", "training", "sweep", "slurm_jobs", "sweep_ray", "slurm",
     "accumulate", "resume", "recogniser", "split_head",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What isn't marked `gpu` is of CPUs, to the bit often: no GPU is seen unless those are asked for."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

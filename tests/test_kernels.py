@@ -46,7 +46,7 @@ def chosen(device: torch.device, **sizes: int) -> dict[str, str]:
 def test_auto_takes_the_first_that_can_run_and_nothing_that_nobody_measured(installed: set[str]) -> None:
     cpu = {"adam": "fused", "clip": "foreach", "cross_entropy": "plain", "ssim": "plain", "batch_hard": "plain"}
     assert chosen(CPU) == cpu | {"nearer": "screened"} and chosen(CUDA) == cpu | {"nearer": "plain"}
-    installed |= {"triton", "apex", "amp_C"}
+    installed |= {"triton", "apex", "amp_C", "xentropy_cuda"}
     choice._choose.cache_clear()
     assert chosen(CPU) == cpu | {"nearer": "screened"} and chosen(CUDA) == cpu | {"nearer": "plain"}
     assert "Triton only where asked for" in choice.of("ssim", CUDA).why
@@ -55,7 +55,7 @@ def test_auto_takes_the_first_that_can_run_and_nothing_that_nobody_measured(inst
 
 
 def test_what_is_asked_for_is_taken_where_it_can_run(installed: set[str]) -> None:
-    installed |= {"triton", "apex", "amp_C"}
+    installed |= {"triton", "apex", "amp_C", "xentropy_cuda"}
     config = KernelsConfig(
         adam="apex", clip="apex", cross_entropy="apex", ssim="plain", batch_hard="tiled", strict=True
     )
@@ -72,6 +72,12 @@ def test_what_is_asked_for_is_taken_where_it_can_run(installed: set[str]) -> Non
         ({"nearer": "screened"}, CUDA, set(), "kernels.nearer: screened can't run here: it is for CPUs"),
         ({"ssim": "triton"}, CPU, {"triton"}, "kernels.ssim: triton can't run here: Triton needs a CUDA device"),
         ({"batch_hard": "triton"}, CUDA, set(), "kernels.batch_hard: triton can't run here: Triton isn't installed"),
+        (
+            {"cross_entropy": "apex"},
+            CUDA,
+            {"apex", "amp_C"},
+            "kernels.cross_entropy: apex can't run here: NVIDIA Apex was built without its xentropy (APEX_XENTROPY=1)",
+        ),
         ({"adam": "apex"}, CUDA, {"apex"}, "kernels.adam: apex can't run here: NVIDIA Apex isn't installed"),
         (
             {"clip": "apex"},

@@ -4,13 +4,16 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 from training_runs import assert_same, run
 
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
+from ppreid_dist.training.trace import largest
 
 
 def test_a_trace_says_where_the_time_goes_and_changes_nothing(world: list[str], tmp_path: Path) -> None:
@@ -36,6 +39,28 @@ def test_a_trace_says_where_the_time_goes_and_changes_nothing(world: list[str], 
         assert row["ms"] == pytest.approx(own[row["name"]] / 1e3, rel=0.01)
         assert row["share"] == pytest.approx(own[row["name"]] / sum(own.values()), rel=0.01)
     assert not (whole / "trace.json").exists()
+
+
+def test_a_kernel_of_a_gpu_counts_once() -> None:
+    """Not with the operation that asked for it, nor with the part that the trace draws above it, too."""
+
+    def event(key: str, device: DeviceType, host: float, own: float, kernels: float, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            key=key, device_type=device, is_user_annotation=annotation, count=1, cpu_time_total=host,
+            self_cpu_time_total=own, device_time_total=kernels, self_device_time_total=kernels,
+        )  # fmt: skip
+
+    cpu, gpu = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        event("part: step", cpu, 4000, 1000, 0, annotation=True), event("aten::mm", cpu, 3000, 3000, 6000),
+        event("part: step", gpu, 0, 0, 8000, annotation=True), event("gemm", gpu, 0, 0, 6000),
+        event("copy", gpu, 0, 0, 2000),
+    ]  # fmt: skip
+    found = largest(events, gpu=True)
+    assert found["parts"] == [{"name": "step", "calls": 1, "ms": 4.0, "share": 1.0}]
+    assert [(row["name"], row["ms"], row["share"]) for row in found["operations"]] == [
+        ("gemm", 6.0, 0.75), ("copy", 2.0, 0.25),
+    ]  # fmt: skip
 
 
 def own_times(events: list[dict[str, Any]]) -> Counter[str]:

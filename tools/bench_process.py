@@ -25,6 +25,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fitting(*processes: int) -> list[int]:
+    """Of these numbers of processes those for which there are GPUs; all of them where there is none."""
+    gpus = torch.cuda.device_count()
+    return [number for number in processes if not gpus or number <= gpus]
+
+
 def measured(prepare: Prepare, *arguments: Any, repeats: int, threads: int, warm: int = 1) -> dict[str, float]:
     """``seconds`` (median) of the work that ``prepare(*arguments)`` returns, ``joules`` where they can be read, and
     ``peak_mb``: the process's memory at its highest less what it had at first (on a GPU, what was allocated there).

@@ -5,6 +5,7 @@ extractor's gradients alone takes is reckoned beside them.
 """
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_process import alone
+from bench_process import alone, fitting
 from bench_step import step_times, timed, ways, world
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", type=int, nargs="+", default=fitting(1, 2, 4))
     parser.add_argument("--steps", type=int, default=48, help="as of the part step")
     default = ["plain", "configured", "gan"]
     parser.add_argument("--only", nargs="+", choices=list(ways(None)), default=default, metavar="WAY")
@@ -82,13 +83,15 @@ def _launch(file: str, settings: list[str], counted: int, processes: int, thread
 
 def _watch(training: subprocess.Popen[bytes], metrics: Path) -> dict[int, int]:
     """The bytes that had been sent when the training had logged so many steps; none on a machine that doesn't count."""
-    sent, steps, rows = {0: 0}, 0, None
+    sent, rows, row = {0: 0}, None, ""
     while training.poll() is None:
         if rows is None and metrics.exists():
             rows = metrics.open()
-        new = sum(row.endswith("\n") for row in rows) if rows is not None else 0
-        if new and SENT.exists():
-            steps += new
-            sent[steps] = int(SENT.read_text())
-        time.sleep(0.002)
+        row += rows.readline() if rows is not None else ""
+        if row.endswith("\n"):
+            if SENT.exists():
+                sent[json.loads(row)["step"]] = int(SENT.read_text())
+            row = ""
+        else:
+            time.sleep(0.002)
     return sent

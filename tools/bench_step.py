@@ -34,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         default=96,
-        help="of the extractor at least: a third, then whole periods of the game, which count",
+        help="of the extractor at least: a third, then those that count, both in whole periods of the game",
     )
     parser.add_argument("--only", nargs="+", choices=list(ways(None)), metavar="WAY", help=", ".join(ways(None)))
     parser.add_argument(
@@ -86,7 +86,7 @@ def world(file: str, given: list[str], folder: Path) -> list[str]:
         "data.kind=synthetic", "data.aux_identities=0", "data.train_splits=[train]",
         f"data.root={folder / 'people'}", f"data.shards={folder / 'shards'}",
         f"data.synthetic={{{synthetic}, height: {data.height}, width: {data.width}}}",
-        "training.warm=0", "training.log_every=1", "training.checkpoint_every=1000000", "training.keep=1",
+        "training.warm=0", "training.checkpoint_every=1000000", "training.keep=1",
         "probe.every=0",
     ]  # fmt: skip
     prepare_shards(load_settings(Config, file, settings).data, progress=False)
@@ -95,10 +95,13 @@ def world(file: str, given: list[str], folder: Path) -> list[str]:
 
 def timed(file: str, settings: list[str], steps: int) -> tuple[list[str], int]:
     """The settings of a training of ``steps`` or a little more, and how many of its last steps count."""
-    config, warm = load_settings(Config, file, settings), steps // 3
+    config = load_settings(Config, file, settings)
     period = _period(config)
-    counted = -(-(steps - warm) // period) * period
-    return [*settings, f"training.images={(warm + counted) * pictures_a_step(config)}"], counted
+    # A third in whole periods of the game, and figures are written down that seldom: a GPU must be waited for then.
+    warm = -(-max(1, steps // 3) // period) * period
+    counted = -(-max(1, steps - warm) // warm) * warm
+    images = (warm + counted) * pictures_a_step(config)
+    return [*settings, f"training.log_every={warm}", f"training.images={images}"], counted
 
 
 def pictures_a_step(config: Config) -> int:

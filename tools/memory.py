@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from bench_process import fitting
 from torch import nn
 
 from ppreid_dist import distributed
@@ -73,11 +74,13 @@ def _two_steps(engine: Engine, network: Extractor, options: argparse.Namespace) 
     extractor = Player("extractor", network, OptimiserConfig(), engine)
     x_B3HW = torch.rand(options.batch, 3, 256, 128, device=engine.device)
     for _ in range(2):
+        settle(engine.device)
         begun = time.perf_counter()
         with extractor.active() as forward:
             with engine.autocast():
                 loss = forward(x_B3HW).embedding_BD.square().mean()
             extractor.step(loss, 0.0)
+    settle(engine.device)
     return {"seconds": time.perf_counter() - begun}
 
 
@@ -103,6 +106,12 @@ def _process(rank: int, work: Work, processes: int, port: int, options: argparse
     engine.close()
 
 
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak(device: torch.device) -> int:
     """The largest memory so far, in bytes."""
     if device.type == "cuda":
@@ -116,7 +125,7 @@ def main() -> None:
     head = parts.add_parser("head")
     head.add_argument("--identities", type=int, default=100_000)
     head.add_argument("--dim", type=int, default=2048)
-    head.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    head.add_argument("--processes", type=int, nargs="+", default=fitting(1, 2, 4))
     pieces = parts.add_parser("pieces")
     pieces.add_argument("--batch", type=int, default=64)
     pieces.add_argument("--each", type=int, nargs="+", default=[1, 2, 4, 8])

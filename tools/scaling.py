@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from bench_process import fitting
 from tqdm import tqdm
 
 from ppreid_dist.files import read_json
@@ -53,7 +54,7 @@ def table(found_PS: np.ndarray, processes: list[int], seeds: list[int]) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", type=int, nargs="+", default=fitting(1, 2, 4))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"), metavar="DIR")
     parser.add_argument("settings", nargs="*", metavar="key=value")

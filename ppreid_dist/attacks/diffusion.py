@@ -21,6 +21,7 @@ from ppreid_dist.models.denoiser import TIMES, Denoiser, need_diffusers
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import option
+from ppreid_dist.transfer import to_device
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ class DenoiserTrainee(Trainee):
         return cast(Denoiser, self.average.module)
 
     def step(self, x_BK: Tensor, real_B3hw: Tensor) -> None:
-        times_B = torch.randint(TIMES, (len(x_BK),), generator=self.random).to(x_BK.device)
+        times_B = to_device(torch.randint(TIMES, (len(x_BK),), generator=self.random), x_BK.device)
         self.descend(self.network.error(real_B3hw, x_BK, self.normal(real_B3hw.shape), times_B).mean())
 
     @torch.no_grad()

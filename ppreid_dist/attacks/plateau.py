@@ -18,6 +18,7 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
+from ppreid_dist.transfer import to_device
 
 T = TypeVar("T", bound="Trainee")
 LOOKED_AT = 400  # pictures of held-out people at most: of more, looks would take longer than the steps between them
@@ -116,14 +117,15 @@ class Trainee(ABC):
         self.steps += steps
 
     def _draw(self) -> tuple[Tensor, Tensor]:
-        self.rows_B = rows = torch.randint(len(self.x_FK), (self.config.batch,), generator=self.random)
+        rows = torch.randint(len(self.x_FK), (self.config.batch,), generator=self.random)
+        self.rows_B = rows = to_device(rows, self.x_FK.device)
         x_BK = self.x_FK[rows]
         noise_BK = self.normal(x_BK.shape) / x_BK.shape[1] ** 0.5
         return x_BK + self.config.feature_noise * noise_BK, to_float(self.pictures_F3hw[rows])
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, on the features' device, from this training's own stream."""
-        return torch.randn(tuple(shape), generator=self.random).to(self.x_FK)
+        return to_device(torch.randn(tuple(shape), generator=self.random), self.x_FK.device).to(self.x_FK.dtype)
 
     def descend(self, loss: Tensor) -> None:
         self.optimiser.zero_grad()

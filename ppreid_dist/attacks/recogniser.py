@@ -29,6 +29,7 @@ from ppreid_dist.models.seeding import seeded
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate, make_optimiser
+from ppreid_dist.transfer import to_device
 
 S = TypeVar("S", bound=Settings)
 
@@ -127,9 +128,9 @@ def train_recogniser(
     for step in range(steps):
         drawn = draw.choice(len(people), min(config.people, len(people)), replace=False)
         rows_B = np.concatenate([np.resize(draw.permutation(rows_of[one]), config.shots) for one in drawn])
-        labels_B = torch.from_numpy(labels_N[rows_B]).to(images_N3hw.device)
+        labels_B = to_device(torch.from_numpy(labels_N[rows_B]), images_N3hw.device)
         x_B3hw, _ = augment(
-            images_N3hw[torch.from_numpy(rows_B)],
+            images_N3hw[to_device(torch.from_numpy(rows_B), images_N3hw.device)],
             config=config.augment, seed=seed, step=step, first_row=0, total_rows=len(rows_B),
         )  # fmt: skip
         out = network(x_B3hw)

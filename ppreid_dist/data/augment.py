@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.errors import ConfigError
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.transfer import to_device
 
@@ -65,7 +66,7 @@ def augment(
     from_x_BW = torch.where(flip.bool(), W - 1 - from_x_BW, from_x_BW)
     source_BHW = from_y_BH.clamp(0, H - 1)[:, :, None] * W + from_x_BW.clamp(0, W - 1)[:, None, :]
     moved = images_B3HW.flatten(2).gather(2, source_BHW.view(B, 1, H * W).expand(B, 3, H * W)).view(B, 3, H, W)
-    clean_B3HW = torch.where(inside_BHW[:, None], moved, 0).float() / 255
+    clean_B3HW = to_float(torch.where(inside_BHW[:, None], moved, 0))
 
     erased_BHW = _cross((y_1H >= top) & (y_1H < bottom), (x_1W >= left) & (x_1W < right))
     return torch.where(erased_BHW[:, None], _fill(images_B3HW.device), clean_B3HW), clean_B3HW

@@ -101,7 +101,8 @@ class _Dali:
     """DALI's dynamic mode, imported (a second or two) when first needed; runs without a driver where ``mixed`` is off.
 
     An evaluation context must not be active in two threads at once, hence the lock. On CUDA it works on torch's
-    current stream, so that what follows on that stream needs no synchronisation.
+    current stream, so that what follows on that stream needs no synchronisation. On the CPU what it gives lies in
+    memory that it takes back, pinned where there is a driver: on its way to a GPU it is copied first.
     """
 
     def __init__(self, size: tuple[int, int], device: torch.device, *, mixed: bool):
@@ -109,6 +110,7 @@ class _Dali:
         from nvidia.dali.experimental import dynamic
 
         self._dynamic, self._size, self._lock = dynamic, size, threading.Lock()
+        self._copy = True if device.type == "cuda" and not mixed else None  # None: only where it must
         self._context: Any
         if mixed:
             stream = torch.cuda.current_stream(device)
@@ -128,7 +130,7 @@ class _Dali:
     def __call__(self, data: Sequence[bytes]) -> Tensor:
         with self._lock, self._context:
             encoded = self._dynamic.as_batch([np.frombuffer(one, dtype=np.uint8) for one in data])
-            return self._resize(self._image(encoded)).torch()
+            return self._resize(self._image(encoded)).torch(copy=self._copy)
 
 
 def decode_masks(data: Sequence[bytes], keys: Sequence[str], size: tuple[int, int]) -> Tensor:

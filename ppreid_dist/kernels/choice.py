@@ -136,9 +136,8 @@ def _choose(operation: str, asked: str, device: str, large: bool, partitioned: b
 def _why_not(operation: str, implementation: str, device: str, partitioned: bool) -> str:
     """Why an implementation can't run on a kind of device; empty where it can."""
     if implementation == "apex":
-        # The package of that name on the index is another project: NVIDIA's has these compiled parts.
-        if not (find_spec("amp_C") and find_spec("apex")):
-            return "NVIDIA Apex isn't installed"
+        if missing := nvidia_apex_lacks(operation):
+            return missing
         if device != "cuda":
             return "NVIDIA Apex needs a CUDA device"
         if operation == "adam" and partitioned:
@@ -151,6 +150,18 @@ def _why_not(operation: str, implementation: str, device: str, partitioned: bool
         if device != "cuda" and not interpreted():
             return "Triton needs a CUDA device"
         return _triton_fails(device)
+    return ""
+
+
+def nvidia_apex_lacks(operation: str) -> str:
+    """What of NVIDIA Apex an operation needs and isn't there; empty where nothing is missing.
+
+    The package of that name on the index is another project: NVIDIA's has compiled parts, each built if asked for.
+    """
+    if not (find_spec("amp_C") and find_spec("apex")):
+        return "NVIDIA Apex isn't installed"
+    if operation == "cross_entropy" and not find_spec("xentropy_cuda"):
+        return "NVIDIA Apex was built without its xentropy (APEX_XENTROPY=1)"
     return ""
 
 

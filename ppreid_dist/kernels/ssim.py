@@ -3,6 +3,8 @@
 Shapes: B pictures, C channels, H height, W width.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,8 @@ def plain_ssim_map(x_BCHW: Tensor, y_BCHW: Tensor, *, window: int = 11, sigma: f
         coarse = backend.matmul.fp32_precision not in ("none", "ieee")
         dtype = torch.float64 if coarse or x_BCHW.dtype == torch.float64 else torch.float32
         x, y = x_BCHW.to(dtype) - 0.5, y_BCHW.to(dtype) - 0.5  # small means: E[x²] − E[x]² cancels less
-        down_HH = to_device(blur_matrix(height, window, sigma).to(dtype), x.device)
-        across_WW = to_device(blur_matrix(width, window, sigma).to(dtype), x.device).T
+        down_HH = _blur_there(height, window, sigma, dtype, x.device)
+        across_WW = _blur_there(width, window, sigma, dtype, x.device).T
         mean_x, mean_y, xx, yy, xy = down_HH @ (torch.stack([x, y, x * x, y * y, x * y]) @ across_WW)
         var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
         mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
@@ -50,6 +52,12 @@ def plain_ssim_map(x_BCHW: Tensor, y_BCHW: Tensor, *, window: int = 11, sigma: f
 def shrunk(window: int, x_BCHW: Tensor) -> int:
     """The largest odd window, up to ``window``, that the shorter side of the pictures holds."""
     return min(window, (min(x_BCHW.shape[-2:]) - 1) // 2 * 2 + 1)
+
+
+@lru_cache(maxsize=64)
+def _blur_there(size: int, window: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`blur_matrix`, sent once."""
+    return to_device(blur_matrix(size, window, sigma).to(dtype), device)
 
 
 def blur_matrix(size: int, window: int, sigma: float) -> Tensor:

@@ -16,13 +16,14 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float):
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay = decay
+        self._trained = {name for name, _ in self.module.named_parameters()}
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor]) -> None:
         """``state`` is the original's ``state_dict()``."""
-        trained = {name for name, _ in self.module.named_parameters()}
-        for name, average in self.module.state_dict().items():
-            if name in trained:
-                average.lerp_(state[name].to(average), 1 - self.decay)
-            else:
-                average.copy_(state[name])
+        averages = self.module.state_dict()
+        followed = [name for name in averages if name in self._trained]
+        now = [state[name].to(averages[name]) for name in followed]
+        torch._foreach_lerp_([averages[name] for name in followed], now, 1 - self.decay)
+        for name in averages.keys() - self._trained:
+            averages[name].copy_(state[name])

@@ -4,6 +4,7 @@ Shapes: N pictures, B those of one call, H×W the model's input, D feature dim.
 """
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ppreid_dist.files import sha256_of
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
+_log = logging.getLogger(__name__)
+_CUDA = "CUDAExecutionProvider"
 SIZE = (256, 128)  # of a model that takes any: what ReID models are mostly trained with
 BATCH = 64
 
@@ -55,10 +58,15 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what is wrong is said by the exception
         options.intra_op_num_threads = torch.get_num_threads()
-        wanted = ["CUDAExecutionProvider"] if self.device.type == "cuda" else []
-        here = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device.type == "cuda" and _CUDA in onnxruntime.get_available_providers():
+            onnxruntime.preload_dlls()  # those that came with torch
+            providers.insert(0, (_CUDA, {"device_id": self.device.index or 0}))
         try:
-            return onnxruntime.InferenceSession(str(self.file), options, providers=[*here, "CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(self.file), options, providers=providers)
+            if len(providers) > len(session.get_providers()):
+                _log.warning("%s: runs on the CPU: ONNX Runtime can't load its libraries for the GPU", self.file)
+            return session
         except Exception as error:  # its exceptions have no common class of their own
             raise RunError(f"{self.file}: not an ONNX model that can be loaded: {_line(error)}") from None
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seed_of, seeded
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
 USES = {
@@ -151,7 +152,7 @@ class Store(nn.Module):
                 rows = torch.randint(len(plain_ND), (recipe.batch,), generator=random)
                 drawn_B3hw = decoder(plain_ND[rows])
                 optimiser.zero_grad()
-                (drawn_B3hw - pictures_N3hw[rows].to(drawn_B3hw) / 255).abs().mean().backward()
+                (drawn_B3hw - to_float(pictures_N3hw[rows].to(drawn_B3hw.device))).abs().mean().backward()
                 optimiser.step()
                 schedule.step()
         decoder.requires_grad_(False)

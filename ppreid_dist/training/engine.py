@@ -289,6 +289,10 @@ class Engine:
                 f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU "
                 "use `accelerate launch --multi_gpu --num_processes N`"
             )
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if 1 < gpus < here:  # a single one may be each process's own, as Slurm binds them
+            self.forget()
+            raise ConfigError(f"LOCAL_WORLD_SIZE: {here} processes on a machine where {gpus} GPUs are visible")
         if compile == "reduce-overhead" and seen > 1:
             self.forget()
             raise ConfigError(f"engine.compile: {compile} is for one process, not for {seen}; use inductor")

@@ -3,7 +3,8 @@
     RUN/trace.json      for Perfetto or chrome://tracing
     RUN/costs.json      the parts of the steps, then the operations that took most, by their own time
 
-The first process is traced, of a GPU what runs on it too. A traced step is slower than others.
+The first process is traced, of a GPU what runs on it too. A traced step is slower than others. With a GPU the parts'
+times are those in which the host asks it for them, and the operations are its kernels.
 """
 
 import logging
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ppreid_dist.files import atomic, write_json
@@ -68,23 +70,29 @@ class Trace:
 
 
 def largest(events: Sequence[Any], *, gpu: bool) -> dict[str, list[dict[str, Any]]]:
-    """``parts`` by their whole time, and the ``operations`` with the most time of their own; on a GPU its time."""
-    own = "self_device_time_total" if gpu else "self_cpu_time_total"
-    whole = "device_time_total" if gpu else "cpu_time_total"
-    all_own = sum(getattr(event, own) for event in events) or 1.0
+    """``parts`` by their whole time on the host, and the ``operations`` with the most time of their own, on a GPU its
+    kernels: each is also counted in the operation that asked for it, and what the host calls a part is there too."""
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    device = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    parts = [event for event in host if event.key.startswith(PART)]
+    operations = device if gpu else [event for event in host if not event.key.startswith(PART)]
 
-    def rows(chosen: Sequence[Any], what: str) -> list[dict[str, Any]]:
+    def rows(chosen: Sequence[Any], what: str, all_own: float) -> list[dict[str, Any]]:
         chosen = sorted(chosen, key=lambda event: -getattr(event, what))
         return [
             {
                 "name": event.key.removeprefix(PART),
                 "calls": event.count,
                 "ms": getattr(event, what) / 1e3,
-                "share": getattr(event, what) / all_own,
+                "share": getattr(event, what) / (all_own or 1.0),
             }
             for event in chosen
         ]
 
-    parts = [event for event in events if event.key.startswith(PART)]
-    others = [event for event in events if not event.key.startswith(PART)]
-    return {"parts": rows(parts, whole), "operations": rows(others, own)[:MOST]}
+    host_time = sum(event.self_cpu_time_total for event in host)
+    own = "self_device_time_total" if gpu else "self_cpu_time_total"
+    own_time = sum(event.self_device_time_total for event in device) if gpu else host_time
+    return {
+        "parts": rows(parts, "cpu_time_total", host_time),
+        "operations": rows(operations, own, own_time)[:MOST],
+    }
