@@ -38,7 +38,8 @@ def test_every_part_gives_seconds_memory_and_ratios(part: str, tmp_path: Path) -
     assert said.returncode == 0, said.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["part"] == part and found["machine"]["torch"] == torch.__version__
-    assert len(found["rows"]) >= 2 and all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in found["rows"])
+    ran = [row for row in found["rows"] if "chosen" not in row or "seconds" in row]  # others can't run here
+    assert len(ran) >= 2 and all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in ran)
     if part == "step":
         plain, game = found["rows"]
         assert 0 < plain["gflop"] < game["gflop"] and 0 < plain["share"] < 1.5
