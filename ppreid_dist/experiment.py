@@ -1,10 +1,12 @@
 """One configuration for the whole way, and the training that joins its parts."""
 
+import copy
 import logging
 import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,12 @@ def load_run(folder: Path) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
         raise RunError(f"{folder}: not a run: it has no config.yaml")
+    return copy.deepcopy(_read_run(file, file.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=16)
+def _read_run(file: Path, modified: int) -> Config:
+    """An attack asks twenty times, and each reading takes a sixth of a second."""
     return load_settings(Config, file)
 
 

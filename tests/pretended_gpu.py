@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretended")
@@ -66,7 +66,7 @@ done = 0  # operations on the device
 
 def do(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     global done
-    given = tree_leaves((args, kwargs))
+    given, layout = tree_flatten((args, kwargs))
     far = [each for each in given if isinstance(each, Far)]
     target = kwargs.get("device")
     there = bool(far) if target is None else torch.device(target).type == DEVICE.type
@@ -79,7 +79,8 @@ def do(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(f"{func}: the host's tensors beside the device's")
     if there and any(isinstance(each, torch.Generator) for each in given):
         raise RuntimeError(f"{func}: the host's generator for the device")
-    result = func(*tree_map(_nearer, args), **tree_map(_nearer, kwargs))
+    near_args, near_kwargs = tree_unflatten([_nearer(each) for each in given], layout)
+    result = func(*near_args, **near_kwargs)
     if func is aten.copy_.default:
         return args[0]
     return tree_map(partial(_farther, far), result) if there else result

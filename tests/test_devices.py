@@ -14,7 +14,7 @@ if find_spec("diffusers"):
 SHORT = "batch: 8, plateau: {max_steps: 2, evaluate_every: 1}"
 DECODER = f"widths: [8], lrs: [0.005], trial_steps: 1, {SHORT}"
 ATTACK = [
-    f"attack.attackers=[{','.join(ATTACKERS)}]", "attack.curve_attackers=[ridge]", "attack.people=[12,0]",
+    f"attack.attackers=[{','.join(ATTACKERS)}]", "attack.curve_attackers=[ridge]", "attack.people=[0]",
     "attack.resamples=50", "attack.ridge={widths: [1, 0], ridges: [0.01, 1]}",
     f"attack.inverse={{lrs: [0.005], {SHORT}}}", f"attack.regression={{{DECODER}}}",
     f"attack.averaged={{{DECODER}}}", f"attack.isomap={{{DECODER}, neighbours: [5], coordinates: [4]}}",
@@ -32,14 +32,16 @@ def on_the_device(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
 
 
 def test_nothing_mixes_the_host_s_tensors_with_the_device_s(world: list[str], tmp_path: Path) -> None:
-    done = on_the_device(tmp_path, *world, "probe.every=4", *ATTACK)
+    backbone = next(word for word in world if word.startswith("model.backbone=")).split("=")[1]
+    recogniser = f"attack.recogniser={{backbone: {backbone}, epochs: 1}}"
+    done = on_the_device(tmp_path, *world, "training.images=96", "probe.every=5", recogniser, *ATTACK)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.fullmatch(r"(\d+) operations", done.stdout.strip().splitlines()[-1])
-    assert found and int(found[1]) > 50_000
+    assert found and int(found[1]) > 20_000
     for name in ATTACKERS:
         assert f"{name}, 24 people, protected:" in done.stderr + done.stdout
 
 
 def test_what_mixes_them_fails(world: list[str], tmp_path: Path) -> None:
-    done = on_the_device(tmp_path, "--mixed", *world)
+    done = on_the_device(tmp_path, "--mixed", *world, "training.images=32", "probe.every=0", "reversal.warm_steps=1")
     assert done.returncode != 0 and "the host's tensors beside the device's" in done.stderr
