@@ -159,6 +159,7 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
 ) -> None:
     said: list[str] = []
     took: list[dict[str, float]] = []
+    notes: list[str] = []
     asked = {"attackers": ["ridge", "regression", "isomap"], "people": [20, 0], "curve_attackers": ["regression"]}
     files = Kept(tmp_path)
     kept = {"kept": files, "found": said.append}
@@ -173,6 +174,7 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
             **{**asked, **own, "inverse": few.inverse, "recogniser": few.recogniser, **kept, **changes},
         )  # type: ignore[arg-type]
         took.append(found.seconds)
+        notes.extend(found.notes)
         return [line.partition(":")[0] for line in said if "kept" not in line]
 
     first = trained()
@@ -197,6 +199,10 @@ def test_one_is_trained_for_each_number_of_people_and_kept(
             write_tensors(network, dict(list(read_tensors(network).items())[:1]))
     assert sorted(trained()) == sorted(first)
     assert sorted(line.rpartition(", ")[0] for line in said if "recogniser" not in line) == scores
+    # Of those with fewer people no more is asked than to begin: the others are the same.
+    assert not any("curve_steps" in note for note in notes)
+    assert trained(curve_steps=0) == [line for line in first if line.startswith("regression, 20")]
+    assert any(note.startswith("attack.curve_steps: with fewer than 60 people") for note in notes)
     # Another inverse, and the same recognisers; another decoder, and the same of both; other recognisers, and all other
     # decoders, but the same ridge.
     inverse = replace(few.inverse, weight_decay=0.02)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,11 @@ from ppreid_dist.attacks.base import (
 )
 from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.config import AttackConfig
-from ppreid_dist.attacks.estimate import cut, most_steps, seconds
+from ppreid_dist.attacks.estimate import estimate, most_steps, seconds
 from ppreid_dist.attacks.gan import GanConfig
 from ppreid_dist.attacks.judging import Look, chance_ap, weak_judges
 from ppreid_dist.attacks.kept import Kept
-from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split, cut
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
@@ -175,6 +176,28 @@ def test_the_steps_that_a_training_may_take() -> None:
         patch.setitem(ATTACKERS, "regression", Slow)
         found = seconds("regression", config, features, known.images_N3HW, known.pids_N)
     assert found == pytest.approx(0.1 + 0.01 * 1280, rel=0.2)
+
+
+def test_with_fewer_people_training_can_be_shorter(aux: tuple[Pictures, Tensor]) -> None:
+    """A bound that is larger than the training's own changes nothing, and nobody is left untrained unless it begins
+    with something."""
+    start = small_config(60, likeness=0.1)
+    assert start.on_curve() is start and replace(start, curve_steps=60).on_curve().ridge == start.ridge
+    config = replace(start, attackers=["ridge", "regression", "diffusion"], curve_attackers=["regression"])
+    shorter = replace(config, curve_steps=30).on_curve()
+    assert shorter.regression.plateau == replace(start.regression.plateau, max_steps=30)
+    assert shorter.regression.trial_steps == start.regression.trial_steps == 20
+    assert (shorter.diffusion, shorter.inverse) == (start.diffusion, start.inverse)
+    assert most_steps(replace(config, curve_steps=0).on_curve().regression) == 0
+    for name, own in (("diffusion", {}), ("regression", {"regression": replace(start.regression, likeness=0.0)})):
+        with pytest.raises(ConfigError, match=rf"^curve_steps: 0 leaves {name} untrained$"):
+            replace(config, curve_steps=0, curve_attackers=[name], **own)
+    known, features = aux
+    few = Counter({("regression", True): 2, ("regression", False): 1})
+    few_only = replace(config, curve_steps=0, recogniser=replace(config.recogniser, epochs=1))
+    line = estimate(few, few_only, features, known.images_N3HW, known.pids_N)
+    found = re.search(r"regression with fewer people 2 of (\d+) s, regression 1 of (\d+) s", line)
+    assert found and int(found[1]) <= int(found[2])
 
 
 def test_the_same_features_leak_all(

@@ -161,9 +161,9 @@ class Bench:
         self.groups_N = groups_N
         self.world = digest(self.tests, aux.images_N3HW, aux.pids_N, groups_N)
 
-    def attacker(self, name: str) -> Attacker:
-        """A fresh one."""
-        return ATTACKERS[name](getattr(self.config, name))
+    def attacker(self, name: str, *, few: bool = False) -> Attacker:
+        """A fresh one; ``few``: with fewer people than all."""
+        return ATTACKERS[name](getattr(self.config.on_curve() if few else self.config, name))
 
     def recogniser(self, rows: np.ndarray) -> Recogniser | None:
         """The ReID model that was, or now is, trained on these auxiliary pictures; None where no attacker asks one."""
@@ -232,12 +232,12 @@ class Bench:
             trained[name, n] = replace(best, seconds=sum(outcome.seconds for outcome in outcomes))
         return trained
 
-    def missing(self, roles: Sequence[Role]) -> Counter[str]:
-        """How many trainings of each attacker aren't kept from before."""
+    def missing(self, roles: Sequence[Role]) -> Counter[tuple[str, bool]]:
+        """How many trainings of each attacker, and whether by ``config.on_curve()``, aren't kept from before."""
         return Counter(
-            name
+            (name, n < self.people[-1] and self.config.curve_steps is not None)
             for role in roles
-            for name, _, draws in self._trainings(role)
+            for name, n, draws in self._trainings(role)
             for training in draws
             if self.kept is None or not self.kept.has(training.key)
         )
@@ -247,9 +247,10 @@ class Bench:
         and is left out without it."""
         reversal = role.reversal
         for n in self.people:
+            few = n < self.people[-1]
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
             pairs = permute_people(self.groups_N[rows], self.config.seed) if role.permuted else np.arange(len(rows))
-            for name in self.config.attackers if n == self.people[-1] else self.config.curve_attackers:
+            for name in self.config.curve_attackers if few else self.config.attackers:
                 if name == Adaptive.name and reversal is None:
                     continue
                 parts = (role.aux_ND[rows], rows, rows[pairs], role.query_QD, role.leaked_LD)
@@ -257,8 +258,8 @@ class Bench:
                 trainings = []
                 for draw in range(self.config.seeds if issubclass(ATTACKERS[name], Learner) else 1):
                     label = f"{name}, {n} people, {role.name}" + (f", seed {draw + 1}" if draw else "")
-                    settings = [name, to_dict(getattr(self.config, name)), self.config.seed, draw]
-                    make = partial(self._train, label, name, draw, *parts, reversal)
+                    settings = [name, to_dict(self.attacker(name, few=few).config), self.config.seed, draw]
+                    make = partial(self._train, label, self.attacker(name, few=few), draw, *parts, reversal)
                     if self.recognisers and self.attacker(name).asks_recogniser:
                         settings += self.recognisers.settings
                     key = digest(self.world, settings, *parts, *start)
@@ -268,7 +269,7 @@ class Bench:
     def _train(
         self,
         label: str,
-        name: str,
+        attacker: Attacker,
         draw: int,
         features_ND: Tensor,
         rows: np.ndarray,
@@ -277,7 +278,6 @@ class Bench:
         leaked_LD: Tensor,
         reversal: Generator | None,
     ) -> Outcome:
-        attacker = self.attacker(name)
         attacker.leaked_LD = leaked_LD
         if attacker.asks_recogniser:
             attacker.recogniser = self.recogniser(rows)

@@ -1,6 +1,6 @@
 """The settings of an attack: who attacks, with how many people, and each attacker's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppreid_dist.attacks.adaptive import Adaptive, AdaptiveConfig
 from ppreid_dist.attacks.attribute import AttributeConfig
@@ -13,6 +13,7 @@ from ppreid_dist.attacks.inverse import InverseConfig
 from ppreid_dist.attacks.isomap import IsomapConfig
 from ppreid_dist.attacks.linkage import LinkageConfig
 from ppreid_dist.attacks.perceptual import PerceptualConfig
+from ppreid_dist.attacks.plateau import Learner, cut
 from ppreid_dist.attacks.recogniser import RecogniserConfig
 from ppreid_dist.attacks.regression import RegressionConfig
 from ppreid_dist.attacks.retrieval import RetrievalConfig
@@ -39,6 +40,12 @@ class AttackConfig(Settings):
     )
     people: list[int] = option(
         [80, 160, 320, 0], "numbers of the attackers' own people; 0 is all, and more than there are is all", at_least=0
+    )
+    curve_steps: int | None = option(
+        None,
+        "gradient steps, at most, of an attacker with fewer people; 0: decoders stay as they begin (attack.inverse), "
+        "which is nearly as much of people for a fraction of the time",
+        at_least=0,
     )
     leaked: list[str] = option(
         ["gallery"],
@@ -86,6 +93,10 @@ class AttackConfig(Settings):
         least = 2 * HELD_OUT_PEOPLE
         if few := [n for n in self.people if 0 < n < least]:
             raise ConfigError(f"people: {few[0]} are too few: an attacker needs {least} (0 is all)")
+        for name in self.curve_attackers if self.curve_steps == 0 else []:
+            own = ATTACKERS[name](getattr(self, name))
+            if isinstance(own, Learner) and not (own.asks_recogniser or name == Adaptive.name):
+                raise ConfigError(f"curve_steps: 0 leaves {name} untrained")
         for key, loss in (
             ("regression", self.regression.loss),
             ("averaged", self.averaged.loss),
@@ -101,3 +112,9 @@ class AttackConfig(Settings):
                 )
         if unknown := set(self.auxiliary.attackers) - set(ATTACKERS):
             raise ConfigError(f"auxiliary.attackers: {min(unknown)!r} is not one of {', '.join(ATTACKERS)}")
+
+    def on_curve(self) -> "AttackConfig":
+        """The same for attackers with fewer people."""
+        if self.curve_steps is None:
+            return self
+        return replace(self, **{name: cut(getattr(self, name), self.curve_steps) for name in self.curve_attackers})

@@ -27,7 +27,7 @@ from ppreid_dist.transfer import to_device
 @dataclass(kw_only=True)
 class DiffusionConfig(RecipeConfig):
     lrs: list[float] = option([5e-4, 2e-3], "learning rates to try", more_than=0)
-    trial_steps: int = option(1500, "steps of each combination before the best goes on alone", at_least=1)
+    trial_steps: int = option(1500, "steps of each combination before the best goes on alone", at_least=0)
     ema: float = option(0.995, "decay of the averaged weights, which are the ones that count", at_least=0, less_than=1)
     plateau: PlateauConfig = option(PlateauConfig(max_steps=40_000, evaluate_every=500), "")
     looks: int = option(8, "noises and times at which each held-out picture is looked at", at_least=1)

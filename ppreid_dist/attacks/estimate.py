@@ -6,10 +6,10 @@ feature dim.
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import fields
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from ppreid_dist.attacks.adaptive import Adaptive
 from ppreid_dist.attacks.base import ATTACKERS, split_people
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.inverse import train_inverse
-from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split
+from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split, cut
 from ppreid_dist.attacks.recogniser import Recogniser, steps_for, train_recogniser, untrained
 from ppreid_dist.attacks.recognisers import asked_widths
 from ppreid_dist.settings import Settings
 
-S = TypeVar("S", bound=Settings)
 # Of the two short trainings, whose difference leaves out what a training begins with: steps, or pictures for an
 # attacker that makes none.
 STEPS, PICTURES = (2, 32), (200, 600)
@@ -39,17 +38,6 @@ def most_steps(config: Settings) -> int:
         return config.max_steps
     entrants = prod(len(values[name]) for name in RACED if name in values)
     return steps + (entrants * values["trial_steps"] if "trial_steps" in values and entrants > 1 else 0)
-
-
-def cut(config: S, steps: int) -> S:
-    """The same with every race and every training to a plateau ended after ``steps``."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    changed: dict[str, Any] = {key: cut(value, steps) for key, value in values.items() if isinstance(value, Settings)}
-    if isinstance(config, PlateauConfig):
-        changed = {"max_steps": steps, "evaluate_every": steps}
-    elif "trial_steps" in values:
-        changed["trial_steps"] = steps
-    return replace(config, **changed)
 
 
 def seconds(
@@ -129,32 +117,35 @@ def _further(points: Sequence[tuple[float, float]], to: float) -> float:
 
 
 def estimate(
-    trainings: Counter[str],
+    trainings: Counter[tuple[str, bool]],
     config: AttackConfig,
     features_ND: Tensor,
     pictures_N3hw: Tensor,
     pids_N: np.ndarray,
     leaked_LD: Tensor | None = None,
 ) -> str:
-    """A line on so many trainings of each attacker that are still to be made; empty where there are none."""
-    each = {name: seconds(name, config, features_ND, pictures_N3hw, pids_N, leaked_LD) for name in trainings}
-    known: Mapping[str, float] = {name: found for name, found in each.items() if found is not None}
+    """A line on so many trainings of each attacker that are still to be made, and whether by ``config.on_curve()``;
+    empty where there are none."""
+    several: Counter[str] = Counter()
+    known: dict[str, float] = {}
+    for (attacker, few), times in trainings.items():
+        name, its = (f"{attacker} with fewer people", config.on_curve()) if few else (attacker, config)
+        several[name] = times
+        if (found := seconds(attacker, its, features_ND, pictures_N3hw, pids_N, leaked_LD)) is not None:
+            known[name] = found
     if not known:
         return ""
-    if any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in known):
+    if any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name, _ in trainings):
         # One for each number of people, and on more of them it takes longer.
         curve = any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in config.curve_attackers)
         times = len(config.people) if curve else 1
-        trainings = trainings + Counter(recogniser=times, inverse=times * len(asked_widths(config, config.attackers)))
-        known = {
-            **known,
-            "recogniser": recogniser_seconds(config, pictures_N3hw, pids_N),
-            "inverse": inverse_seconds(config, pictures_N3hw, pids_N),
-        }
-    total = sum(found * trainings[name] for name, found in known.items())
-    parts = ", ".join(f"{name} {trainings[name]} of {_time(found)}" for name, found in known.items())
-    left_out = "".join(f"; {name} isn't counted" for name in trainings if name not in known)
-    return f"{trainings.total()} trainings, at most about {_time(total)} here: {parts}{left_out}"
+        several.update(recogniser=times, inverse=times * len(asked_widths(config, config.attackers)))
+        known["recogniser"] = recogniser_seconds(config, pictures_N3hw, pids_N)
+        known["inverse"] = inverse_seconds(config, pictures_N3hw, pids_N)
+    total = sum(found * several[name] for name, found in known.items())
+    parts = ", ".join(f"{name} {several[name]} of {_time(found)}" for name, found in known.items())
+    left_out = "".join(f"; {name} isn't counted" for name in several if name not in known)
+    return f"{several.total()} trainings, at most about {_time(total)} here: {parts}{left_out}"
 
 
 def _time(seconds: float) -> str:

@@ -6,8 +6,8 @@ Shapes: N its own pictures, F those fitted, B batch, D feature dim, K view dim.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ppreid_dist.settings import Settings, option
 from ppreid_dist.transfer import to_device
 
 T = TypeVar("T", bound="Trainee")
+S = TypeVar("S", bound=Settings)
 LOOKED_AT = 400  # pictures of held-out people at most: of more, looks would take longer than the steps between them
 
 
@@ -28,7 +29,7 @@ LOOKED_AT = 400  # pictures of held-out people at most: of more, looks would tak
 class PlateauConfig(Settings):
     """When a training is over: an upper bound, and patience."""
 
-    max_steps: int = option(20_000, "most steps", at_least=1)
+    max_steps: int = option(20_000, "most steps; 0 leaves it as it begins", at_least=0)
     evaluate_every: int = option(200, "steps between looks at the held-out people", at_least=1)
     patience: int = option(4, "looks without a better one before the learning rate falls", at_least=1)
     falls: int = option(2, "how often the learning rate falls, to a quarter, before the training ends", at_least=0)
@@ -39,7 +40,7 @@ class StepsConfig(Settings):
     """How a training goes, and the learning rates that are tried."""
 
     lrs: list[float] = option([1e-3, 3e-3], "learning rates to try", more_than=0)
-    trial_steps: int = option(600, "steps of each combination before the best goes on alone", at_least=1)
+    trial_steps: int = option(600, "steps of each combination before the best goes on alone", at_least=0)
     batch: int = option(64, "pictures a step", at_least=2)
     weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
     feature_noise: float = option(0.3, "noise added to the features, relative to their norm", at_least=0)
@@ -54,6 +55,16 @@ class RecipeConfig(StepsConfig):
     # In trials whitening was better with 160 people, and threw most of the leak away with 40: it has to be tried.
     views: list[str] = option(list(VIEWS), "forms of the features to try", choices=VIEWS)
     widths: list[int] = option([32, 64], "network widths to try", at_least=1)
+
+
+def cut(config: S, steps: int) -> S:
+    """The same with every trial of a race and every training to a plateau ended after ``steps`` at the latest."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed: dict[str, Any] = {key: cut(value, steps) for key, value in values.items() if isinstance(value, Settings)}
+    for bound in ("max_steps", "trial_steps"):
+        if bound in values:
+            changed[bound] = min(values[bound], steps)
+    return replace(config, **changed)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ def _summarise(
             f"attack.seeds: every attacker that is drawn at random was trained {config.seeds} times; the training that "
             "does best on its own held-out people counts"
         )
+    if config.curve_steps is not None and len(bench.people) > 1:
+        notes.append(
+            f"attack.curve_steps: with fewer than {largest} people attackers were trained by at most "
+            f"{config.curve_steps} gradient steps: they may find more"
+        )
     notes += _cut_short(bench, roles)
     notes += _best_guesses(bench, roles)
     if left_out := [name for name in config.attackers if (name, largest) not in roles["protected"]]:
@@ -200,12 +205,13 @@ def _summarise(
 def _cut_short(bench: Bench, roles: Roles) -> list[str]:
     """A line for every attacker whose training was ended before its plateau."""
     lines = []
+    meant = bench.people if bench.config.curve_steps is None else bench.people[-1:]
     for name in bench.config.attackers:
         found = [
             (outcome.still_falling, f"{role}, {n} people")
             for role, runs in roles.items()
             for (who, n), outcome in runs.items()
-            if who == name and role != "floor" and outcome.still_falling > PLATEAU
+            if who == name and role != "floor" and outcome.still_falling > PLATEAU and n in meant
         ]
         if found:
             most, where = max(found)
