@@ -120,6 +120,11 @@ def _defaults(schema: type[Settings]) -> Any:
     return OmegaConf.structured(schema)
 
 
+def defaults(schema: type[Settings]) -> dict[str, Any]:
+    """As :func:`to_dict`, what holds where nothing is said."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(_defaults(schema)))  # type: ignore[arg-type]
+
+
 def _merge(settings: Any, change: Any, source: str) -> Any:
     try:
         return OmegaConf.unsafe_merge(settings, change)  # the other one copies everything for every override

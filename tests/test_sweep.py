@@ -18,7 +18,7 @@ from sweep_stand_ins import until
 from sweeps import Driver, array, assert_whole, change, kill_half_way_and_resume, needs_ray, trainings
 
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError
-from ppreid_dist.files import read_json
+from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep import driver
 from ppreid_dist.sweep.claims import Claims
@@ -194,6 +194,11 @@ def test_a_folder_that_holds_something_is_not_touched(sweep_file: Path, tmp_path
         assert held() == before
 
     open_folder(load_settings(SweepConfig, sweep_file), resume=False)
+    asked = read_json(tmp_path / "out" / "sweep.json")
+    del asked["base"]["data"]["remote"], asked["sweep"]["asha"]  # begun when there were no such keys
+    write_json(tmp_path / "out" / "sweep.json", asked)
+    open_folder(load_settings(SweepConfig, sweep_file), resume=True)
+    refused(ConfigError, "^asha: is True but .*sweep.json was begun with False", "asha=true", resume=True)
     refused(RunError, "out: holds a sweep already; continue it by --resume")
     refused(ConfigError, r"^grid.privacy.weight: is \[1\] but .*sweep.json was begun with \[1, 3\]",
             "grid.privacy.weight=[1]", resume=True)  # fmt: skip

@@ -29,7 +29,7 @@ from ppreid_dist.attacks.kept import digest, source_digest
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, flat
 from ppreid_dist.files import read_json, sha256_of, write_json
-from ppreid_dist.settings import load_settings, to_dict
+from ppreid_dist.settings import defaults, load_settings, to_dict
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
@@ -195,8 +195,9 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) ->
 def _check_same(
     before: Mapping[str, Any], now: Mapping[str, Any], file: Path, hint: str = "", *, but: tuple[str, ...] = ()
 ) -> None:
-    for part in ("sweep", "base"):
+    for part, schema in (("sweep", SweepConfig), ("base", Config)):
         old, new = (dict(flat(asked[part])) for asked in (before, now))
+        old = {key: value for key, value in flat(defaults(schema)) if key in new} | old  # keys that are newer than it
         if but and part == "sweep":
             for settings in (old, new):
                 settings["settings"] = [setting for setting in settings["settings"] if not setting.startswith(but)]
