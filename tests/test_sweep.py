@@ -195,10 +195,10 @@ def test_a_folder_that_holds_something_is_not_touched(sweep_file: Path, tmp_path
 
     open_folder(load_settings(SweepConfig, sweep_file), resume=False)
     asked = read_json(tmp_path / "out" / "sweep.json")
-    del asked["base"]["data"]["remote"], asked["sweep"]["asha"]  # begun when there were no such keys
+    del asked["base"]["data"]["remote"], asked["sweep"]["trials"]  # begun when there were no such keys
     write_json(tmp_path / "out" / "sweep.json", asked)
     open_folder(load_settings(SweepConfig, sweep_file), resume=True)
-    refused(ConfigError, "^asha: is True but .*sweep.json was begun with False", "asha=true", resume=True)
+    refused(ConfigError, "^trials: is 3 but .*sweep.json was begun with 20", "trials=3", resume=True)
     refused(RunError, "out: holds a sweep already; continue it by --resume")
     refused(ConfigError, r"^grid.privacy.weight: is \[1\] but .*sweep.json was begun with \[1, 3\]",
             "grid.privacy.weight=[1]", resume=True)  # fmt: skip
