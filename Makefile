@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 .DELETE_ON_ERROR:
 
 # Threads: two training processes on two cores with default threads would fight for them.
@@ -23,10 +23,14 @@ $(VENV)/installed $(VENV)/tested: pyproject.toml constraints/cpu.txt
 demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
 
-# Without those that take more than half a minute each: `pytest -m slow` runs them. A file's tests stay together, since
-# they share what they train.
+# A file's tests stay together, since they share what they train. Those of `slow` take half a minute and more each.
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
+
+slow: $(VENV)/tested
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 ATTACKERS = ["retrieval", "ridge", "regression", "averaged", "isomap", "unfolded", "adaptive", "gan"]
@@ -31,6 +32,7 @@ def on_the_device(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow
 def test_nothing_mixes_the_host_s_tensors_with_the_device_s(world: list[str], tmp_path: Path) -> None:
     backbone = next(word for word in world if word.startswith("model.backbone=")).split("=")[1]
     recogniser = f"attack.recogniser={{backbone: {backbone}, epochs: 1}}"

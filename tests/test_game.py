@@ -205,6 +205,7 @@ def test_a_moving_average_begins_with_what_was_learnt(world: list[str], tmp_path
     assert opponents == [True]
 
 
+@pytest.mark.slow
 def test_canary_a_rarely_updated_reversal_is_masked_and_the_probe_warns(tmp_path: Path) -> None:
     """The extractor outruns a reversal module that learns every 50 steps: that module's error rises, a fresh
     attacker's doesn't. With next to no privacy pressure the two agree, and the probe is silent."""
