@@ -128,14 +128,16 @@ def estimate(
     empty where there are none."""
     several: Counter[str] = Counter()
     known: dict[str, float] = {}
+    asked = False
     for (attacker, few), times in trainings.items():
         name, its = (f"{attacker} with fewer people", config.on_curve()) if few else (attacker, config)
         several[name] = times
         if (found := seconds(attacker, its, features_ND, pictures_N3hw, pids_N, leaked_LD)) is not None:
             known[name] = found
+            asked |= ATTACKERS[attacker](getattr(config, attacker)).asks_recogniser
     if not known:
         return ""
-    if any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name, _ in trainings):
+    if asked:
         # One for each number of people, and on more of them it takes longer.
         curve = any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in config.curve_attackers)
         times = len(config.people) if curve else 1
