@@ -17,6 +17,8 @@ from slurm_cluster import Cluster, cluster, missing
 from sweep_stand_ins import HERE, STEPS
 from training_runs import assert_same, last
 
+from ppreid_dist.attacks.kept import source_digest
+
 pytestmark = pytest.mark.slurm
 
 
@@ -189,7 +191,8 @@ def submit_sweep(slurm: Cluster, repository: Path, world: list[str], tmp_path: P
     for name, words in (("launch", '"-m", "accelerate.commands.launch"'), ("ppreid", None)):
         line = next(line for line in text.splitlines() if line.startswith(f"    {name}: tuple"))
         assert words is None or words in line
-        text = text.replace(line, f"    {name}: tuple[str, ...] = (sys.executable, {HERE!r}, {name!r})")
+        source = f", {source_digest()!r}" if name == "ppreid" else ""
+        text = text.replace(line, f"    {name}: tuple[str, ...] = (sys.executable, {HERE!r}, {name!r}{source})")
     programs.write_text(text)
     site = repository / "slurm" / "site.sh"
     site.write_text(site.read_text() + f"export PYTHONPATH='{package.parents[1]}'\n")
