@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow golden lint clean
 .DELETE_ON_ERROR:
 
 # Threads: two training processes on two cores with default threads would fight for them.
@@ -31,6 +31,10 @@ test: $(VENV)/tested
 
 slow: $(VENV)/tested
 	$(PYTEST) -m slow
+
+# Of those, what guards attackers, rivals and the warning of masking.
+golden: $(VENV)/tested
+	$(PYTEST) -m slow tests/test_golden.py tests/test_game.py tests/test_devices.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
