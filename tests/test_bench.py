@@ -39,6 +39,7 @@ def test_every_part_gives_seconds_memory_and_ratios(part: str, tmp_path: Path) -
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["part"] == part and found["machine"]["torch"] == torch.__version__
     ran = [row for row in found["rows"] if "chosen" not in row or "seconds" in row]  # others can't run here
+    assert all(row["chosen"] for row in found["rows"] if row not in ran)  # and say why
     assert len(ran) >= 2 and all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in ran)
     if part == "step":
         plain, game = found["rows"]
