@@ -33,6 +33,12 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return count
+
+
 def _parser(
     prog: str, description: str, schema_help: bool = False, over: str = "the defaults below"
 ) -> argparse.ArgumentParser:
@@ -176,9 +182,11 @@ def _attack(arguments: Sequence[str]) -> int:
         "--trained", type=Path, metavar="DIR", help="where attackers' trainings are kept (default: trained in --out)"
     )
     parser.add_argument(
-        "--ahead",
-        action="store_true",
-        help="only train the protected run's attackers, for a later attack to go on from",
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="so many processes of this machine train attackers, each on a GPU of its own where there are several",
     )
     parser.add_argument(
         "--no-estimate",
@@ -196,9 +204,9 @@ def _attack(arguments: Sequence[str]) -> int:
     if options.config is None:
         load_run(options.protected)
     config, runs = load_settings(Config, base, options.settings), (options.control, options.protected, options.judge)
-    attack(config, *runs, options.out, trained=options.trained, ahead=options.ahead, estimate=options.estimate)
-    if not options.ahead:
-        _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
+    how = {"trained": options.trained, "processes": options.processes, "estimate": options.estimate}
+    attack(config, *runs, options.out, **how)
+    _say(f"{options.out}: attacked; make the page by `ppreid report {options.out}`")
     return 0
 
 

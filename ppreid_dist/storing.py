@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ppreid_dist.assessment import default_device
 from ppreid_dist.attacks.adaptive import hand_on
 from ppreid_dist.data.dataset import open_training
 from ppreid_dist.data.stream import load_pictures
@@ -17,7 +16,7 @@ from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import atomic
-from ppreid_dist.models.folder import load_extractor, save_extractor
+from ppreid_dist.models.folder import default_device, load_extractor, save_extractor
 from ppreid_dist.models.store import USES, Store, StoreConfig
 from ppreid_dist.settings import load_settings, save_settings
 

@@ -58,13 +58,9 @@ def train(arguments: list[str]) -> int:
 def attack(source: str, arguments: list[str]) -> int:
     from report_examples import good_report
 
-    ahead, flags = "--ahead" in arguments, ("--ahead", "--no-estimate")
     settings = [word for word in arguments if "=" in word]
-    arguments = [word for word in arguments if word not in flags and word not in settings]
+    arguments = [word for word in arguments if word != "--no-estimate" and word not in settings]
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    if ahead:
-        (Path(given["--trained"]) / "ahead.txt").open("a").write(f"{given['--protected']}\n")
-        return 0
     protected = json.loads((Path(given["--protected"]) / "settings.json").read_text())
     weight, report = float(protected.get("privacy.weight", "1")), good_report()
     leak = 1 / (1 + weight)

@@ -29,7 +29,6 @@ from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split, cut
 from ppreid_dist.attacks.regression import Decoder, RegressionConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
-from ppreid_dist.attacks.victims import roles_of
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, MissingExtra
@@ -58,12 +57,10 @@ def suite(
     announce: Progress | None = None,
     looks: dict[str, Look] | None = None,
     leaked: Tensor | None = None,
-    ahead: bool = False,
     found: Progress | None = None,
     **changes: object,
 ) -> SuiteResult:
-    """The suite against a second victim whose features are the first's or, if ``blind``, random; ``ahead`` trains that
-    one's attackers before."""
+    """The suite against a second victim whose features are the first's or, if ``blind``, random."""
     first = met.camids_N == 0
     query = met.only(first)
     control = Victim(
@@ -92,8 +89,6 @@ def suite(
         found=found,
         kept=kept,
     )
-    if ahead:
-        bench.train_all(roles_of(bench, control, protected)["protected"])
     return run_suite(bench, control, protected, announce=announce)
 
 
@@ -317,10 +312,11 @@ def test_attackers_have_the_whole_stolen_database(
 
     monkeypatch.setitem(ATTACKERS, "ridge", Thief)
     features, first = strangers[1], strangers[0].camids_N == 0
-    result = suite(*aux, *strangers, leaked=features[~first], attackers=["ridge"])
-    stolen = torch.cat([features[first], features[~first]])
-    assert len(met) == 3 and all(torch.equal(of, stolen) for of in met if of is not None) and None not in met
-    assert result.leaked == len(stolen)
+    result = suite(*aux, *strangers, leaked=features[~first], attackers=["ridge"], blind=True)
+    ceiling, floor, protected = (of for of in met if of is not None)
+    assert all(torch.equal(of, torch.cat([features[first], features[~first]])) for of in (ceiling, floor))
+    assert len(protected) == len(features) and torch.equal(protected[first.sum() :], features[~first])
+    assert result.leaked == len(features)
     suite(*aux, *strangers, attackers=["ridge"])
     assert met[-1] is not None and torch.equal(met[-1], features[first])
 
@@ -346,10 +342,6 @@ def test_what_is_kept_is_not_trained_again_unless_something_changed(
     assert len(fitted) == 3  # ceiling, floor, protected
     again = attack()
     assert fitted == []
-    elsewhere = Kept(tmp_path / "ahead")
-    suite(*aux, *strangers, blind=True, kept=elsewhere, attackers=["ridge"], ahead=True)
-    assert len(fitted) == 3  # the protected one's was there when its turn came
-    fitted.clear()
     assert again.axes == first.axes and again.pixels == first.pixels and again.seconds == first.seconds
     for key, shown in first.reconstructions.items():
         assert torch.equal(again.reconstructions[key], shown)

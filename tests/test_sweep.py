@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +64,6 @@ def test_a_trial_without_gpus_sees_none(
     array(sweep_file)
     environments = [read_json(run / "environment.json") for run in trainings(tmp_path / "out")]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == [seen] * 3
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_who_waits_for_the_ceilings_attacks_what_is_its_own_meanwhile(sweep_file: Path, tmp_path: Path) -> None:
-    change(sweep_file, grid={"privacy.weight": [1]}, seeds=[0])
-    array(sweep_file)
-    trained = tmp_path / "out/trained"
-    assert not (trained / "ahead.txt").exists()  # nobody to wait for
-    (ceilings,) = trained.glob("*.done")
-    for file in (ceilings, *(tmp_path / "out/trials").glob("*/trial.json")):
-        file.unlink()
-    claim = open_folder(load_settings(SweepConfig, sweep_file, []), resume=True).claims.take(ceilings.name)
-    assert claim is not None
-
-    def make_ceilings() -> None:
-        until((trained / "ahead.txt").exists)
-        ceilings.touch()
-        claim.give_back()
-
-    with ThreadPoolExecutor(1) as another:
-        another.submit(make_ceilings)
-        array(sweep_file, resume=True)
-    assert len((trained / "ahead.txt").read_text().splitlines()) == 1
-    assert_whole(tmp_path / "out", controls=1, trials=1)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -101,7 +101,8 @@ def main() -> None:
         call(
             "fresh attackers",
             *["ppreid", "attack", "--config", config, "--control", runs["control"]],
-            *["--protected", runs["protected"], "--judge", runs["judge"], "--out", str(out), *settings],
+            *["--protected", runs["protected"], "--judge", runs["judge"], "--out", str(out)],
+            *["--processes", str(processes()), *settings],
         )
     call("the report", "ppreid", "report", str(out))
     print("\n" + summary(out, time.perf_counter() - started), flush=True)

@@ -6,7 +6,8 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, L leaked ent
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,6 +40,8 @@ from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.settings import to_dict
+
+PAUSE = 1.0  # seconds between looks at what other processes make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +81,12 @@ Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One that may be kept under ``key`` from before."""
+    """One that may be kept under ``key`` from before, as may what it ``needs``."""
 
     label: str
     key: str
     make: Callable[[], Outcome]
+    needs: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,8 @@ class Role:
 class Bench:
     """What attackers are trained on and tested by; the same for every victim.
 
-    Every training that is done is put into ``kept``, and taken from there instead of being made again.
+    Every training that is done is put into ``kept``, and taken from there instead of being made again. Processes that
+    share ``kept`` share the work.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Bench:
         """The pids and camids are those of the gallery that the ``judges`` know. ``progress`` hears how trainings go,
         ``found`` what each one that is over has found. ConfigError naming ``attack.people`` where there are too few."""
         self.kept, self.found = kept, found or progress
+        self._outcomes: dict[str, Outcome] = {}  # by key, of all benches that learn on other pictures too
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
         self.perception = perception or Perception(PerceptualConfig(), query.images_N3HW.device)
         self.gallery, self.judges = (gallery_pids, gallery_camids), identity_axes(judges)
@@ -194,17 +200,44 @@ class Bench:
             shown=drawn_Q3hw.cpu(),
         )
 
-    def once(self, label: str, key: str, train: Callable[[], Outcome]) -> Outcome:
-        """What was kept under ``key``, or what ``train`` gives, which is then kept."""
-        outcome, how = self.kept.get(key) if self.kept else None, "kept from before"
-        if outcome is None:
-            outcome = train()
-            how = f"{outcome.seconds:.1f} s"
-            if self.kept:
-                self.kept.put(key, outcome)
+    def carry_out(self, trainings: Iterable[Training], *, wait: bool = True) -> None:
+        """See to it that these are made, each by one of the processes that share ``kept``. Not ``wait``: what others
+        make is left to them."""
+        left = {training.key: training for training in trainings if training.key not in self._outcomes}
+        before = {key for key in left if self.kept and self.kept.has(key)}
+        while left:
+            done = [key for key, training in left.items() if self._settled(training, key in before)]
+            for key in done:
+                del left[key]
+            if left and not done:
+                if not wait:
+                    return
+                self.progress(f"{len(left)} trainings are other processes'")
+                time.sleep(PAUSE)
+
+    def outcome(self, training: Training) -> Outcome:
+        """What was kept of it, or what it now gives, which is then kept."""
+        self.carry_out([training])
+        return self._outcomes[training.key]
+
+    def _settled(self, training: Training, before: bool) -> bool:
+        """Whether its outcome is known now; not while another process makes it, or what it needs."""
+        with self.kept.alone(training.key) if self.kept else nullcontext(True) as mine:
+            if not mine:
+                return False
+            outcome = self.kept.get(training.key) if self.kept else None
+            kept_before = before and outcome is not None
+            if outcome is None:
+                if self.kept and self.kept.made_elsewhere(training.needs):
+                    return False
+                outcome = training.make()
+                if self.kept:
+                    self.kept.put(training.key, outcome)
+        self._outcomes[training.key] = outcome
+        how = "kept from before" if kept_before else f"{outcome.seconds:.1f} s"
         reached = ", ".join(f"{axis} {np.nanmean(outcome.scores[axis]):.3f}" for axis in self.axes)
-        self.found(f"{label}: {reached}, {how}")
-        return outcome
+        self.found(f"{training.label}: {reached}, {how}")
+        return True
 
     def took(self) -> dict[str, float]:
         """Seconds of what attackers share, by what it is, kept from before or not."""
@@ -222,11 +255,15 @@ class Bench:
     def say(self, label: str, line: str) -> None:
         self.progress(f"{label}: {line}")
 
+    def trainings(self, role: Role) -> list[Training]:
+        """Of every attacker with every number of people."""
+        return [training for _, _, draws in self._trainings(role) for training in draws]
+
     def train_all(self, role: Role) -> Trained:
         """Every attacker with every number of people."""
         trained: Trained = {}
         for name, n, draws in self._trainings(role):
-            outcomes = [self.once(training.label, training.key, training.make) for training in draws]
+            outcomes = [self.outcome(training) for training in draws]
             # Never by the test: an adversary has his own people to choose by, and no others.
             best = min(outcomes, key=lambda outcome: outcome.held_out) if len(outcomes) > 1 else outcomes[0]
             trained[name, n] = replace(best, seconds=sum(outcome.seconds for outcome in outcomes))
@@ -260,10 +297,12 @@ class Bench:
                     label = f"{name}, {n} people, {role.name}" + (f", seed {draw + 1}" if draw else "")
                     settings = [name, to_dict(self.attacker(name, few=few).config), self.config.seed, draw]
                     make = partial(self._train, label, self.attacker(name, few=few), draw, *parts, reversal)
+                    needs: list[str] = []
                     if self.recognisers and self.attacker(name).asks_recogniser:
                         settings += self.recognisers.settings
+                        needs = self.recognisers.keys(*self._people(rows), asked_widths(self.config, [name]))
                     key = digest(self.world, settings, *parts, *start)
-                    trainings.append(Training(label=label, key=key, make=make))
+                    trainings.append(Training(label=label, key=key, make=make, needs=needs))
                 yield name, n, trainings
 
     def _train(

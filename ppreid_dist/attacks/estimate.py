@@ -123,9 +123,11 @@ def estimate(
     pictures_N3hw: Tensor,
     pids_N: np.ndarray,
     leaked_LD: Tensor | None = None,
+    *,
+    processes: int = 1,
 ) -> str:
-    """A line on so many trainings of each attacker that are still to be made, and whether by ``config.on_curve()``;
-    empty where there are none."""
+    """A line on so many trainings of each attacker that are still to be made by so many processes, and whether by
+    ``config.on_curve()``; empty where there are none."""
     several: Counter[str] = Counter()
     known: dict[str, float] = {}
     asked = False
@@ -147,7 +149,8 @@ def estimate(
     total = sum(found * several[name] for name, found in known.items())
     parts = ", ".join(f"{name} {several[name]} of {_time(found)}" for name, found in known.items())
     left_out = "".join(f"; {name} isn't counted" for name in several if name not in known)
-    return f"{several.total()} trainings, at most about {_time(total)} here: {parts}{left_out}"
+    shared = f" in {processes} processes" if processes > 1 else ""
+    return f"{several.total()} trainings, at most about {_time(total / processes)} here{shared}: {parts}{left_out}"
 
 
 def _time(seconds: float) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ppreid_dist.attacks.base import Outcome, to_uint8
-from ppreid_dist.attacks.bench import Bench, Opened, Victim
+from ppreid_dist.attacks.bench import Bench, Opened, Training, Victim
 from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
 from ppreid_dist.evaluation.bootstrap import Bootstrap
@@ -26,18 +26,30 @@ from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import to_dict
 
 
+def whitebox_trainings(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Training]:
+    """White-box inversion of "control" and "protected"; none where the configuration asks for nobody."""
+    asked = _asked(bench)
+    return {role: _attack(bench, role, victim, asked) for role, victim in victims.items()} if len(asked) else {}
+
+
+def _asked(bench: Bench) -> np.ndarray:
+    """Of some query people the row of a picture each."""
+    people = np.unique(bench.query.pids_N)
+    people = np.random.default_rng([bench.config.seed, 0x3B]).permutation(people)[: bench.config.whitebox.people]
+    return np.array([np.flatnonzero(bench.query.pids_N == pid)[0] for pid in people], dtype=np.int64)
+
+
 def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any] | None:
     """White-box inversion of "control" and "protected", JSON-ready; None where the configuration asks for nobody.
 
     ``axes`` holds scores and own ratio as an attacker's, ``matched`` the mean cosine between what is stored and what
     the extractor makes of the reconstruction by it: where it is low that descent failed, and the scores say little.
     """
-    people = np.unique(bench.query.pids_N)
-    people = np.random.default_rng([bench.config.seed, 0x3B]).permutation(people)[: bench.config.whitebox.people]
-    if not len(people):
+    asked = _asked(bench)
+    if not len(asked):
         return None
-    asked = np.array([np.flatnonzero(bench.query.pids_N == pid)[0] for pid in people])
-    found = {role: _attack(bench, role, victim, asked) for role, victim in victims.items()}
+    people = bench.query.pids_N[asked]
+    found = {role: bench.outcome(training) for role, training in whitebox_trainings(bench, victims).items()}
     somebody_else = torch.roll(found["control"].shown, 1, dims=0)
     found["floor"] = bench.judged(somebody_else.to(bench.query.images_N3HW.device), asked, seconds=0.0)
     bootstrap = Bootstrap(people, bench.config.resamples, bench.config.seed, 0.95)
@@ -54,7 +66,7 @@ def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any]
     }
 
 
-def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Outcome:
+def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Training:
     """By what is stored and, where a key opens it, by what that uncovers: on each axis what finds more. Neither always
     does: fewer numbers are matched sooner, and by more pictures."""
     config, label = bench.config, f"white-box inversion, {role}"
@@ -77,7 +89,8 @@ def _attack(bench: Bench, role: str, victim: Victim, asked: np.ndarray) -> Outco
 
     # The features stand for the extractor: another one doesn't give the same of all those pictures.
     settings = ["white-box", to_dict(config.whitebox), to_dict(config.ridge), config.seed]
-    return bench.once(label, digest(bench.world, settings, victim.aux_ND, victim.query_QD, asked), train)
+    key = digest(bench.world, settings, victim.aux_ND, victim.query_QD, asked)
+    return Training(label=label, key=key, make=train)
 
 
 @torch.no_grad()

@@ -3,14 +3,20 @@
 A training is found again by a digest of all it was made of: features, pictures, people, settings, seed, judge, and the
 source of this package but for what only shows figures or starts runs, and the libraries' versions, so that an attacker
 that was changed never answers with an old figure.
+
+Any number of processes may share the folder: who makes a training locks it (a byte of the file ``locks``, so that the
+lock ends with the process, however that ends).
 """
 
+import fcntl
 import hashlib
 import json
-from functools import cache
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -24,7 +30,8 @@ from ppreid_dist.files import read_tensors, write_tensors
 _NUMBERS = ("l1", "psnr", "kid", "best", "seconds", "held_out", "still_falling")
 _SCORES = "scores/"
 _SECONDS = "kept/seconds"  # no weight's name has a slash
-_ELSEWHERE = ("reporting/", "sweep/", "attacks/estimate.py", "cli.py", "doctor.py", "findings.py", "progress.py")
+_ELSEWHERE = ("reporting/", "sweep/", "attacks/estimate.py", "cli.py", "doctor.py", "findings.py", "helpers.py",
+              "progress.py")  # fmt: skip
 _LIBRARIES = ("torch", "transformers", "numpy", "scikit-learn", "diffusers")
 
 
@@ -63,6 +70,42 @@ class Kept:
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    @cached_property
+    def _locks(self) -> IO[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Never closed while the process lives: closing it anywhere would give up all of the process's locks.
+        return (self.folder / "locks").open("ab")
+
+    @contextmanager
+    def alone(self, key: str, *, wait: bool = False) -> Iterator[bool]:
+        """Whether no other process makes what is kept under ``key``; while this lasts none can begin to. With ``wait``
+        it begins when that is so.
+
+        Where the file system has no locks, several processes may make the same at once, and the last one's stays.
+        """
+        byte = int(key[:15], 16)
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            yield True
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
+
+    def made_elsewhere(self, keys: Iterable[str]) -> bool:
+        """Whether another process is making one of these."""
+        for key in keys:
+            if not self.has(key):
+                with self.alone(key) as free:
+                    if not free:
+                        return True
+        return False
 
     def has(self, key: str) -> bool:
         """Whether something is kept under ``key``, damaged or not."""

@@ -7,6 +7,7 @@ Shapes: N pictures, h w pixels.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ def asked_widths(config: AttackConfig, attackers: Sequence[str]) -> set[int]:
 
 
 class Recognisers:
-    """``spent`` counts the seconds that this process trained."""
+    """``spent`` counts the seconds that this process trained, or waited for another one's training."""
 
     def __init__(self, config: AttackConfig, kept: Kept | None, *, say: Callable[[str, str], None], found: Progress):
         """``say`` hears, by a label, how a training goes, ``found`` how long it took. ConfigError naming
@@ -83,6 +84,11 @@ class Recognisers:
             found[what] = found.get(what, 0.0) + self._took.get((what, its_key), 0.0)
         return found
 
+    def keys(self, images_N3hw: Tensor, pids_N: np.ndarray, groups_N: np.ndarray, widths: Iterable[int]) -> list[str]:
+        """Under which these pictures' and its decoders' are kept."""
+        key, both = self._keys(images_N3hw, pids_N, Split(*split_people(groups_N, self.config.seed), self.config.seed))
+        return [key, *(digest(both, width) for width in widths)]
+
     def _keys(self, images_N3hw: Tensor, pids_N: np.ndarray, split: Split) -> tuple[str, str]:
         """Of the model, and of its decoders but for their width."""
         own = [to_dict(self.config.recogniser), self.backbone, self.config.seed]
@@ -105,20 +111,22 @@ class Recognisers:
 
     def _once(self, what: str, label: str, key: str, empty: M, train: Callable[[Progress], M]) -> M:
         """The weights that were kept under ``key``, in ``empty``, or what is now trained, which is then kept."""
-        if self.kept and (before := self.kept.weights(key)) is not None:
-            weights, seconds = before
-            try:
-                empty.load_state_dict(weights)
-                self._took[what, key] = seconds
-                return empty
-            except RuntimeError:
-                pass  # of another torch or transformers: it is trained again
-        started = time.monotonic()
-        made = train(partial(self.say, label))
-        seconds = time.monotonic() - started
-        self.spent += seconds
-        self._took[what, key] = seconds
-        if self.kept:
-            self.kept.put_weights(key, {name: of.cpu() for name, of in made.state_dict().items()}, seconds)
+        waited = time.monotonic()
+        with self.kept.alone(key, wait=True) if self.kept else nullcontext():
+            if self.kept and (before := self.kept.weights(key)) is not None:
+                weights, seconds = before
+                try:
+                    empty.load_state_dict(weights)
+                    self._took[what, key] = seconds
+                    self.spent += time.monotonic() - waited
+                    return empty
+                except RuntimeError:
+                    pass  # of another torch or transformers: it is trained again
+            started = time.monotonic()
+            made = train(partial(self.say, label))
+            self._took[what, key] = seconds = time.monotonic() - started
+            if self.kept:
+                self.kept.put_weights(key, {name: of.cpu() for name, of in made.state_dict().items()}, seconds)
+        self.spent += time.monotonic() - waited
         self.found(f"{label}: {seconds:.1f} s")
         return made

@@ -18,12 +18,12 @@ from torch import Tensor
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.auxiliary import Auxiliary
 from ppreid_dist.attacks.base import Progress
-from ppreid_dist.attacks.bench import Bench, Victim
-from ppreid_dist.attacks.informed import whitebox_leak
+from ppreid_dist.attacks.bench import Bench, Training, Victim
+from ppreid_dist.attacks.informed import whitebox_leak, whitebox_trainings
 from ppreid_dist.attacks.judging import chance_of, judge_quality, weak_judges
 from ppreid_dist.attacks.linkage import linkage_of
-from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench
-from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of
+from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench, variant_trainings
+from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of, trainings_of
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
@@ -73,12 +73,14 @@ def run_suite(
     protected: Victim,
     *,
     auxiliaries: Sequence[Auxiliary] = (),
+    processes: int = 1,
     announce: Progress | None = None,
 ) -> SuiteResult:
     """Attack both victims and put the leak in figures.
 
     Features and pictures lie on one device. ``auxiliaries`` is what else attackers learn on. ``announce`` is told which
-    judges are weak, how long the trainings may take, for which some steps of each are tried, and what that leaves out.
+    judges are weak, how long the trainings may take by so many ``processes`` (others of which call :func:`help_suite`),
+    for which some steps of each are tried, and what that leaves out.
 
     Raises ConfigError naming the variant where there are too few auxiliary people.
     """
@@ -90,12 +92,30 @@ def run_suite(
     if announce is not None:
         for line in weak:
             announce(line)
-    if announce is not None and (line := expected(bench, control, protected)):
+    if announce is not None and (line := expected(bench, control, protected, processes)):
         parts = {"white-box inversion": bench.config.whitebox.people, "attack.auxiliary": variants}
         left_out = [name for name, there in parts.items() if there]
         announce(line + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
+    bench.carry_out(_trainings(bench, control, protected, variants))
     roles = attack_victims(bench, control, protected)
     return _summarise(bench, control, protected, roles, variants, chance_Q, quality, weak)
+
+
+def help_suite(bench: Bench, control: Victim, protected: Victim, auxiliaries: Sequence[Auxiliary] = ()) -> None:
+    """Make trainings of :func:`run_suite` in another process, until those left are all being made."""
+    variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
+    bench.carry_out(_trainings(bench, control, protected, variants), wait=False)
+
+
+def _trainings(
+    bench: Bench, control: Victim, protected: Victim, variants: Sequence[tuple[Auxiliary, Bench]]
+) -> list[Training]:
+    both = {"control": control, "protected": protected}
+    return [
+        *trainings_of(bench, control, protected),
+        *variant_trainings(variants, both),
+        *whitebox_trainings(bench, both).values(),
+    ]
 
 
 def _summarise(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ppreid_dist.attacks.auxiliary import Auxiliary
-from ppreid_dist.attacks.bench import Bench, Victim
-from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of
+from ppreid_dist.attacks.bench import Bench, Training, Victim
+from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of, trainings_of
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores, measure_leak
 from ppreid_dist.evaluation.urr import NO_ATTACKER
@@ -32,16 +32,26 @@ def variant_bench(bench: Bench, auxiliary: Auxiliary) -> Bench:
     )
 
 
+def _learnt(auxiliary: Auxiliary, victims: Mapping[str, Victim]) -> dict[str, Victim]:
+    return {
+        role: replace(victim, aux_ND=auxiliary.features_ND[role], reversal=None) for role, victim in victims.items()
+    }
+
+
+def variant_trainings(variants: Sequence[tuple[Auxiliary, Bench]], victims: Mapping[str, Victim]) -> list[Training]:
+    """All that :func:`auxiliary_leak` asks for."""
+    return [
+        training for auxiliary, bench in variants for training in trainings_of(bench, **_learnt(auxiliary, victims))
+    ]
+
+
 def auxiliary_leak(
     variants: Sequence[tuple[Auxiliary, Bench]], victims: Mapping[str, Victim]
 ) -> list[dict[str, Any]] | None:
     """A row for each variant and number of people, JSON-ready; None where the configuration names no variant."""
     rows = []
     for auxiliary, bench in variants:
-        learnt = {
-            role: replace(victim, aux_ND=auxiliary.features_ND[role], reversal=None) for role, victim in victims.items()
-        }
-        roles = attack_victims(bench, learnt["control"], learnt["protected"])
+        roles = attack_victims(bench, **_learnt(auxiliary, victims))
         for n in bench.people:
             known_Q = np.full(len(bench.query.pids_N), True)
             if auxiliary.variant == "same_people":

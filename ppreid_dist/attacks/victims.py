@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import renewed
-from ppreid_dist.attacks.bench import Bench, Role, Trained, Victim
+from ppreid_dist.attacks.bench import Bench, Role, Trained, Training, Victim
 from ppreid_dist.attacks.estimate import estimate
 from ppreid_dist.evaluation.leak import AttackScores
 
@@ -46,16 +46,22 @@ def _role(name: str, victim: Victim) -> Role:
     return Role(name=name, aux_ND=victim.aux_ND, query_QD=victim.query_QD, leaked_LD=leaked_by(victim))
 
 
+def trainings_of(bench: Bench, control: Victim, protected: Victim) -> list[Training]:
+    """All that :func:`attack_victims` asks for."""
+    return [training for role in roles_of(bench, control, protected).values() for training in bench.trainings(role)]
+
+
 def attack_victims(bench: Bench, control: Victim, protected: Victim) -> Roles:
-    """All trainings."""
+    """What all trainings gave."""
     return {name: bench.train_all(role) for name, role in roles_of(bench, control, protected).items()}
 
 
-def expected(bench: Bench, control: Victim, protected: Victim) -> str:
-    """A line on how long those that aren't kept from before may take; empty where there are none."""
+def expected(bench: Bench, control: Victim, protected: Victim, processes: int) -> str:
+    """A line on how long those that aren't kept from before may take by so many processes; empty where there are
+    none."""
     missing = bench.missing(list(roles_of(bench, control, protected).values()))
     of = control.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, leaked_by(control)
-    return estimate(missing, bench.config, *of)
+    return estimate(missing, bench.config, *of, processes=processes)
 
 
 def scores_of(roles: Roles, axis: str, name: str, n: int) -> AttackScores:

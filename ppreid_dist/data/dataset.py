@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ppreid_dist.data.augment import AugmentConfig
 from ppreid_dist.data.catalog import KINDS, hold_out, read_catalog
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.records import SPLITS
 from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
-from ppreid_dist.data.stream import StreamConfig
+from ppreid_dist.data.stream import Pictures, StreamConfig, load_pictures
 from ppreid_dist.data.synthetic import SyntheticConfig, render
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.settings import Settings, option, to_dict
@@ -139,6 +141,14 @@ def open_split(config: DataConfig, split: str, *, streamed: bool = False) -> Sha
         raise DataError(f"{folder}: has no split 'aux': {_how_to_aux(config)}")
     remote = f"{config.remote.rstrip('/')}/" if streamed and config.remote else ""
     return ShardedSplit.open(folder, split, remote=remote)
+
+
+def load_split(
+    config: DataConfig, split: str, size: tuple[int, int], device: torch.device | str, *, progress: bool
+) -> Pictures:
+    """All pictures of a split, decoded to ``size`` (height, width) on the device. DataError as :func:`open_split`."""
+    backend = config.stream.backend
+    return load_pictures(open_split(config, split), size, backend=backend, device=device, progress=progress)
 
 
 def open_training(config: DataConfig, *, streamed: bool = True) -> ShardedSplit:

@@ -28,6 +28,11 @@ class SavedExtractor:
     about: dict[str, Any]
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def save_extractor(
     folder: Path, extractor: Extractor, config: ExtractorConfig, size: tuple[int, int], about: dict[str, Any]
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ppreid_dist.assessment import METHOD
+from ppreid_dist.attack_setup import METHOD
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import Settings, option
 

@@ -4,7 +4,7 @@ OUT/
     sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
     shared/NAME/            runs that several trials want: the judge, each control, what is stored in several ways;
                             NAME.json beside it: why it failed
-    trained/                trainings of attackers, kept for all trials; CONTROL-ATTACKERS.done: the control's are
+    trained/                trainings of attackers, kept for all trials, each made by whoever comes first
     trials/NAME/
         settings.json       the point and the seed
         run/                the training's folder, or that of a shared one stored in the trial's way

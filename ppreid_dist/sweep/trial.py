@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ppreid_dist.assessment import METHOD
+from ppreid_dist.attack_setup import METHOD
 from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import FREE, flat
@@ -122,28 +122,13 @@ class Worker:
         (out / "attack.json").unlink(missing_ok=True)  # of a trial that got no row: others may have attacked it
         judges = [word for other in (judge.run, *self.folder.config.judges) for word in ("--judge", other)]
         runs = ("--control", control.run, "--protected", protected.run, *judges)
+        several = ["--processes", self.folder.config.resources.processes]
         # The sweep's attackers: those in the run's own configuration may be older.
         asked = ["--config", self.folder.config.base, *self.folder.config.settings, *trial.overrides]
         command = self.programs.attack(
-            [str(word) for word in (*runs, "--out", out, "--trained", trained, "--no-estimate", *asked)]
+            [str(word) for word in (*runs, "--out", out, "--trained", trained, *several, "--no-estimate", *asked)]
         )
-
-        def attack(claim: Claim, environment: dict[str, str]) -> None:
-            self._start(command, out / "attack.json", "attack", claim, environment, place / "log.txt")
-
-        ceilings, ahead = trained / f"{control.name}-{self.folder.attackers}.done", False
-        while not ceilings.exists():  # they and the floors are the first one's to make
-            if (first := self.folder.claims.take(ceilings.name)) is not None:
-                with guarded(first) as its_environment:
-                    attack(first, its_environment)
-                    ceilings.touch()
-            elif not ahead:  # the others see to what is theirs alone meanwhile
-                ahead, log = True, place / "log.txt"
-                self._start([*command, "--ahead"], trained, "attack", claim, environment, log)
-            else:
-                time.sleep(self.wait)
-        if not (out / "attack.json").is_file():
-            attack(claim, environment)
+        self._start(command, out / "attack.json", "attack", claim, environment, place / "log.txt")
 
     # --- what trials share --------------------------------------------------------------------------------------
 
@@ -227,7 +212,7 @@ class Worker:
         look: Callable[[], None] = lambda: None,
     ) -> None:
         resources = self.folder.config.resources
-        threads = max(1, resources.cpus // (resources.processes if "train.py" in command else 1))
+        threads = max(1, resources.cpus // resources.processes)
         limited = {**environment, "OMP_NUM_THREADS": str(threads)}
         if not resources.gpus:  # Ray would leave it all of them
             limited["CUDA_VISIBLE_DEVICES"] = ""

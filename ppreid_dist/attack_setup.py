@@ -1,0 +1,271 @@
+"""Finished runs as their attackers meet them: checked, opened, and what both store of the same people.
+
+Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, S stored dim, D feature dim, A coded numbers, h w
+pixels.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
+from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
+from ppreid_dist.attacks.bench import Bench, Opened, Victim
+from ppreid_dist.attacks.judging import Judge
+from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.linkage import Stored
+from ppreid_dist.attacks.perceptual import Perception
+from ppreid_dist.data.dataset import load_split, open_split, open_training
+from ppreid_dist.data.index import read_meta
+from ppreid_dist.data.stream import Pictures
+from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.evaluation.export import rank_split, stored_features
+from ppreid_dist.evaluation.ranking import Ranking
+from ppreid_dist.experiment import FREE, Config, flat, load_run
+from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
+from ppreid_dist.models.extractor import Extractor
+from ppreid_dist.models.folder import SavedExtractor, default_device, load_extractor
+from ppreid_dist.models.generator import Generator
+from ppreid_dist.models.store import KEYED, Store, StoreConfig
+from ppreid_dist.pixels import resize, to_float
+from ppreid_dist.settings import load_settings, to_dict
+
+# Control and protected must be the same training but for these.
+METHOD = ("privacy.", "neighbourhood.", "reversal.", "data.strangers_split", "training.warm", "model.store.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """``victims`` and ``rankings`` of "control" and "protected"; ``rankings`` say how well they match people.
+
+    ``bench`` is called with ``progress``, which hears how a training goes, and ``found``, which hears what each one
+    that is over has found.
+    """
+
+    bench: Callable[..., Bench]
+    query: Pictures
+    victims: dict[str, Victim]
+    auxiliaries: list[Auxiliary]
+    judges: list[Judge]
+    rankings: dict[str, Ranking]
+
+
+def set_up(
+    config: Config,
+    control: Path,
+    protected: Path,
+    judges: Sequence[Path],
+    kept: Path,
+    *,
+    progress: bool = False,
+) -> Setup:
+    """Open the runs and the pictures. ``kept`` is the folder of attackers' trainings.
+
+    Raises RunError where the runs can't be compared: control and protected must be the same training but for the
+    protection, each judge another model than all others, the auxiliary people unknown to control and protected.
+    """
+    device, other = default_device(), _other_domain(config)
+    _check_comparable(control, protected, judges)
+    _check_leaked(config)
+    extractors = {"control": load_extractor(control / "model", device)}
+    extractors["protected"] = load_extractor(protected / "model", device)
+    _check_pictures(config, control, protected, extractors)
+    check_judges_pictures(judges, config.data)
+    perception = Perception(config.attack.perceptual, device)
+    size = config.reversal.size
+
+    @cache  # whoever sees them at one size shares them: they can be large
+    def pictures_of(split: str, size: tuple[int, int]) -> Pictures:
+        return load_split(config.data, split, size, device, progress=progress)
+
+    judging = open_judges(judges, config.attack.onnx, partial(pictures_of, "gallery"), device)
+    aux, query, gallery = (pictures_of(split, size) for split in ("aux", "query", "gallery"))
+    splits = ("aux", "query", "gallery", *config.attack.leaked)
+    seen = {role: {split: pictures_of(split, saved.size) for split in splits} for role, saved in extractors.items()}
+    victims, rankings, galleries_GD = {}, {}, {}
+    for role, saved in extractors.items():
+        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen[role], config.attack.leaked)
+        if config.attack.whitebox.people:
+            victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen[role]["aux"]))
+    extractor, known = extractors["protected"].extractor, seen["protected"]
+    victims["protected"] = replace(
+        victims["protected"],
+        reversal=_reversal(protected, extractor, known["aux"], victims["protected"].aux_ND, size),
+        rekeyed=_rekeyed(extractor, known["aux"], known["query"]),
+    )
+    auxiliaries = []
+    if other is not None:
+        auxiliaries.append(_strangers(*other, size, extractors, device, progress))
+    if "same_people" in config.attack.auxiliary.variants:
+        auxiliaries.append(same_people(gallery, query, galleries_GD))
+    bench = partial(
+        Bench,
+        aux=aux,
+        query=query,
+        gallery_pids=gallery.pids_N,
+        gallery_camids=gallery.camids_N,
+        judges=judging,
+        config=config.attack,
+        perception=perception,
+        kept=Kept(kept),
+    )
+    return Setup(bench=bench, query=query, victims=victims, auxiliaries=auxiliaries, judges=judging, rankings=rankings)
+
+
+@contextmanager
+def _storing(extractor: Extractor, store: Store) -> Iterator[Extractor]:
+    """The extractor with another store for as long as it takes."""
+    before, extractor.store = extractor.store, store
+    try:
+        yield extractor
+    finally:
+        extractor.store = before
+
+
+def _reversal(
+    run: Path, extractor: Extractor, aux: Pictures, stored_NS: Tensor, size: tuple[int, int]
+) -> Generator | None:
+    """The generator that the run was trained against, if it draws pictures of this size, for what the run stores."""
+    config = load_run(run)
+    if tuple(config.reversal.size) != tuple(size):
+        return None
+    if (generator := trained_generator(run, config.reversal)) is None:
+        return None
+    generator = generator.to(stored_NS.device)
+    if config.model.store.kind not in TURNED:
+        return generator
+    with _storing(extractor, Store(StoreConfig(), extractor.feature_dim)):
+        plain_ND = stored_features(extractor, aux.images_N3HW)
+    return for_stored(generator, stored_NS, plain_ND, aux.pids_N, seed=config.seed)
+
+
+def _rekeyed(extractor: Extractor, aux: Pictures, query: Pictures) -> Stored | None:
+    """The same people as the same extractor would store them under another key; None where there is no key."""
+    if extractor.store.config.kind not in KEYED:
+        return None
+    with _storing(extractor, extractor.store.rekeyed()):
+        aux_ND, query_QD = (stored_features(extractor, split.images_N3HW) for split in (aux, query))
+    return aux_ND, query_QD
+
+
+def _other_domain(config: Config) -> tuple[Config, str] | None:
+    """The configuration of the other data set that attackers learn on, if they do, and the split: its aux people, or
+    those of its train split."""
+    asked = config.attack.auxiliary
+    if "other_domain" not in asked.variants:
+        return None
+    other = load_settings(Config, asked.data)
+    if Path(other.data.shards).resolve() == Path(config.data.shards).resolve():
+        raise ConfigError(f"attack.auxiliary.data: {asked.data} names the same shards as the runs' own data")
+    open_split(other.data, "train")  # where there are no shards it says how to write them
+    return other, "aux" if "aux" in read_meta(Path(other.data.shards))["splits"] else "train"
+
+
+def _strangers(
+    other: Config,
+    split: str,
+    size: tuple[int, int],
+    extractors: dict[str, SavedExtractor],
+    device: torch.device,
+    progress: bool,
+) -> Auxiliary:
+    """The other data set's people, as the attackers and as both extractors see them."""
+    features = {
+        role: stored_features(
+            saved.extractor, load_split(other.data, split, saved.size, device, progress=progress).images_N3HW
+        )
+        for role, saved in extractors.items()
+    }
+    pictures = load_split(other.data, split, size, device, progress=progress)
+    return Auxiliary(variant="other_domain", pictures=pictures, features_ND=features)
+
+
+def _victim(
+    role: str, saved: SavedExtractor, pictures: dict[str, Pictures], leaked: Sequence[str]
+) -> tuple[Victim, Ranking, Tensor]:
+    """The victim, how well it ranks, and its features of the gallery."""
+    features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
+    ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
+
+    def see(images_B3hw: Tensor) -> Tensor:
+        store: Store = saved.extractor.store
+        return store.expected(saved.extractor(resize(images_B3hw, saved.size)).embedding_BD)
+
+    victim = Victim(
+        name=role,
+        aux_ND=features["aux"],
+        query_QD=features["query"],
+        utility_ap_Q=ranking.ap_Q,
+        see=see,
+        leaked_LD=torch.cat([features[split] for split in leaked]) if leaked else None,
+    )
+    return victim, ranking, features["gallery"]
+
+
+def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | None:
+    """Codes, opened by their key, sought from what is known of other people. Of the other kinds there is nothing to
+    open."""
+    store: Store = saved.extractor.store
+    if store.config.kind != "codes":
+        return None
+
+    def see(images_B3hw: Tensor) -> Tensor:
+        return store.coded(saved.extractor(resize(images_B3hw, saved.size)).embedding_BD)
+
+    with torch.no_grad():
+        known_NA = torch.cat([see(to_float(images_B3HW)) for images_B3HW in aux.images_N3HW.split(256)])
+    people = np.unique(aux.pids_N)
+    first_N = torch.from_numpy(np.isin(aux.pids_N, people[: len(people) // 2])).to(known_NA.device)
+    aux_NA = torch.empty_like(known_NA)
+    for half_N in (first_N, ~first_N):
+        aux_NA[half_N] = store.opened(victim.aux_ND[half_N], known_NA[~half_N])
+    return Opened(aux_ND=aux_NA, query_QD=store.opened(victim.query_QD, known_NA), see=see)
+
+
+def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) -> None:
+    count = Counter(path.resolve() for path in (control, protected, *judges))
+    if twice := [path for path in (*judges, protected) if count[path.resolve()] > 1]:
+        raise RunError(f"{twice[0]}: named twice: control, protected and the judges must all be different")
+    settings = {run: dict(flat(to_dict(load_run(run)))) for run in (control, protected)}
+    for key, value in settings[control].items():
+        other = settings[protected][key]
+        if not key.startswith((*METHOD, *FREE)) and value != other:
+            raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
+    if settings[control]["privacy.weight"]:
+        raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")
+    if (kind := settings[control]["model.store.kind"]) != "plain":
+        raise RunError(f"{control}: not a control: its features are stored as {kind}")
+    for run in (control, protected):
+        if "aux" in settings[run]["data.train_splits"]:
+            raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")
+        check_unseen(run)
+    check_judges(judges, protected)
+
+
+def _check_leaked(config: Config) -> None:
+    splits = read_meta(Path(config.data.shards))["splits"]
+    if absent := [split for split in config.attack.leaked if split not in splits]:
+        raise ConfigError(f"attack.leaked: {config.data.shards} has no split {absent[0]}, only {', '.join(splits)}")
+
+
+def _check_pictures(config: Config, control: Path, protected: Path, extractors: Mapping[str, SavedExtractor]) -> None:
+    """Where the pictures lie may differ from run to run, so their settings say little of who is on them."""
+    trained = {role: saved.about.get("training pictures") for role, saved in extractors.items()}
+    for role, run in (("control", control), ("protected", protected)):
+        splits = load_run(run).data.train_splits
+        if not set(splits) <= set(read_meta(Path(config.data.shards))["splits"]):
+            continue  # of a data set that nobody trained on
+        if trained[role] != open_training(replace(config.data, train_splits=splits)).fingerprint:
+            raise RunError(
+                f"{run}: trained on other pictures than {', '.join(splits)} of {config.data.shards} (data.shards), so "
+                "that the attackers' people may be among them"
+            )
+    if trained["control"] != trained["protected"]:
+        raise RunError(f"{control}: not the control of {protected}: they were trained on different pictures")
