@@ -142,6 +142,7 @@ def main() -> None:
         mock.patch.object(Engine, "device", DEVICE),
         mock.patch("torch.autocast", return_value=nullcontext()),  # knows no such device
         mock.patch("ppreid_dist.assessment.default_device", return_value=DEVICE),
+        mock.patch("ppreid_dist.attack_setup.default_device", return_value=DEVICE),
         mock.patch("ppreid_dist.storing.default_device", return_value=DEVICE),
         Watch(),
     ):
