@@ -54,7 +54,7 @@ def trainings(folder: Path) -> list[Training]:
 
 def help_with(folder: Path) -> None:
     (folder / "helper").touch()
-    bare_bench(folder).carry_out(trainings(folder), wait=False)
+    bare_bench(folder).carry_out(trainings(folder))
 
 
 def fail(folder: Path) -> None:
@@ -93,28 +93,34 @@ def holder(folder: Path, key: str) -> subprocess.Popen[bytes]:
 
 def test_what_another_makes_is_left_to_it_until_it_dies(tmp_path: Path) -> None:
     kept, another = Kept(tmp_path), holder(tmp_path, KEYS[0])
-    try:
-        with kept.alone(KEYS[0]) as mine, kept.alone(KEYS[1]) as other:
-            assert (mine, other) == (False, True)
-        assert kept.made_elsewhere([KEYS[1], KEYS[0]]) and not kept.made_elsewhere([KEYS[1]])
-        bench = bare_bench(tmp_path)
-        bench.carry_out(trainings(tmp_path), wait=False)
+    with kept.alone(KEYS[0]) as mine, kept.alone(KEYS[1]) as other:
+        assert (mine, other) == (False, True)
+    assert kept.made_elsewhere([KEYS[1], KEYS[0]]) and not kept.made_elsewhere([KEYS[1]])
+
+    def die(line: str) -> None:  # heard when nothing is left to do but to wait
+        assert line == "1 trainings are other processes'"
         assert sorted(number for number, _ in made(tmp_path)) == ["1", "2", "3", "4", "5"]
-    finally:
         another.kill()
         another.wait()
+
+    bench = bare_bench(tmp_path)
+    bench.progress = die
     bench.carry_out(trainings(tmp_path))
     assert [number for number, _ in made(tmp_path)][5:] == ["0"]
 
 
 def test_what_waits_for_something_another_makes_comes_later(tmp_path: Path) -> None:
     another = holder(tmp_path, SHARED)
-    try:
-        bare_bench(tmp_path).carry_out(trainings(tmp_path), wait=False)
-    finally:
+
+    def die(line: str) -> None:
+        assert sorted(number for number, _ in made(tmp_path)) == ["3", "4", "5"]
         another.kill()
         another.wait()
-    assert sorted(number for number, _ in made(tmp_path)) == ["3", "4", "5"]
+
+    bench = bare_bench(tmp_path)
+    bench.progress = die
+    bench.carry_out(trainings(tmp_path))
+    assert sorted(number for number, _ in made(tmp_path)[3:]) == ["0", "1", "2"]
 
 
 def test_a_helper_that_fails_says_why_and_its_work_is_done_by_the_first(

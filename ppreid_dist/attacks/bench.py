@@ -200,9 +200,8 @@ class Bench:
             shown=drawn_Q3hw.cpu(),
         )
 
-    def carry_out(self, trainings: Iterable[Training], *, wait: bool = True) -> None:
-        """See to it that these are made, each by one of the processes that share ``kept``. Not ``wait``: what others
-        make is left to them."""
+    def carry_out(self, trainings: Iterable[Training]) -> None:
+        """Return when these are made, each by one of the processes that share ``kept``."""
         left = {training.key: training for training in trainings if training.key not in self._outcomes}
         before = {key for key in left if self.kept and self.kept.has(key)}
         while left:
@@ -210,8 +209,6 @@ class Bench:
             for key in done:
                 del left[key]
             if left and not done:
-                if not wait:
-                    return
                 self.progress(f"{len(left)} trainings are other processes'")
                 time.sleep(PAUSE)
 

@@ -102,9 +102,9 @@ def run_suite(
 
 
 def help_suite(bench: Bench, control: Victim, protected: Victim, auxiliaries: Sequence[Auxiliary] = ()) -> None:
-    """Make trainings of :func:`run_suite` in another process, until those left are all being made."""
+    """Make trainings of :func:`run_suite` in another process, until all are made."""
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
-    bench.carry_out(_trainings(bench, control, protected, variants), wait=False)
+    bench.carry_out(_trainings(bench, control, protected, variants))
 
 
 def _trainings(
