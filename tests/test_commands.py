@@ -63,7 +63,7 @@ def demo(world: list[str], out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def runs(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """judge, control, trained and protected, made by the demo's commands, and attacked."""
+    """judge, control, best_response and protected, made by the demo's commands, and attacked."""
     folder = tmp_path_factory.mktemp("demo") / "runs"
     said = demo(world, folder)
     assert re.search(r"^synthetic at .*pictures$", said, re.MULTILINE)
@@ -217,7 +217,7 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
 
 def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    trained, words = str(runs / "trained"), ["model.store.kind=signs", "model.store.dim=24"]
+    trained, words = str(runs / "best_response"), ["model.store.kind=signs", "model.store.dim=24"]
     assert "note: model.store.key=0 is the public" in ppreid("store", trained, "--out", str(kept), *words).stdout
     own = ["model.store.key=340282366920938463463374607431768211455", "model.store.quantise=int8"]
     said = ppreid("store", trained, "--out", str(tmp_path / "own"), *words, *own).stdout

@@ -1,6 +1,6 @@
 """`make demo`: the whole way on synthetic people, by the commands that a user would type, in runs/demo.
 
-    runs/demo/judge/  control/  trained/        three runs of `accelerate launch train.py`
+    runs/demo/judge/  control/  best_response/  three runs of `accelerate launch train.py`
     runs/demo/protected/                        what played against the best response, storing codes: `ppreid store`
     runs/demo/attack.json, report.html, …       `ppreid attack`, `ppreid report`
 
@@ -25,7 +25,7 @@ from ppreid_dist.sweep.programs import PLAIN
 
 CONTROL = ["privacy.weight=0"]
 JUDGE = [*CONTROL, "seed=1", "model.backbone=configs/backbones/resnet_tiny_b", "data.train_splits=[train,aux]"]
-RUNS = {"judge": JUDGE, "control": CONTROL, "trained": []}
+RUNS = {"judge": JUDGE, "control": CONTROL, "best_response": []}
 CODES = [f"model.store.{key}" for key in ("kind=codes", "axes=16", "dim=2048", "width=0.45")]
 
 
@@ -77,9 +77,9 @@ def train(name: str, config: str, settings: list[str], out: Path) -> bool:
 def store(config: str, settings: list[str], out: Path) -> bool:
     """Codes of what was trained, unless they are there (False)."""
     run = out / "protected"
-    if finished(run, config, [*settings, *RUNS["trained"], *CODES, f"output={run}"]):
+    if finished(run, config, [*settings, *RUNS["best_response"], *CODES, f"output={run}"]):
         return False
-    call("what a gallery keeps", "ppreid", "store", str(out / "trained"), "--out", str(run), *CODES)
+    call("what a gallery keeps", "ppreid", "store", str(out / "best_response"), "--out", str(run), *CODES)
     return True
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     started = time.perf_counter()
     call("synthetic pedestrians and their shards", "ppreid", "shards", "--config", config, *settings)
     made = [*(train(name, config, settings, out) for name in RUNS), store(config, settings, out)]
-    runs = {name: str(out / name) for name in ("judge", "control", "trained", "protected")}
+    runs = {name: str(out / name) for name in ("judge", "control", "best_response", "protected")}
     if (out / "attack.json").is_file() and not any(made):
         print(f"\n=== {out / 'attack.json'} is there, used again", flush=True)
     else:
@@ -102,7 +102,7 @@ def main() -> None:
             "fresh attackers",
             *["ppreid", "attack", "--config", config, "--control", runs["control"]],
             *["--protected", runs["protected"], "--judge", runs["judge"], "--out", str(out)],
-            *["--processes", str(processes()), *settings],
+            *["--processes", str(processes()), "--no-estimate", *settings],
         )
     call("the report", "ppreid", "report", str(out))
     print("\n" + summary(out, time.perf_counter() - started), flush=True)
