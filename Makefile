@@ -32,9 +32,12 @@ test: $(VENV)/tested
 slow: $(VENV)/tested
 	$(PYTEST) -m slow
 
-# Of those, what guards attackers, rivals and the warning of masking.
+# Of those, what guards attackers, rivals, the warning of masking, and what kills and engines leave behind.
+GUARDS := $(addprefix tests/test_,golden.py game.py devices.py stopping.py recompute.py training.py) \
+	tests/test_engines.py::test_the_same_game_under_every_engine \
+	tests/test_slurm_jobs.py::test_a_killed_process_brings_the_job_back
 golden: $(VENV)/tested
-	$(PYTEST) -m slow tests/test_golden.py tests/test_game.py tests/test_devices.py
+	$(PYTEST) -m slow $(GUARDS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from ppreid_dist.files import read_tensors
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings, save_settings
 
+pytestmark = pytest.mark.timeout(600)  # the demo's commands start a process each, some of them five
 ATTACK = [
     "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression,adaptive]",
     "attack.adaptive={lrs: [0.001], batch: 8, plateau: {max_steps: 4, evaluate_every: 2}}",
@@ -55,7 +56,7 @@ def demo(world: list[str], out: Path) -> str:
     """What `make demo` runs, on the tiny world."""
     done = subprocess.run(
         [sys.executable, "tools/demo.py", "--out", str(out), *world, *ATTACK],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=560,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

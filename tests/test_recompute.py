@@ -62,6 +62,7 @@ def test_copies_are_independent_and_names_stay(tmp_path: Path) -> None:
     assert any(bool(p.grad.abs().sum() > 0) for p in twin.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_the_whole_game_is_the_same(world: list[str], tmp_path: Path) -> None:
     """On two processes, whose batch norm meets again in the backward."""

@@ -88,6 +88,7 @@ def process_on_second_node(repository: Path) -> psutil.Process:
     raise AssertionError("no such process")
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_killed_process_brings_the_job_back(slurm: Cluster, repository: Path, world: list[str]) -> None:
     """Of two nodes one loses its process after a checkpoint: the other one leaves, and both go on from it."""

@@ -151,6 +151,7 @@ def test_a_process_that_hangs_is_given_up(world: list[str], tmp_path: Path) -> N
     assert status == 1 and "another process died or hangs" in ranks[0].said()
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
     """One kill of each kind but the last; `tools/kills.py --kills 50` is the long form."""
@@ -162,6 +163,7 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
     assert re.findall(r"\| (\w+) \| 1 \| 1 \| 0 \|", done.stdout) == ["step", "writing", "pruning"]
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_a_launcher_s_restart_goes_on_bit_for_bit(world: list[str], tmp_path: Path) -> None:
     """A process is killed in the eighth step, after the checkpoint of the sixth; --resume isn't said."""
@@ -172,6 +174,7 @@ def test_a_launcher_s_restart_goes_on_bit_for_bit(world: list[str], tmp_path: Pa
     assert_same(last(tmp_path / "whole"), last(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.engines
 def test_a_launcher_s_restart_keeps_to_a_stop(world: list[str], tmp_path: Path) -> None:
     """To the launcher status 75 is a crash. What a later one starts goes on."""

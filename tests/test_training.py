@@ -83,7 +83,7 @@ def test_bf16_trains_in_fp32_weights(world: list[str], tmp_path: Path) -> None:
     assert losses and np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("compiled", ["no", "aot_eager"])
+@pytest.mark.parametrize("compiled", ["no", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
     world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: str
 ) -> None:
