@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow golden lint clean
+.PHONY: demo test slow guards lint clean
 .DELETE_ON_ERROR:
 
 # Threads: two training processes on two cores with default threads would fight for them.
@@ -36,7 +36,7 @@ slow: $(VENV)/tested
 GUARDS := $(addprefix tests/test_,golden.py game.py devices.py stopping.py recompute.py training.py) \
 	tests/test_engines.py::test_the_same_game_under_every_engine \
 	tests/test_slurm_jobs.py::test_a_killed_process_brings_the_job_back
-golden: $(VENV)/tested
+guards: $(VENV)/tested
 	$(PYTEST) -m slow $(GUARDS)
 
 lint: $(VENV)/installed

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ppreid_dist"
 STAGES = [
     {"settings", "errors", "files", "distributed", "progress", "transfer", "pixels", "helpers"},
     {"kernels"}, {"data"}, {"models"}, {"losses"}, {"training"}, {"evaluation"}, {"attacks"}, {"reporting"},
-    {"experiment"}, {"judges", "findings"}, {"attack_setup"}, {"assessment", "doctor"}, {"storing", "features"}, {"sweep"}, {"cli"},
+    {"experiment"}, {"judges", "findings"}, {"attack_setup"}, {"assessment", "doctor"}, {"storing", "features"},
+    {"sweep"}, {"cli"},
 ]  # fmt: skip
 DOORS = {
     "transformers": {"models/backbone.py"},
