@@ -32,9 +32,10 @@ test: $(VENV)/tested
 slow: $(VENV)/tested
 	$(PYTEST) -m slow
 
-# Of those, what guards attackers, rivals, the warning of masking, and what kills and engines leave behind.
-GUARDS := $(addprefix tests/test_,golden.py game.py devices.py stopping.py recompute.py training.py) \
-	tests/test_engines.py::test_the_same_game_under_every_engine \
+# Of those, what guards attackers, rivals, the warning of masking, the demo, and what kills and engines leave behind.
+GUARDS := $(addprefix tests/test_,golden.py game.py devices.py commands.py recogniser.py recompute.py training.py) \
+	tests/test_stopping.py tests/test_engines.py::test_the_same_game_under_every_engine \
+	tests/test_engines.py::test_a_run_goes_on_under_other_engines \
 	tests/test_slurm_jobs.py::test_a_killed_process_brings_the_job_back
 guards: $(VENV)/tested
 	$(PYTEST) -m slow $(GUARDS)

@@ -1,5 +1,6 @@
 """The commands, as a user types them: from pictures to the report, and one line for every mistake."""
 
+import importlib.util
 import io
 import json
 import re
@@ -22,7 +23,7 @@ from ppreid_dist.files import read_tensors
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings, save_settings
 
-pytestmark = pytest.mark.timeout(600)  # the demo's commands start a process each, some of them five
+pytestmark = pytest.mark.timeout(600)  # for the demo, which trains and attacks
 ATTACK = [
     "attack.people=[12,0]", "attack.resamples=50", "attack.attackers=[ridge,regression,adaptive]",
     "attack.adaptive={lrs: [0.001], batch: 8, plateau: {max_steps: 4, evaluate_every: 2}}",
@@ -53,7 +54,28 @@ def ppreid(*arguments: str, expect: int = 0) -> Done:
 
 
 def demo(world: list[str], out: Path) -> str:
-    """What `make demo` runs, on the tiny world."""
+    """What `make demo` runs, on the tiny world, in this process; of each command that would start several, one."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    said: list[str] = []
+
+    def call(title: str, *command: str) -> None:
+        own = ["train", *command[command.index("train.py") + 1 :]] if command[0] == "accelerate" else command[1:]
+        said.append(ppreid(*own).stdout)
+
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown):
+        patch.chdir(ROOT)
+        patch.setattr(module, "call", call)
+        patch.setattr(sys, "argv", ["demo.py", "--out", str(out), *world, *ATTACK])
+        module.main()
+    return "".join(said) + shown.getvalue()
+
+
+def started_demo(world: list[str], out: Path) -> str:
+    """The same as a user starts it."""
     done = subprocess.run(
         [sys.executable, "tools/demo.py", "--out", str(out), *world, *ATTACK],
         cwd=ROOT, capture_output=True, text=True, timeout=560,
@@ -72,6 +94,13 @@ def runs(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         "utility", "attackers", "pixel:", "probe", "look",
     ]  # fmt: skip
     return folder
+
+
+@pytest.mark.slow
+def test_the_demo_starts_its_commands(world: list[str], tmp_path: Path) -> None:
+    assert "mAP" in started_demo(world, tmp_path / "runs")
+    assert load_report(tmp_path / "runs/report.json")["training"]["protected"]["steps"] == 10
+    assert started_demo(world, tmp_path / "runs").count("used again") == 5
 
 
 def test_a_second_demo_uses_what_is_there(world: list[str], runs: Path) -> None:

@@ -163,7 +163,7 @@ def test_the_same_game_under_every_engine(
     assert_close(alone["no"], last(whole[kind]), EXACT)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], *KINDS[2:]])
+@pytest.mark.parametrize("kind", [*FEW[:2], FEW[-1]])
 def test_a_resumed_run_is_the_same_bit_for_bit(
     game: list[str], whole: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
@@ -174,6 +174,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     assert_same(*kept)
 
 
+@pytest.mark.slow
 @deepspeed
 def test_a_run_goes_on_under_other_engines(
     game: list[str], whole: dict[str, Path], alone: dict[str, dict[str, Tensor]], parts: dict[str, str], tmp_path: Path
@@ -223,6 +224,7 @@ def test_a_reversal_that_begins_anew(
     assert_close(anew_alone, last(folder), EXACT)
 
 
+@pytest.mark.slow
 def test_bf16_under_ddp(game: list[str], alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     """As configs/accelerate/gpus.yaml says."""
     through_launcher(SHIPPED / "gpus.yaml", tmp_path / "run", *game)

@@ -119,7 +119,9 @@ def two_minds(config: RecogniserConfig) -> tuple[Recogniser, Recogniser]:
     return train_recogniser(own, pids, config, seed=0), train_recogniser(others, other_pids, config, seed=9)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "regression")) for name in DECODERS]
+)
 def test_by_likeness_decoders_draw_people_whom_another_network_finds(
     name: str, two_minds: tuple[Recogniser, Recogniser]
 ) -> None:
