@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_commands import ATTACK, demo, ppreid
 from torch import nn
 
 from ppreid_dist.data.augment import AugmentConfig, augment
@@ -23,6 +24,7 @@ from ppreid_dist.kernels.clip import clip_, total_norm
 from ppreid_dist.kernels.kernel_ridge import fit
 from ppreid_dist.kernels.ssim import plain_ssim_map, ssim_map
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss
+from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
 from ppreid_dist.training.reversal import ReversalAdversary
@@ -224,3 +226,18 @@ def test_steps_of_any_form_are_the_cpu_s(form: str) -> None:
                 }
         weights.append([p.detach().cpu() for p in net.parameters()])
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_an_attack_by_two_processes_is_that_of_one(world: list[str], tmp_path: Path) -> None:
+    """Each on a GPU of its own where there are two, both on one where there is one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    demo(world, one)
+    runs = [word for role in ("control", "protected", "judge") for word in (f"--{role}", str(one / role))]
+    ppreid("attack", *runs, "--out", str(two), "--processes", "2", "--no-estimate", *world, *ATTACK)
+    ppreid("report", str(two))
+    found, again = (load_report(folder / "report.json")["axes"] for folder in (one, two))
+    for axis, of in found.items():
+        assert set(again[axis]["attackers"]) == set(of["attackers"])
+        for role in ("protected", "control", "floor"):  # of the attacker that is no training by chance
+            value = again[axis]["attackers"]["ridge"][role]
+            assert value == pytest.approx(of["attackers"]["ridge"][role], abs=2e-3)
