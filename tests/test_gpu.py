@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,12 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_tf32() -> Iterator[None]:
     """Convolutions round as the CPU's do: Adam's first steps take the sign of every gradient."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 def test_nvjpeg_decodes_as_pillow_does() -> None:
