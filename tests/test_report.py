@@ -177,6 +177,10 @@ def test_the_verdict_never_claims_more_than_was_measured() -> None:
         axis["curve"].reverse()
         axis["curve"][0]["n"], axis["curve"][1]["n"] = 40, 1120
     assert "who alone were trained with fewer people too, grew with" in verdict.lines[-1].text
+    for point in (point for axis in report["axes"].values() for point in axis["curve"]):
+        whose = next(iter(point["attackers"].values()))
+        point["attackers"] = dict.fromkeys(("ridge", "regression", "averaged"), whose)
+    assert "The leak to ridge, regression and averaged, who alone" in write_verdict(report).lines[-1].text
     assert "grew with" not in write_verdict(falling).lines[-1].text
 
 

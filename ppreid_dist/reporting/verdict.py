@@ -158,6 +158,10 @@ def _list(parts: list[str]) -> str:
     return "; ".join(parts) or "not measured"
 
 
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def _limits(axes: dict[str, Any], people: str) -> str:
     whose = dict.fromkeys(name for axis in axes.values() for point in axis["curve"] for name in point["attackers"])
     grown = []
@@ -172,7 +176,7 @@ def _limits(axes: dict[str, Any], people: str) -> str:
     if not grown:
         return text
     return (
-        f"{text} The leak to {' and '.join(whose)}, who alone were trained with fewer people too, grew with their "
+        f"{text} The leak to {_and(list(whose))}, who alone were trained with fewer people too, grew with their "
         f"number ({_list(grown)}): expect more from more people."
     )
 
