@@ -35,7 +35,8 @@ slow: $(VENV)/tested
 # Of those, what guards attackers, rivals, the warning of masking, the demo, and what kills and engines leave behind.
 GUARDS := $(addprefix tests/test_,golden.py game.py devices.py commands.py recogniser.py recompute.py training.py) \
 	tests/test_stopping.py tests/test_engines.py::test_the_same_game_under_every_engine \
-	tests/test_engines.py::test_a_run_goes_on_under_other_engines \
+	$(addprefix tests/test_engines.py::test_,a_run_goes_on_under_other_engines a_resumed_run_is_the_same_bit_for_bit) \
+	tests/test_engines.py::test_bf16_under_ddp \
 	tests/test_slurm_jobs.py::test_a_killed_process_brings_the_job_back
 guards: $(VENV)/tested
 	$(PYTEST) -m slow $(GUARDS)

@@ -26,10 +26,11 @@ from ppreid_dist.files import check_writable, write_json, write_tensors
 from ppreid_dist.findings import findings
 from ppreid_dist.helpers import helping
 from ppreid_dist.kernels.choice import using
-from ppreid_dist.models.folder import default_device, load_extractor
+from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.progress import note, progress_bar, say
 from ppreid_dist.reporting.schema import check_report
 from ppreid_dist.settings import to_dict
+from ppreid_dist.transfer import default_device
 
 if TYPE_CHECKING:
     from ppreid_dist.evaluation.reranking import Reranking

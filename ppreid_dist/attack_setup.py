@@ -31,11 +31,12 @@ from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
 from ppreid_dist.models.extractor import Extractor
-from ppreid_dist.models.folder import SavedExtractor, default_device, load_extractor
+from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import KEYED, Store, StoreConfig
 from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.settings import load_settings, to_dict
+from ppreid_dist.transfer import default_device
 
 # Control and protected must be the same training but for these.
 METHOD = ("privacy.", "neighbourhood.", "reversal.", "data.strangers_split", "training.warm", "model.store.")

@@ -15,8 +15,9 @@ from ppreid_dist.data.decode import Decoder
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.evaluation.export import save_features, stored_features
 from ppreid_dist.experiment import load_run
-from ppreid_dist.models.folder import default_device, load_extractor
+from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.progress import progress_bar
+from ppreid_dist.transfer import default_device
 
 _BATCH = 256  # as evaluation's, so that what follows from it in the last bits is alike
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")

@@ -16,9 +16,10 @@ from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import atomic
-from ppreid_dist.models.folder import default_device, load_extractor, save_extractor
+from ppreid_dist.models.folder import load_extractor, save_extractor
 from ppreid_dist.models.store import USES, Store, StoreConfig
 from ppreid_dist.settings import load_settings, save_settings
+from ppreid_dist.transfer import default_device
 
 STORED = "model.store."
 

@@ -1,7 +1,12 @@
-"""From the host's memory to the device's, without a wait for the device."""
+"""A process's device, and the way there from the host's memory without a wait for it."""
 
 import torch
 from torch import Tensor
+
+
+def default_device() -> torch.device:
+    """This process's GPU where there is one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

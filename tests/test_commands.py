@@ -261,6 +261,12 @@ def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: 
     assert not any("left out" in note for note in found["attack"]["notes"])
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) -> None:
+    said = attack(runs, tmp_path, f"--processes={count}", expect=2).stderr
+    assert f"error: argument --processes: '{count}' is no number from 1" in said
+
+
 @pytest.mark.parametrize(
     ("other", "settings", "message"),
     [

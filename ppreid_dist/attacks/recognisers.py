@@ -76,9 +76,9 @@ class Recognisers:
     ) -> dict[str, float]:
         """Seconds, by what was trained, of these pictures' and its decoders', kept from before or not; nothing of what
         isn't there."""
-        key, both = self._keys(images_N3hw, pids_N, Split(*split_people(groups_N, self.config.seed), self.config.seed))
+        key, *inverses = self.keys(images_N3hw, pids_N, groups_N, widths)
         found: dict[str, float] = {}
-        for what, its_key in [("recogniser", key), *(("inverse", digest(both, width)) for width in widths)]:
+        for what, its_key in [("recogniser", key), *(("inverse", its_key) for its_key in inverses)]:
             if (what, its_key) not in self._took and self.kept and (before := self.kept.weights(its_key)) is not None:
                 self._took[what, its_key] = before[1]
             found[what] = found.get(what, 0.0) + self._took.get((what, its_key), 0.0)

@@ -28,11 +28,6 @@ class SavedExtractor:
     about: dict[str, Any]
 
 
-def default_device() -> torch.device:
-    """This process's GPU where there is one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def save_extractor(
     folder: Path, extractor: Extractor, config: ExtractorConfig, size: tuple[int, int], about: dict[str, Any]
 ) -> None:
