@@ -110,14 +110,14 @@ def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> A
         "plateau": PlateauConfig(max_steps=steps, evaluate_every=20, patience=2, falls=1),
     }
     start = RegressionConfig(**recipe)
-    inverse = {key: value for key, value in recipe.items() if key not in ("widths", "trial_steps")}
+    inverse = InverseConfig(likeness=likeness, epochs=1, lr=1e-2, batch=16, ema=0.9)
     config = AttackConfig(
         people=[0],
         curve_attackers=["ridge"],
         resamples=200,
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
-        inverse=InverseConfig(**inverse),
+        inverse=inverse,
         averaged=AveragedConfig(**recipe, neighbours=[2]),
         isomap=IsomapConfig(**recipe, neighbours=[8, 20], coordinates=[6, 12]),
         unfolded=UnfoldedConfig(**recipe, neighbours=[8], coordinates=[6, 12], averaged=[0, 2], layout_steps=60),

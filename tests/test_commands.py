@@ -31,7 +31,7 @@ ATTACK = [
     "attack.ridge={widths: [1, 0], ridges: [0.01, 1, 100]}",
     "attack.regression={views: [raw], widths: [8], lrs: [0.005], trial_steps: 4, batch: 8,"
     " plateau: {max_steps: 8, evaluate_every: 4}}",
-    "attack.inverse={lrs: [0.005], batch: 8, plateau: {max_steps: 8, evaluate_every: 4}}",
+    "attack.inverse={lr: 0.005, batch: 32, epochs: 1}",
 ]  # fmt: skip
 
 

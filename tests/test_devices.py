@@ -17,7 +17,7 @@ DECODER = f"widths: [8], lrs: [0.005], trial_steps: 1, {SHORT}"
 ATTACK = [
     f"attack.attackers=[{','.join(ATTACKERS)}]", "attack.curve_attackers=[ridge]", "attack.people=[0]",
     "attack.resamples=50", "attack.ridge={widths: [1, 0], ridges: [0.01, 1]}",
-    f"attack.inverse={{lrs: [0.005], {SHORT}}}", f"attack.regression={{{DECODER}}}",
+    "attack.inverse={lr: 0.005, batch: 32, epochs: 1}", f"attack.regression={{{DECODER}}}",
     f"attack.averaged={{{DECODER}}}", f"attack.isomap={{{DECODER}, neighbours: [5], coordinates: [4]}}",
     f"attack.unfolded={{{DECODER}, neighbours: [5], coordinates: [4], layout_steps: 3}}",
     f"attack.adaptive={{lrs: [0.005], {SHORT}}}",

@@ -22,7 +22,7 @@ from ppreid_dist.attacks.recogniser import (
     RecogniserConfig,
     by_pixels,
     likeness_loss,
-    steps_for,
+    recogniser_steps,
     train_recogniser,
     untrained,
 )
@@ -67,7 +67,7 @@ def test_it_knows_people_whom_it_never_saw(
     assert mean_ap(recogniser, strangers[0]) > 1.5 * mean_ap(knew_nothing, strangers[0])
     seen = recogniser.of_pictures(strangers[0].images_N3HW)
     torch.testing.assert_close(seen.norm(dim=1), torch.ones(len(seen)))
-    assert steps_for(241, replace(config, epochs=3, people=8, shots=4)) == 23  # 723 pictures, 32 a step
+    assert recogniser_steps(241, replace(config, epochs=3, people=8, shots=4)) == 23  # 723 pictures, 32 a step
 
 
 def test_the_same_seed_gives_the_same_network(aux: tuple[Pictures, Tensor], config: RecogniserConfig) -> None:

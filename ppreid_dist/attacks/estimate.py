@@ -18,9 +18,9 @@ from torch import Tensor
 from ppreid_dist.attacks.adaptive import Adaptive
 from ppreid_dist.attacks.base import ATTACKERS, split_people
 from ppreid_dist.attacks.config import AttackConfig
-from ppreid_dist.attacks.inverse import train_inverse
+from ppreid_dist.attacks.inverse import inverse_steps, train_inverse
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split, cut
-from ppreid_dist.attacks.recogniser import Recogniser, steps_for, train_recogniser, untrained
+from ppreid_dist.attacks.recogniser import Recogniser, recogniser_steps, train_recogniser, untrained
 from ppreid_dist.attacks.recognisers import asked_widths
 from ppreid_dist.settings import Settings
 
@@ -90,23 +90,21 @@ def recogniser_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.n
         if pictures_N3hw.is_cuda:
             torch.cuda.synchronize()
         points.append((float(steps), time.monotonic() - started))
-    return _further(points[1:], steps_for(len(pids_N), config.recogniser))
+    return _further(points[1:], recogniser_steps(len(pids_N), config.recogniser))
 
 
 def inverse_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndarray) -> float:
-    """Of the training of one by what a recogniser sees in all of these pictures, at most."""
+    """Of the training of one by what a recogniser sees in all of these pictures."""
     recogniser = Recogniser(untrained(config.recogniser, 1, config.seed).to(pictures_N3hw.device))
     split = Split(*split_people(pids_N, config.seed), config.seed)
-    points = []
-    for steps in (STEPS[0], *STEPS):
-        short, started = cut(config.inverse, steps), time.monotonic()
-        train_inverse(
-            recogniser, pictures_N3hw, split, max(asked_widths(config, config.attackers)), short, seed=config.seed
-        )
+    width, points = max(asked_widths(config, config.attackers)), []
+    for steps in (1, 1, 4):
+        started = time.monotonic()
+        train_inverse(recogniser, pictures_N3hw, split, width, config.inverse, seed=config.seed, steps=steps)
         if pictures_N3hw.is_cuda:
             torch.cuda.synchronize()
-        points.append((float(most_steps(short)), time.monotonic() - started))
-    return _further(points[1:], most_steps(config.inverse))
+        points.append((float(steps), time.monotonic() - started))
+    return _further(points[1:], inverse_steps(split, config.inverse))
 
 
 def _further(points: Sequence[tuple[float, float]], to: float) -> float:

@@ -5,6 +5,9 @@ this: a decoder that was trained once, on their own pictures, and serves every a
 decoder finds in two hundred steps what took 1,600 from drawn weights (docs/LOG.md). It brings no more to the
 floor than the prior: there, features and pictures belong to different people, and the map says nothing.
 
+Its learning rate falls along a cosine, over passes of the pictures: trained on at a constant rate until held-out people
+gained no more, it came to please the attackers' ReID model where another one recognised fewer people (docs/LOG.md).
+
 Shapes: N its own pictures, F those fitted, H those held out, D feature dim, E dim of what the recogniser sees.
 """
 
@@ -14,20 +17,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.plateau import Split, race
+from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.recogniser import Recogniser
-from ppreid_dist.attacks.regression import Decoder, DecoderConfig
+from ppreid_dist.attacks.regression import Decoder, DrawingConfig
 from ppreid_dist.models.generator import Generator
+from ppreid_dist.settings import option
+from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 
 
 @dataclass(kw_only=True)
-class InverseConfig(DecoderConfig):
+class InverseConfig(DrawingConfig):
     """How the decoder of what the attackers' ReID model sees is trained."""
+
+    epochs: int = option(20, "pictures of the training for each that there is to fit", at_least=1)
+    lr: float = option(3e-3, "learning rate, which rises for a fortieth of the training and falls to 0", more_than=0)
 
 
 def blank(recogniser: Recogniser, size: tuple[int, int], width: int) -> Generator:
     """One of unit-norm features (B, E) that has learnt nothing, on the CPU."""
     return Generator(recogniser.dim, size, width, 0)
+
+
+def inverse_steps(split: Split, config: InverseConfig) -> int:
+    """Of a training on so many pictures."""
+    return -(-len(split.fit_F) * config.epochs // config.batch)
 
 
 def train_inverse(
@@ -38,22 +51,25 @@ def train_inverse(
     config: InverseConfig,
     *,
     seed: int,
+    steps: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Generator:
-    """Learn to draw these pictures (uint8) from what the recogniser sees in them. The same seed gives the same decoder
-    (on CPU to the bit)."""
+    """Learn to draw these pictures (uint8) from what the recogniser sees in them, for ``steps`` or as many as the
+    configuration says. The same seed gives the same decoder (on CPU to the bit)."""
     seer = Recogniser(recogniser.network)  # without an inverse of its own, which this is to become
-    seen_NE = seer.of_pictures(images_N3hw)
-
-    def enter(lr: float) -> Callable[[], Decoder]:
-        return lambda: Decoder(
-            seen_NE, images_N3hw, split,
-            view="raw", width=width, lr=lr, noise_dim=0, config=config, seed=seed, recogniser=seer,
-        )  # fmt: skip
-
-    ended = race([enter(lr) for lr in config.lrs], config, progress or (lambda line: None))
+    decoder = Decoder(
+        seer.of_pictures(images_N3hw), images_N3hw, split,
+        view="raw", width=width, lr=config.lr, noise_dim=0, config=config, seed=seed, recogniser=seer,
+    )  # fmt: skip
+    schedule = OptimiserConfig(lr=config.lr, warmup=0.025, decay="cosine")
+    steps = steps or inverse_steps(split, config)
+    for step in range(steps):
+        decoder.set_lr(learning_rate(schedule, step / steps))
+        decoder.train(1)
+        if progress is not None and step % 20 == 0:
+            progress(f"step {step} of {steps}")
     height, wide = images_N3hw.shape[2:]
     inverse = blank(seer, (height, wide), width).to(images_N3hw.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    view = ended.view
-    inverse.draw_as(ended.network, view.matrix_DK, -view.mean_D @ view.matrix_DK)
+    view = decoder.view
+    inverse.draw_as(decoder.average.module, view.matrix_DK, -view.mean_D @ view.matrix_DK)
     return inverse.eval().requires_grad_(False)

@@ -36,15 +36,21 @@ class PlateauConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class StepsConfig(Settings):
-    """How a training goes, and the learning rates that are tried."""
+class DescentConfig(Settings):
+    """What a step is."""
 
-    lrs: list[float] = option([1e-3, 3e-3], "learning rates to try", more_than=0)
-    trial_steps: int = option(600, "steps of each combination before the best goes on alone", at_least=0)
     batch: int = option(64, "pictures a step", at_least=2)
     weight_decay: float = option(0.01, "decoupled weight decay", at_least=0)
     feature_noise: float = option(0.3, "noise added to the features, relative to their norm", at_least=0)
     ema: float = option(0.99, "decay of the averaged weights, which are the ones that count", at_least=0, less_than=1)
+
+
+@dataclass(kw_only=True)
+class StepsConfig(DescentConfig):
+    """The same with how a training goes, and the learning rates that are tried."""
+
+    lrs: list[float] = option([1e-3, 3e-3], "learning rates to try", more_than=0)
+    trial_steps: int = option(600, "steps of each combination before the best goes on alone", at_least=0)
     plateau: PlateauConfig = option(PlateauConfig(), "")
 
 
@@ -88,7 +94,7 @@ class Trainee(ABC):
         view: str,
         lr: float,
         build: Callable[[int], nn.Module],
-        config: StepsConfig,
+        config: DescentConfig,
         seed: int,
     ):
         """``build`` makes the network, on the CPU, for features of so many dimensions."""

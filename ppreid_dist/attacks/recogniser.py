@@ -101,7 +101,7 @@ def shape_of(network: Extractor) -> dict[str, Any]:
     return {key: value for key, value in told.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
 
 
-def steps_for(pictures: int, config: RecogniserConfig) -> int:
+def recogniser_steps(pictures: int, config: RecogniserConfig) -> int:
     """Of a training with so many pictures."""
     return max(1, -(-pictures * config.epochs // (config.people * config.shots)))
 
@@ -123,7 +123,7 @@ def train_recogniser(
     optimiser = make_optimiser(parameters, config.optimiser)
     rows_of = [np.flatnonzero(labels_N == label) for label in range(len(people))]
     draw, smoothed, margin = np.random.default_rng([seed, 0x2E1D]), IdentityConfig(), TripletConfig()
-    steps = steps or steps_for(len(pids_N), config)
+    steps = steps or recogniser_steps(len(pids_N), config)
     network.train()
     for step in range(steps):
         drawn = draw.choice(len(people), min(config.people, len(people)), replace=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import held_out_error, picture_size, register, to_uint8
-from ppreid_dist.attacks.plateau import Learner, RecipeConfig, Split, StepsConfig, Trainee, race
+from ppreid_dist.attacks.plateau import DescentConfig, Learner, RecipeConfig, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.recogniser import Recogniser, likeness_loss
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, reconstruction_loss
@@ -26,8 +26,8 @@ MAPPED = 2000  # pictures at most that this map is fitted on
 
 
 @dataclass(kw_only=True)
-class DecoderConfig(StepsConfig):
-    """How a decoder is trained, and what for."""
+class DrawingConfig(DescentConfig):
+    """What a decoder is trained for."""
 
     loss: ReconstructionConfig = option(ReconstructionConfig(), "")
     likeness: float = option(
@@ -36,6 +36,11 @@ class DecoderConfig(StepsConfig):
         "not asked, and the decoder begins with drawn weights",
         at_least=0,
     )
+
+
+@dataclass(kw_only=True)
+class DecoderConfig(DrawingConfig, StepsConfig):
+    """The same with how it is trained."""
 
 
 @dataclass(kw_only=True)
@@ -80,7 +85,7 @@ class Decoder(Trainee):
         width: int,
         lr: float,
         noise_dim: int,
-        config: DecoderConfig,
+        config: DrawingConfig,
         seed: int,
         recogniser: Recogniser | None = None,
         prepare: Callable[[Tensor], Tensor] = as_stored,

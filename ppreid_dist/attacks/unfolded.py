@@ -29,6 +29,7 @@ from ppreid_dist.settings import option
 # Features of its own, and entries of the database, that are laid out at most: of more, the others are placed by those
 # that lie nearest, which keeps less of them (docs/LOG.md).
 LAID_OUT = 50_000
+ALL_PAIRS = 10_000  # features at most of which all cosines are computed beforehand, 400 MB
 NEAREST = 3  # of the pool, for a feature that isn't in it
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first positions' lengths, tried
 
@@ -67,39 +68,57 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
     start_LK = start_LK - start_LK.mean(0)
     start_LK = start_LK / start_LK.square().sum(1).mean().sqrt().clamp_min(1e-12)
     # Heights and rates of the Gaussians, by their logarithms, and what is left at any distance.
-    heights_J, rates_J = (torch.tensor(of, device=x_LD.device).log() for of in ([0.8, 0.1, 0.05], [0.5, 4.0, 12.0]))
-    rest = torch.zeros((), device=x_LD.device)
+    law = [torch.tensor(of, device=x_LD.device).log() for of in ([0.8, 0.1, 0.05], [0.5, 4.0, 12.0])]
+    law.append(torch.zeros((), device=x_LD.device))
+    alike_LL = x_LD @ x_LD.T if len(x_LD) <= ALL_PAIRS else None
     random = torch.Generator().manual_seed(seed)
 
-    def unexplained(places_LK: Tensor, rows_B: Tensor) -> Tensor:
-        near_BK, alike_BB = places_LK[rows_B], x_LD[rows_B] @ x_LD[rows_B].T
-        length_B1 = near_BK.square().sum(1, keepdim=True)
-        apart_BB = (length_B1 + length_B1.T - 2 * near_BK @ near_BK.T).clamp_min(0)
-        law_BB = rest + (heights_J.exp() * torch.exp(-rates_J.exp() * apart_BB[..., None])).sum(-1)
-        residual_BB = (law_BB - alike_BB).fill_diagonal_(0)
-        return residual_BB.square().sum() / (len(rows_B) * (len(rows_B) - 1))
+    def some() -> tuple[Tensor, Tensor]:
+        rows_B = torch.randperm(len(x_LD), generator=random)[:batch].to(x_LD.device)
+        if alike_LL is not None:
+            return rows_B, alike_LL[rows_B[:, None], rows_B]
+        return rows_B, x_LD[rows_B] @ x_LD[rows_B].T
 
-    def some() -> Tensor:
-        return torch.randperm(len(x_LD), generator=random)[:batch].to(x_LD.device)
-
-    with torch.no_grad():
-        rows_B = some()
-        scale = min(SCALES, key=lambda scale: float(unexplained(scale * start_LK, rows_B)))
-    places_LK = (scale * start_LK).requires_grad_()
-    law = [heights_J.requires_grad_(), rates_J.requires_grad_(), rest.requires_grad_()]
+    rows_B, alike_BB = some()
+    scale = min(SCALES, key=lambda scale: float(misfit(scale * start_LK[rows_B], alike_BB, *law)[0]))
+    places_LK = scale * start_LK
     groups = [{"params": [places_LK], "lr": lr}, {"params": law, "lr": lr / 5}]
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
     last: list[float] = []
     for step in range(steps):
-        loss = unexplained(places_LK, some())
-        optimiser.zero_grad()
-        loss.backward()
+        rows_B, alike_BB = some()
+        loss, by_places_BK, *by_law = misfit(places_LK[rows_B], alike_BB, *law)
+        places_LK.grad = torch.zeros_like(places_LK).index_copy_(0, rows_B, by_places_BK)
+        for of, gradient in zip(law, by_law, strict=True):
+            of.grad = gradient
         optimiser.step()
         schedule.step()
         if step >= 0.9 * (steps - 1):
-            last.append(float(loss.detach()))
-    return places_LK.detach(), float(np.sqrt(np.mean(last)))
+            last.append(float(loss))
+    return places_LK, float(np.sqrt(np.mean(last)))
+
+
+def misfit(
+    places_BK: Tensor, alike_BB: Tensor, heights_J: Tensor, rates_J: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean square of what positions and law (logarithms of Gaussians' heights and rates, and a constant) leave
+    unexplained of how alike two features are, and its gradients by all four. By autograd a layout takes four times
+    as long."""
+    length_B1 = places_BK.square().sum(1, keepdim=True)
+    apart_BB = (length_B1 + length_B1.T - 2 * places_BK @ places_BK.T).clamp_min(0)
+    rates_J = rates_J.exp()
+    exponents_JBB = heights_J[:, None, None] - rates_J[:, None, None] * apart_BB
+    bells_JBB = exponents_JBB.clamp_min_(-80).exp()  # beyond, results aren't normal numbers, which take ten times as long
+    residual_BB = (rest + bells_JBB.sum(0) - alike_BB).fill_diagonal_(0)
+    pairs = len(places_BK) * (len(places_BK) - 1)
+    by_law_BB = 2 / pairs * residual_BB
+    by_bells_JBB = bells_JBB * by_law_BB
+    by_apart_BB = -torch.tensordot(rates_J, by_bells_JBB, 1)
+    by_places_BK = 4 * (by_apart_BB.sum(1, keepdim=True) * places_BK - by_apart_BB @ places_BK)
+    by_heights_J = by_bells_JBB.sum((1, 2))
+    by_rates_J = -rates_J * (by_bells_JBB.flatten(1) @ apart_BB.flatten())
+    return residual_BB.square().sum() / pairs, by_places_BK, by_heights_J, by_rates_J, by_law_BB.sum()
 
 
 @register
