@@ -18,6 +18,7 @@ from torch import Tensor
 from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.bench import Bench, Opened, Victim
+from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import Judge
 from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.linkage import Stored
@@ -26,7 +27,7 @@ from ppreid_dist.data.dataset import load_split, open_split, open_training
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
-from ppreid_dist.evaluation.export import rank_split, stored_features
+from ppreid_dist.evaluation.export import rank_split, rerank_split, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import FREE, Config, flat, load_run
 from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
@@ -92,7 +93,7 @@ def set_up(
     seen = {role: {split: pictures_of(split, saved.size) for split in splits} for role, saved in extractors.items()}
     victims, rankings, galleries_GD = {}, {}, {}
     for role, saved in extractors.items():
-        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen[role], config.attack.leaked)
+        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen[role], config.attack)
         if config.attack.whitebox.people:
             victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen[role]["aux"]))
     extractor, known = extractors["protected"].extractor, seen["protected"]
@@ -189,11 +190,14 @@ def _strangers(
 
 
 def _victim(
-    role: str, saved: SavedExtractor, pictures: dict[str, Pictures], leaked: Sequence[str]
+    role: str, saved: SavedExtractor, pictures: dict[str, Pictures], config: AttackConfig
 ) -> tuple[Victim, Ranking, Tensor]:
     """The victim, how well it ranks, and its features of the gallery."""
     features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
-    ranking = rank_split(features["query"], features["gallery"], pictures["query"], pictures["gallery"])
+    matched = features["query"], features["gallery"], pictures["query"], pictures["gallery"]
+    ranking = by_cosine = rank_split(*matched)
+    if config.rerank:
+        ranking = rerank_split(*matched)
 
     def see(images_B3hw: Tensor) -> Tensor:
         store: Store = saved.extractor.store
@@ -204,8 +208,9 @@ def _victim(
         aux_ND=features["aux"],
         query_QD=features["query"],
         utility_ap_Q=ranking.ap_Q,
+        cosine_ap_Q=by_cosine.ap_Q,
         see=see,
-        leaked_LD=torch.cat([features[split] for split in leaked]) if leaked else None,
+        leaked_LD=torch.cat([features[split] for split in config.leaked]) if config.leaked else None,
     )
     return victim, ranking, features["gallery"]
 

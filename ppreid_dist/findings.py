@@ -67,6 +67,7 @@ def findings(
             "control": rankings["control"].summary(),
             "protected": ranking.summary(),
             "ratio": {"value": ratio.value, "low": ratio.low, "high": ratio.high},
+            "matching": "re-ranked" if config.attack.rerank else "cosine",
         },
         "axes": result.axes,
         "attributes": result.attributes,

@@ -46,7 +46,7 @@ def good_report() -> dict[str, Any]:
         "method": "none",
     }  # fmt: skip
     return {
-        "schema": "ppreid-report/6",
+        "schema": "ppreid-report/7",
         "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
         "name": "a run",
         "created": "2026-03-02T14:05:11+00:00",
@@ -56,6 +56,7 @@ def good_report() -> dict[str, Any]:
             "control": ranking,
             "protected": {"mAP": 0.6131, "rank1": 0.8063, "rank5": 0.9254, "rank10": 0.9563, "mINP": 0.3208},
             "ratio": interval(0.9811, 0.9689, 0.9934),
+            "matching": "cosine",
         },
         "axes": {"pixel": axis("SSIM on the person", 0.0), "identity": axis("mAP of the judge tiny", 0.031)},
         "attributes": {

@@ -58,7 +58,8 @@ class Opened:
 class Victim:
     """An extractor as its attackers meet it: stored features of the auxiliary and the query pictures.
 
-    ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive. ``see`` is the
+    ``utility_ap_Q`` is the average precision of its own queries, NaN where a query has no positive, ``cosine_ap_Q`` the
+    same without re-ranking, where it re-ranks (``attack.rerank``). ``see`` is the
     extractor itself, for white-box attackers: pictures of the attackers' size to stored features; ``opened``, where its
     key uncovers something behind those, that. ``reversal`` is the generator that it was trained against, for the
     adaptive one. ``rekeyed`` is what it would store of both under another key, where there is one. ``leaked_LD`` are
@@ -74,6 +75,7 @@ class Victim:
     reversal: Generator | None = None
     rekeyed: Stored | None = None
     leaked_LD: Tensor | None = None
+    cosine_ap_Q: np.ndarray | None = None
 
 
 Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people

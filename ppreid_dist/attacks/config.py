@@ -57,6 +57,10 @@ class AttackConfig(Settings):
     min_utility: float = option(
         0.95, "share of the control's mAP below which a run has no utility-reversibility ratio", at_least=0, at_most=1
     )
+    rerank: bool = option(
+        False,
+        "how well both sides match people is counted after k-reciprocal re-ranking, as a gallery does that has it",
+    )
     resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
     seed: int = option(0, "everything is drawn from it", at_least=0)
     seeds: int = option(

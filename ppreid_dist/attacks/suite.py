@@ -87,7 +87,8 @@ def run_suite(
     chance_Q = chance_of(bench.query, *bench.gallery)
     # Before the trainings: a test in which nobody can be found, and a judge who finds nobody, are known at once.
     quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
-    weak = weak_judges(bench.judges, quality, float(np.nanmean(control.utility_ap_Q)))
+    by_cosine_Q = control.utility_ap_Q if control.cosine_ap_Q is None else control.cosine_ap_Q  # as judges are measured
+    weak = weak_judges(bench.judges, quality, float(np.nanmean(by_cosine_Q)))
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
     if announce is not None:
         for line in weak:

@@ -2,9 +2,14 @@
 
 Codes keep near distances and lose far ones, but how alike two of them are still tells a little of how far they are
 apart, and N features have N² pairs. Positions in few dimensions that explain all of these together are found by descent
-(metric multidimensional scaling), from Isomap's coordinates on. Neither key nor scheme has to be known: by which law
-likeness falls with distance, a mixture of Gaussians, is learnt along with the positions. Then each position is averaged
-with its nearest, as ``averaged`` does.
+(metric multidimensional scaling). Neither key nor scheme has to be known: by which law likeness falls with distance, a
+mixture of Gaussians, is learnt along with the positions. Then each position is averaged with its nearest, as
+``averaged`` does.
+
+Descent stays near where it starts. One start is Isomap's coordinates, by the features alone. The other are anchors:
+what the attackers' own ReID model sees of their own people, handed on along near features (``attacks.propagation``). It
+matters where codes are narrow: of 16,384 bits of width 0.27 a layout from Isomap explained 0.65 of the numbers behind
+them, one from anchors 0.87, one from the truth all (docs/LOG.md).
 
 Shapes: N its own pictures, M features to reverse, L features of the pool, B batch, J Gaussians, D feature dim, K
 dimensions of a position.
@@ -13,6 +18,7 @@ dimensions of a position.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -23,19 +29,27 @@ from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, some_of
 from ppreid_dist.attacks.plateau import Split
+from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
+from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import option
 
 # Features of its own, and entries of the database, that are laid out at most: of more, the others are placed by those
 # that lie nearest, which keeps less of them (docs/LOG.md).
 LAID_OUT = 50_000
 ALL_PAIRS = 10_000  # features at most of which all cosines are computed beforehand, 400 MB
+STARTS = ("isomap", "anchors")
 NEAREST = 3  # of the pool, for a feature that isn't in it
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first positions' lengths, tried
 
 
 @dataclass(kw_only=True)
 class UnfoldedConfig(IsomapConfig):
+    starts: list[str] = option(
+        ["isomap", "anchors"],
+        "where layouts start, to try; anchors need what attack.recogniser sees, and are left out where it is not asked",
+        choices=STARTS,
+    )
     neighbours: list[int] = option([20], "neighbours of a feature in the graph that the layout starts from", at_least=2)
     coordinates: list[int] = option([16, 32], "numbers of dimensions of a position, to try", at_least=1)
     averaged: list[int] = option(
@@ -43,6 +57,11 @@ class UnfoldedConfig(IsomapConfig):
     )
     layout_steps: int = option(800, "steps of the layout, of 512 features each, for every 4,000 of them", at_least=1)
     layout_lr: float = option(0.05, "its learning rate, which falls to nothing", more_than=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.starts == ["anchors"] and not self.likeness:
+            raise ConfigError("starts: anchors alone need likeness more than 0")
 
 
 class Layout:
@@ -109,7 +128,9 @@ def misfit(
     apart_BB = (length_B1 + length_B1.T - 2 * places_BK @ places_BK.T).clamp_min(0)
     rates_J = rates_J.exp()
     exponents_JBB = heights_J[:, None, None] - rates_J[:, None, None] * apart_BB
-    bells_JBB = exponents_JBB.clamp_min_(-80).exp()  # beyond, results aren't normal numbers, which take ten times as long
+    bells_JBB = exponents_JBB.clamp_min_(
+        -80
+    ).exp()  # beyond, results aren't normal numbers, which take ten times as long
     residual_BB = (rest + bells_JBB.sum(0) - alike_BB).fill_diagonal_(0)
     pairs = len(places_BK) * (len(places_BK) - 1)
     by_law_BB = 2 / pairs * residual_BB
@@ -135,11 +156,16 @@ class UnfoldedRegression(Regression):
         config, found = self.config, []
         draw = np.random.default_rng([split.seed, 0x1A7])
         graph = some_of(features_ND, self.leaked_LD, config.pictures, config.entries, draw)
-        pool_LD = some_of(features_ND, self.leaked_LD, LAID_OUT, LAID_OUT, draw)
+        own_A = np.sort(draw.permutation(len(features_ND))[:LAID_OUT])  # they come first in the pool
+        pool_LD = some_of(features_ND[torch.from_numpy(own_A)], self.leaked_LD, None, LAID_OUT, draw)
         steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
-        for neighbours in config.neighbours:
-            manifold = Manifold(graph, neighbours, max(config.coordinates))
-            start_LK = manifold(pool_LD)
+        for start, neighbours in product(config.starts, config.neighbours):
+            if start == "anchors":
+                if self.recogniser is None:
+                    continue
+                start_LK = self._anchored(pool_LD, own_A, pictures_N3hw, split, neighbours)
+            else:
+                start_LK = Manifold(graph, neighbours, max(config.coordinates))(pool_LD)
             for asked in config.coordinates:
                 count = min(asked, start_LK.shape[1])
                 layout = Layout(pool_LD, start_LK[:, :count], steps=steps, lr=config.layout_lr, seed=split.seed)
@@ -149,9 +175,21 @@ class UnfoldedRegression(Regression):
                     found += decoders(
                         prepare(features_ND), pictures_N3hw, split,
                         noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
-                        label=f"{count} dimensions (residual {layout.residual:.3f}), {near} neighbours, ",
+                        label=f"from {start}, {count} dimensions (residual {layout.residual:.3f}), {near} neighbours, ",
                     )  # fmt: skip
         return found
+
+    def _anchored(
+        self, pool_LD: Tensor, own_A: np.ndarray, pictures_N3hw: Tensor, split: Split, neighbours: int
+    ) -> Tensor:
+        """(L, K): the main directions of what the recogniser sees in the pictures that are fitted, handed on. Of the
+        people held out nothing is told, so that they can choose between starts."""
+        assert self.recogniser is not None
+        fitted_A = np.isin(own_A, split.fit_F)
+        seen_AE = self.recogniser.of_pictures(pictures_N3hw[torch.from_numpy(own_A[fitted_A])])
+        seen_AE = seen_AE - seen_AE.mean(0)
+        directions_EK = torch.linalg.svd(seen_AE, full_matrices=False)[2][: max(self.config.coordinates)].T
+        return propagated(pool_LD, np.flatnonzero(fitted_A), seen_AE @ directions_EK, neighbours)
 
 
 def _prepared(layout: Layout, average: Callable[[Tensor], Tensor], features_MD: Tensor) -> Tensor:

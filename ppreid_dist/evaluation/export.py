@@ -40,15 +40,15 @@ def rank_split(query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: P
 
 
 def rerank_split(
-    query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: Pictures, config: "Reranking"
+    query_QD: Tensor, gallery_GD: Tensor, query: Pictures, gallery: Pictures, config: "Reranking | None" = None
 ) -> Ranking:
-    """The same after k-reciprocal re-ranking."""
-    from ppreid_dist.evaluation.reranking import rerank  # SciPy is half a second of every command's start
+    """The same after k-reciprocal re-ranking, by its authors' values if no others are given."""
+    from ppreid_dist.evaluation.reranking import Reranking, rerank  # SciPy is half a second of every command's start
 
     return rerank(
         Entries(features_ND=query_QD, pids_N=query.pids_N, camids_N=query.camids_N),
         Entries(features_ND=gallery_GD, pids_N=gallery.pids_N, camids_N=gallery.camids_N),
-        config,
+        config or Reranking(),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/6"
+SCHEMA = "ppreid-report/7"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ SHAPE = {
     "created": TEXT,
     "versions": Named(TEXT),
     "machine": {"cpu": TEXT, "cores": WHOLE, "gpu": Maybe(TEXT)},
-    "utility": {"control": RANKING, "protected": RANKING, "ratio": INTERVAL},
+    "utility": {"control": RANKING, "protected": RANKING, "ratio": INTERVAL, "matching": TEXT},
     "axes": Named(AXIS),
     "attributes": Maybe({"each": Named({"classes": WHOLE, **ATTACKER}), "mean": ATTACKER}),
     "whitebox": Maybe(

@@ -116,8 +116,9 @@ def _cost(utility: dict[str, Any]) -> str:
     price = f"a cost of {number(points, 1)} points" if points > 0 else f"a gain of {number(-points, 1)} points"
     maybe_equal = None not in (ratio["low"], ratio["high"]) and ratio["low"] <= 1 <= ratio["high"]
     doubt = ", so the two may be equal" if maybe_equal else ""
+    how = " after re-ranking" if utility["matching"] == "re-ranked" else ""
     return (
-        f"The protected model finds people with an mAP of {percent(protected)}, the unprotected one with "
+        f"The protected model finds people with an mAP of {percent(protected)}{how}, the unprotected one with "
         f"{percent(control)}: {price}. "
         f"It keeps {percent(ratio['value'])} of the mAP ({_between(ratio, percent)}{doubt})."
     )

@@ -158,6 +158,13 @@ def of_several_sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def of_reranking(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where mAP isn't that of the features' own distances."""
+    if not any(row.get("matching") == "re-ranked" for row in rows):
+        return []
+    return ["mAP and u are after k-reciprocal re-ranking (attack.rerank), the control's too."]
+
+
 def front_of(folder: Folder) -> dict[str, Any]:
     """``front.json`` of what is done so far."""
     config, known = folder.config, folder.known()
@@ -187,6 +194,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
         "remarks": [
             *(remarks(points, recommended, config.axis, config.min_utility) if points else []),
             *of_several_sources(rows),
+            *of_reranking(rows),
         ],
         "people": max((row["people"] for row in rows if row["status"] == "done"), default=None),
         "trials_per_hour": trials_per_hour(rows),

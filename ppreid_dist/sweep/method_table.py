@@ -9,7 +9,7 @@ from typing import Any
 
 from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.files import write_json, write_text
-from ppreid_dist.sweep.front import mean, of_several_sources
+from ppreid_dist.sweep.front import mean, of_reranking, of_several_sources
 
 SCHEMA = "ppreid-table/2"
 _WHOLE = {"value": 1.0, "low": 1.0, "high": 1.0, "least": 1.0, "most": 1.0}
@@ -53,7 +53,7 @@ def table_of(front: Mapping[str, Any]) -> dict[str, Any]:
         "complete": front["complete"],
         "people": front["people"],
         "axes": axes,
-        "remarks": of_several_sources(front["trials"]),
+        "remarks": [*of_several_sources(front["trials"]), *of_reranking(front["trials"])],
         "rows": rows,
     }
 

@@ -236,6 +236,7 @@ def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
         "mAP": utility["protected"]["mAP"],
         "control_mAP": utility["control"]["mAP"],
         "utility": utility["ratio"],
+        "matching": utility["matching"],
         "axes": {
             name: {
                 "leak": axis["leak"],
