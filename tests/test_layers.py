@@ -27,7 +27,7 @@ DOORS = {
     "ray": {"sweep/ray_tune.py"},
     "optuna": {"sweep/study.py"},
     "sklearn": {"attacks/isomap.py"},
-    "scipy": {"evaluation/reranking.py"},
+    "scipy": {"attacks/propagation.py", "evaluation/reranking.py"},
     "pickle": set(),
     "torchvision": set(),
     "timm": set(),

@@ -7,12 +7,15 @@ Zhu, Ghahramani and Lafferty, ICML 2003). It needs no distance but the nearest, 
 Shapes: L features of the pool, A of them known, D feature dim, K numbers known of each.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import sparse
-from scipy.sparse.linalg import cg
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 HELD = 10.0  # times as fast is what is known held as all neighbours together pull
 LOOSE = 1e-6  # pull to the mean, relative to the neighbours', of who is joined with nobody known
@@ -20,6 +23,9 @@ LOOSE = 1e-6  # pull to the mean, relative to the neighbours', of who is joined 
 
 def propagated(pool_LD: Tensor, known_A: np.ndarray, values_AK: Tensor, neighbours: int) -> Tensor:
     """(L, K) float32 of the whole pool, the mean of ``values_AK``, those of the rows ``known_A``, being 0."""
+    from scipy import sparse  # half a second of every command's start
+    from scipy.sparse.linalg import cg
+
     joined_LL = _joined(F.normalize(pool_LD.float(), dim=1), min(neighbours, len(pool_LD) - 1))
     pull_L = np.asarray(joined_LL.sum(1)).ravel().clip(1e-12)
     held_L = np.zeros(len(pull_L))
@@ -35,8 +41,10 @@ def propagated(pool_LD: Tensor, known_A: np.ndarray, values_AK: Tensor, neighbou
     return torch.from_numpy(places_LK).float().to(pool_LD.device)
 
 
-def _joined(unit_LD: Tensor, neighbours: int) -> sparse.csr_matrix:
+def _joined(unit_LD: Tensor, neighbours: int) -> "sparse.csr_matrix":
     """(L, L), symmetric: the cosine of two features of which one is among the nearest of the other."""
+    from scipy import sparse
+
     rows, columns, cosines = [], [], []
     for first in range(0, len(unit_LD), 1024):
         cosine_BL = unit_LD[first : first + 1024] @ unit_LD.T
