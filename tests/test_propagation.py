@@ -32,7 +32,8 @@ def test_everybody_is_the_mean_of_their_neighbours() -> None:
 
 
 def test_who_is_joined_with_nobody_known_is_the_mean() -> None:
-    x = torch.cat([torch.eye(8)[:4].repeat_interleave(3, 0) + 0.01 * torch.rand(12, 8)])
+    random = torch.Generator().manual_seed(0)
+    x = torch.eye(8)[:4].repeat_interleave(3, 0) + 0.01 * torch.rand(12, 8, generator=random)
     found = propagated(x, np.array([0, 1, 3]), torch.tensor([[1.0], [1.0], [4.0]]), 2)
     torch.testing.assert_close(found.flatten()[:6], torch.tensor([-1.0] * 3 + [2.0] * 3), rtol=0.02, atol=0.02)
     assert found[6:].abs().max() < 0.01
@@ -42,7 +43,7 @@ def test_the_gradients_of_a_layout_are_autograd_s() -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(30, 9, generator=random, dtype=torch.double), dim=1)
     alike = x @ x.T
-    places, law = torch.randn(30, 5, generator=random, dtype=torch.double), [torch.rand(3).double() for _ in range(2)]
+    places, *law = (torch.randn(*shape, generator=random, dtype=torch.double) for shape in ((30, 5), (3,), (3,)))
     inputs = [of.requires_grad_() for of in (places, *law, torch.tensor(0.1, dtype=torch.double))]
 
     def slowly(places: Tensor, heights: Tensor, rates: Tensor, rest: Tensor) -> Tensor:

@@ -70,15 +70,16 @@ def _fitted(features_ND: np.ndarray, neighbours: int, coordinates: int, solver: 
 
 
 def some_of(
-    features_ND: Tensor, leaked_LD: Tensor | None, pictures: int | None, entries: int, draw: np.random.Generator
+    features_ND: Tensor, leaked_LD: Tensor | None, pictures: int, entries: int, draw: np.random.Generator
 ) -> Tensor:
     """Its own features, those of the people held out too, since they are no secret to whoever has them, and the stolen
-    database's: at most ``pictures`` (None: all, in their order) and ``entries`` of them."""
-    own_ND = features_ND if pictures is None else _drawn(features_ND, pictures, draw)
-    return own_ND if leaked_LD is None else torch.cat([own_ND, _drawn(leaked_LD, entries, draw)])
+    database's: at most ``pictures`` and ``entries`` of them."""
+    own_ND = drawn(features_ND, pictures, draw)
+    return own_ND if leaked_LD is None else torch.cat([own_ND, drawn(leaked_LD, entries, draw)])
 
 
-def _drawn(features_MD: Tensor, most: int, draw: np.random.Generator) -> Tensor:
+def drawn(features_MD: Tensor, most: int, draw: np.random.Generator) -> Tensor:
+    """At most so many of them, in a drawn order."""
     return features_MD[torch.from_numpy(draw.permutation(len(features_MD))[:most])]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
-from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, some_of
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
@@ -128,9 +128,8 @@ def misfit(
     apart_BB = (length_B1 + length_B1.T - 2 * places_BK @ places_BK.T).clamp_min(0)
     rates_J = rates_J.exp()
     exponents_JBB = heights_J[:, None, None] - rates_J[:, None, None] * apart_BB
-    bells_JBB = exponents_JBB.clamp_min_(
-        -80
-    ).exp()  # beyond, results aren't normal numbers, which take ten times as long
+    # Of less, exp gives subnormal numbers, which take ten times as long.
+    bells_JBB = exponents_JBB.clamp_min_(-80).exp()
     residual_BB = (rest + bells_JBB.sum(0) - alike_BB).fill_diagonal_(0)
     pairs = len(places_BK) * (len(places_BK) - 1)
     by_law_BB = 2 / pairs * residual_BB
@@ -157,7 +156,9 @@ class UnfoldedRegression(Regression):
         draw = np.random.default_rng([split.seed, 0x1A7])
         graph = some_of(features_ND, self.leaked_LD, config.pictures, config.entries, draw)
         own_A = np.sort(draw.permutation(len(features_ND))[:LAID_OUT])  # they come first in the pool
-        pool_LD = some_of(features_ND[torch.from_numpy(own_A)], self.leaked_LD, None, LAID_OUT, draw)
+        pool_LD = features_ND[torch.from_numpy(own_A)]
+        if self.leaked_LD is not None:
+            pool_LD = torch.cat([pool_LD, drawn(self.leaked_LD, LAID_OUT, draw)])
         steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
         for start, neighbours in product(config.starts, config.neighbours):
             if start == "anchors":
