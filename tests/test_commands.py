@@ -245,6 +245,29 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
     assert f"{again}: the same model as {model}" in said
 
 
+def test_utility_may_be_counted_after_re_ranking(runs: Path, tmp_path: Path) -> None:
+    """On both sides, and as `evaluate --rerank` does; the leak stays what it is."""
+    few = ["attack.attackers=[ridge]", "attack.people=[0]", "attack.whitebox.people=0"]
+    found = {}
+    for asked in ("false", "true"):
+        attack(
+            runs, tmp_path / asked, "--no-estimate", "--trained", str(tmp_path / "kept"), *few, f"attack.rerank={asked}"
+        )
+        found[asked] = json.loads((tmp_path / asked / "attack.json").read_text())["report"]
+    shutil.copytree(runs / "control", tmp_path / "control")
+    shutil.copytree(runs / "protected", tmp_path / "protected")
+    ppreid("evaluate", "--rerank", str(tmp_path / "control"), str(tmp_path / "protected"))
+    for role in ("control", "protected"):
+        evaluated = json.loads((tmp_path / role / "evaluation.json").read_text())
+        assert found["true"]["utility"][role]["mAP"] == pytest.approx(evaluated["reranked_mAP"])
+        assert found["false"]["utility"][role]["mAP"] == pytest.approx(evaluated["mAP"])
+    assert evaluated["mAP"] != evaluated["reranked_mAP"]
+    assert [found[asked]["utility"]["matching"] for asked in ("false", "true")] == ["cosine", "re-ranked"]
+    assert found["true"]["axes"]["pixel"]["leak"] == found["false"]["axes"]["pixel"]["leak"]
+    ppreid("report", str(tmp_path / "true"))
+    assert "after re-ranking, the unprotected one" in (tmp_path / "true" / "report.html").read_text()
+
+
 def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     trained, words = str(runs / "best_response"), ["model.store.kind=signs", "model.store.dim=24"]
