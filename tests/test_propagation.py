@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.propagation import HELD, propagated
+from ppreid_dist.attacks.recogniser import by_pixels
 from ppreid_dist.attacks.unfolded import Layout, UnfoldedConfig, misfit
 from ppreid_dist.errors import ConfigError
 
@@ -87,3 +88,4 @@ def test_narrow_codes_open_further_to_who_knows_some_of_the_people() -> None:
 def test_anchors_alone_need_somebody_who_sees() -> None:
     with pytest.raises(ConfigError, match=r"^starts: anchors alone need likeness more than 0$"):
         UnfoldedConfig(starts=["anchors"], likeness=0.0)
+    assert by_pixels(UnfoldedConfig(starts=["anchors"])).starts == ["isomap"]

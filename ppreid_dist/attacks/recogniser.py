@@ -81,6 +81,8 @@ def likeness_loss(seen_BD: Tensor, real_BD: Tensor) -> Tensor:
 def by_pixels(config: S) -> S:
     """An attacker's settings, but for what it would ask a recogniser."""
     changes: dict[str, Any] = {"likeness": 0.0} if hasattr(config, "likeness") else {}
+    if hasattr(config, "starts"):
+        changes["starts"] = ["isomap"]  # anchors are what the recogniser sees
     if isinstance(start := getattr(config, "start", None), Settings):
         changes["start"] = by_pixels(start)
     return replace(config, **changes)
