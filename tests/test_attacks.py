@@ -187,9 +187,20 @@ def test_whitening_evens_out_the_axes_and_stays_within_what_was_seen() -> None:
         deviations = seen.std(0)[seen.std(0) > 1e-6]
         assert (float(deviations.max() / deviations.min()) < spread) == (name == "whitened")
     assert view.dim == 9
-    few = fit_view("whitened", features[:5])
-    assert few.dim <= 5
-    assert torch.isfinite(few(features)).all()
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_few_features_of_many_numbers_are_seen_in_their_span(name: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 300, generator=rng)
+    few = features[:6]
+    view = fit_view(name, few)
+    assert view.dim <= 6
+    beyond = torch.linalg.svd(few - few.mean(0))[2][6:]  # directions in which the six are all the same
+    torch.testing.assert_close(view(features + beyond.sum(0)), view(features), atol=1e-4, rtol=1e-3)
+    if name == "raw":  # their distances are kept, but for one scale
+        ratio = torch.pdist(view(few)) / torch.pdist(few)
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=0.0, rtol=1e-4)
 
 
 def test_a_rolled_sheet_is_unrolled() -> None:

@@ -20,6 +20,7 @@ from ppreid_dist.sweep.folder import Folder
 from ppreid_dist.sweep.front import (
     hypervolume,
     make_points,
+    of_reranking,
     of_several_sources,
     pairs_of,
     pareto,
@@ -250,6 +251,15 @@ def test_rows_of_another_version_of_the_attackers_are_told_of() -> None:
     assert of_several_sources(rows) == []
     (line,) = of_several_sources([*rows, row(4, attackers_source="b")])
     assert line.startswith("Trials were attacked by 2 versions of the attackers")
+
+
+def test_rows_whose_utility_is_after_reranking_are_told_of() -> None:
+    by_cosine, reranked = row(1, matching="cosine"), row(2, matching="re-ranked")
+    assert of_reranking([by_cosine]) == []
+    (line,) = of_reranking([reranked, row(3, status="failed")])
+    assert line.startswith("mAP and u are after k-reciprocal re-ranking") and reranked["name"] not in line
+    (line,) = of_reranking([by_cosine, reranked])
+    assert "in some trials only" in line and reranked["name"] in line and by_cosine["name"] not in line
 
 
 def test_pauses_do_not_count_as_time() -> None:

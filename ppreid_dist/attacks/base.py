@@ -4,7 +4,8 @@ An attacker owns exported features, and the pictures of its own auxiliary people
 no gradients, no picture of anybody it is tested on. An attacker that is too weak makes everything look private, so each
 chooses its capacity and its view of the features on people it held out of its own pool.
 
-Shapes: N its own pictures, M features to reverse, L leaked entries, B batch, D feature dim, K view dim, h w pixels.
+Shapes: N its own pictures, M features to reverse, L leaked entries, B batch, D feature dim, E dim of their span, K view
+dim, h w pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -158,7 +159,8 @@ class View:
 
 def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
     """``stored``: as they are. ``raw``: centred and scaled. ``whitened``: by principal axes too, each divided by its
-    standard deviation.
+    standard deviation. Where there are fewer features than they have numbers, both keep what lies in their span, by
+    coordinates in it: of the rest nothing can be learnt.
 
     Whitening undoes an extractor that hides what it knows in directions of small variance. The variances are
     shrunk towards their mean (weight ``shrinkage``), else the smallest axes, which are noise, would dominate.
@@ -168,15 +170,18 @@ def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
         return View(torch.zeros_like(x_ND[0]), torch.eye(x_ND.shape[1], device=x_ND.device))
     mean_D = x_ND.mean(0)
     x_ND = x_ND - mean_D
-    if name == "raw":
-        matrix_DK = torch.eye(x_ND.shape[1], device=x_ND.device)
+    if len(x_ND) < x_ND.shape[1]:
+        span_DE = torch.linalg.qr(x_ND[:-1].mT)[0]  # about their mean the last one is what the others make it
     else:
-        _, deviations_K, axes_KD = torch.linalg.svd(x_ND, full_matrices=False)
+        span_DE = torch.eye(x_ND.shape[1], device=x_ND.device)
+    matrix_DK = span_DE
+    if name == "whitened":
+        _, deviations_K, axes_KE = torch.linalg.svd(x_ND @ span_DE, full_matrices=False)
         variances_K = deviations_K.square() / len(x_ND)
         kept = variances_K > 1e-10 * variances_K.max()
-        axes_KD, variances_K = axes_KD[kept], variances_K[kept]
+        axes_KE, variances_K = axes_KE[kept], variances_K[kept]
         shrunk_K = (1 - shrinkage) * variances_K + shrinkage * variances_K.mean()
-        matrix_DK = axes_KD.T / shrunk_K.sqrt()
+        matrix_DK = span_DE @ (axes_KE.T / shrunk_K.sqrt())
     power = (x_ND @ matrix_DK).square().sum(1).mean().clamp_min(1e-12)
     return View(mean_D, matrix_DK / power.sqrt())
 

@@ -6,7 +6,7 @@ feature dim.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from math import prod
 from typing import Any
@@ -83,28 +83,35 @@ def seconds(
 
 def recogniser_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndarray) -> float:
     """Of the training of one, on all of these people."""
-    points = []
-    for steps in (1, 1, 4):
-        started = time.monotonic()
+
+    def train(steps: int) -> None:
         train_recogniser(pictures_N3hw, pids_N, config.recogniser, seed=config.seed, steps=steps)
-        if pictures_N3hw.is_cuda:
-            torch.cuda.synchronize()
-        points.append((float(steps), time.monotonic() - started))
-    return _further(points[1:], recogniser_steps(len(pids_N), config.recogniser))
+
+    return _by_few_steps(train, recogniser_steps(len(pids_N), config.recogniser), pictures_N3hw.is_cuda)
 
 
 def inverse_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndarray) -> float:
     """Of the training of one by what a recogniser sees in all of these pictures."""
     recogniser = Recogniser(untrained(config.recogniser, 1, config.seed).to(pictures_N3hw.device))
     split = Split(*split_people(pids_N, config.seed), config.seed)
-    width, points = max(asked_widths(config, config.attackers)), []
-    for steps in (1, 1, 4):
-        started = time.monotonic()
+    width = max(asked_widths(config, config.attackers))
+
+    def train(steps: int) -> None:
         train_inverse(recogniser, pictures_N3hw, split, width, config.inverse, seed=config.seed, steps=steps)
-        if pictures_N3hw.is_cuda:
+
+    return _by_few_steps(train, inverse_steps(split, config.inverse), pictures_N3hw.is_cuda)
+
+
+def _by_few_steps(train: Callable[[int], None], steps: int, on_gpu: bool) -> float:
+    """Of so many ``steps`` of a training, by one and by four of them."""
+    points = []
+    for few in (1, 1, 4):  # the first pays for what is done once
+        started = time.monotonic()
+        train(few)
+        if on_gpu:
             torch.cuda.synchronize()
-        points.append((float(steps), time.monotonic() - started))
-    return _further(points[1:], inverse_steps(split, config.inverse))
+        points.append((float(few), time.monotonic() - started))
+    return _further(points[1:], steps)
 
 
 def _further(points: Sequence[tuple[float, float]], to: float) -> float:

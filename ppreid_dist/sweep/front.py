@@ -160,9 +160,16 @@ def of_several_sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def of_reranking(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line where mAP isn't that of the features' own distances."""
-    if not any(row.get("matching") == "re-ranked" for row in rows):
+    done = [row for row in rows if row["status"] == "done"]
+    reranked = [row["name"] for row in done if row.get("matching") == "re-ranked"]
+    if not reranked:
         return []
-    return ["mAP and u are after k-reciprocal re-ranking (attack.rerank), the control's too."]
+    if len(reranked) == len(done):
+        return ["mAP and u are after k-reciprocal re-ranking (attack.rerank), the control's too."]
+    return [
+        "mAP and u are after k-reciprocal re-ranking (attack.rerank) in some trials only, which can't be compared with "
+        f"the others: {', '.join(reranked)}."
+    ]
 
 
 def front_of(folder: Folder) -> dict[str, Any]:
