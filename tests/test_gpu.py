@@ -97,10 +97,12 @@ def test_the_whole_game_trains(world: list[str], tmp_path: Path, precision: str)
     assert all(np.isfinite(row["loss/identity"]) for row in rows if "loss/identity" in row)
 
 
-def test_the_game_by_cuda_graphs_is_the_plain_one(world: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["snapshot", "one_step"])
+def test_the_game_by_cuda_graphs_is_the_plain_one(world: list[str], tmp_path: Path, mode: str) -> None:
     losses = []
     for compile in ("no", "reduce-overhead"):
-        settings = [*world, f"output={tmp_path / compile}", f"engine.compile={compile}", "privacy.every=2"]
+        game = [f"engine.compile={compile}", "privacy.every=2", f"reversal.lazy.mode={mode}"]
+        settings = [*world, f"output={tmp_path / compile}", *game]
         train(load_settings(Config, None, settings), progress=False)
         rows = read_metrics(tmp_path / compile / "metrics.jsonl")
         losses.append([row["loss/identity"] for row in rows if "loss/identity" in row])
