@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_devices
 import torch
 from PIL import Image
 from test_commands import ATTACK, demo, ppreid
@@ -247,3 +248,15 @@ def test_an_attack_by_two_processes_is_that_of_one(world: list[str], tmp_path: P
         for role in ("protected", "control", "floor"):  # of the attacker that is no training by chance
             value = again[axis]["attackers"]["ridge"][role]
             assert value == pytest.approx(of["attackers"]["ridge"][role], abs=2e-3)
+
+
+def test_every_attacker_and_re_ranking_run(world: list[str], tmp_path: Path) -> None:
+    demo(world, tmp_path)
+    runs = [word for role in ("control", "protected", "judge") for word in (f"--{role}", str(tmp_path / role))]
+    backbone = next(word for word in world if word.startswith("model.backbone=")).split("=")[1]
+    everybody = [*test_devices.ATTACK, f"attack.recogniser={{backbone: {backbone}, epochs: 1}}", "attack.rerank=true"]
+    ppreid("attack", *runs, "--out", str(tmp_path / "all"), "--no-estimate", *world, *everybody)
+    ppreid("report", str(tmp_path / "all"))
+    found = load_report(tmp_path / "all" / "report.json")
+    assert found["utility"]["matching"] == "re-ranked"
+    assert set(found["axes"]["identity"]["attackers"]) == set(test_devices.ATTACKERS)
