@@ -194,6 +194,9 @@ def _victim(
 ) -> tuple[Victim, Ranking, Tensor]:
     """The victim, how well it ranks, and its features of the gallery."""
     features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
+    for split, of_split in features.items():
+        if not torch.isfinite(of_split).all():
+            raise RunError(f"{role}: what it stores of {split} holds numbers that aren't finite")
     matched = features["query"], features["gallery"], pictures["query"], pictures["gallery"]
     ranking = by_cosine = rank_split(*matched)
     if config.rerank:

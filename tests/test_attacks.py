@@ -203,6 +203,14 @@ def test_few_features_of_many_numbers_are_seen_in_their_span(name: str) -> None:
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), atol=0.0, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_features_that_are_all_the_same_say_nothing_and_stop_nobody(name: str, rows: int) -> None:
+    view = fit_view(name, torch.full((rows, 16), 0.25))
+    assert view.dim >= 1
+    assert torch.equal(view(torch.full((3, 16), 0.25)), torch.zeros(3, view.dim))
+
+
 def test_a_rolled_sheet_is_unrolled() -> None:
     """A spiral: its only coordinate is the length along it, for points that were not in the graph, too."""
     angle = torch.linspace(2, 14, 400)

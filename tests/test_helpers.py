@@ -1,5 +1,6 @@
 """Several processes that make attackers' trainings together: each is made once, and nobody waits for the dead."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -89,6 +90,19 @@ def holder(folder: Path, key: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-c", script, str(folder), key], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"True\n"
     return process
+
+
+def test_a_lock_outlives_what_else_opened_the_folder(tmp_path: Path) -> None:
+    with Kept(tmp_path).alone(KEYS[0]) as mine:
+        assert mine
+        assert not Kept(tmp_path).made_elsewhere(KEYS[1:])
+        gc.collect()
+        script = (
+            "import sys, pathlib; from ppreid_dist.attacks.kept import Kept\n"
+            "with Kept(pathlib.Path(sys.argv[1])).alone(sys.argv[2]) as mine: print(mine)"
+        )
+        told = subprocess.run([sys.executable, "-c", script, str(tmp_path), KEYS[0]], capture_output=True, text=True)
+    assert told.stdout == "False\n"
 
 
 def test_what_another_makes_is_left_to_it_until_it_dies(tmp_path: Path) -> None:

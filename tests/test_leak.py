@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.leak import SOUND, AttackScores, measure_leak
+from ppreid_dist.evaluation.leak import SOUND, AttackScores, measure_leak, over
 
 PEOPLE = 60
 PIDS = np.repeat(np.arange(PEOPLE), 3)
@@ -39,6 +39,11 @@ def test_by_hand() -> None:
     assert "0.32 of what the strongest does" in results["weak"].reason
     assert results["weak"].r.value == pytest.approx(0.15 / 0.16)
     assert measure(blind=attacker(0.3, 0.0))[1] is None
+
+
+def test_a_resample_without_a_score_has_no_ratio() -> None:
+    ratios = over(np.array([0.2, 0.2, np.nan, 0.2]), np.array([0.4, 0.0, np.nan, -0.1]))
+    np.testing.assert_array_equal(ratios, [0.5, np.inf, np.nan, np.inf])
 
 
 AMOUNT = st.floats(0.01, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.propagation import HELD, propagated
 from ppreid_dist.attacks.recogniser import by_pixels
-from ppreid_dist.attacks.unfolded import Layout, UnfoldedConfig, misfit
+from ppreid_dist.attacks.unfolded import Layout, UnfoldedConfig, misfit, some_entries
 from ppreid_dist.errors import ConfigError
 
 
@@ -83,6 +83,14 @@ def test_narrow_codes_open_further_to_who_knows_some_of_the_people() -> None:
     # Seeds 0, 1, 2: 0.38, 0.34, 0.33 from Isomap, 0.68, 0.61, 0.61 from anchors.
     alone, anchored = Manifold(codes, 20, 8)(codes), propagated(codes, np.arange(200), points[:200], 20)
     assert explained(anchored) > 1.5 * explained(alone)
+
+
+def test_who_is_to_be_reconstructed_has_a_place_of_his_own_in_a_large_database() -> None:
+    draw = np.random.default_rng(0)
+    few = some_entries(100, 30, 40, draw)
+    assert set(range(30)) < set(few) and len(set(few)) == 40
+    assert sorted(some_entries(20, 30, 25, draw)) == list(range(20))
+    assert max(some_entries(100, 30, 10, draw)) < 30
 
 
 def test_anchors_alone_need_somebody_who_sees() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from attack_world import small_config
+from backbone_families import write_backbone
 from test_suite import suite
 from torch import Tensor
 
@@ -78,6 +79,16 @@ def test_the_same_seed_gives_the_same_network(aux: tuple[Pictures, Tensor], conf
         made = train_recogniser(aux[0].images_N3HW[:40], aux[0].pids_N[:40], config, seed=3, steps=3)
         weights.append(made.network.state_dict())
         assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_a_backbone_drops_is_the_seed_s_too(tmp_path: Path, aux: tuple[Pictures, Tensor]) -> None:
+    swin, weights = write_backbone(tmp_path, "swin", drop_path_rate=0.5), []
+    config = RecogniserConfig(backbone=swin, augment=AugmentConfig(pad=1, erase=0.0))
+    for disturb in (1, 2):
+        torch.manual_seed(disturb)
+        made = train_recogniser(aux[0].images_N3HW[:40], aux[0].pids_N[:40], config, seed=3, steps=2)
+        weights.append(made.network.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import torch
 from attack_world import SIZE, colour_judge, colours, make_people, see_colours, small_config
 from torch import Tensor
 
+from ppreid_dist import attack_setup
 from ppreid_dist.attacks.base import (
     ATTACKERS,
     SHOWN,
@@ -31,7 +32,7 @@ from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.errors import ConfigError, MissingExtra
+from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.files import write_json
 from ppreid_dist.settings import load_settings
 
@@ -354,3 +355,11 @@ def test_what_is_kept_is_not_trained_again_unless_something_changed(
     monkeypatch.setattr("ppreid_dist.attacks.bench.source_digest", lambda: "an attacker was changed")
     attack()
     assert len(fitted) == 3
+
+
+def test_features_that_are_no_numbers_are_refused_before_anybody_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {"query": torch.ones(2, 3), "aux": torch.tensor([[1.0, float("nan"), 0.0]])}
+    monkeypatch.setattr(attack_setup, "stored_features", lambda extractor, images: stored[images])
+    pictures: Any = {split: SimpleNamespace(images_N3HW=split) for split in stored}
+    with pytest.raises(RunError, match=r"^protected: what it stores of aux holds numbers that aren't finite$"):
+        attack_setup._victim("protected", cast("Any", SimpleNamespace(extractor=None)), pictures, small_config())

@@ -28,6 +28,7 @@ from ppreid_dist.sweep.front import (
     trials_per_hour,
 )
 from ppreid_dist.sweep.space import Trial, as_overrides, listed_trials
+from ppreid_dist.sweep.study import aims_of
 
 # --- the space --------------------------------------------------------------------------------------------------
 
@@ -251,6 +252,14 @@ def test_rows_of_another_version_of_the_attackers_are_told_of() -> None:
     assert of_several_sources(rows) == []
     (line,) = of_several_sources([*rows, row(4, attackers_source="b")])
     assert line.startswith("Trials were attacked by 2 versions of the attackers")
+
+
+def test_a_search_asks_nothing_of_what_a_broken_attack_measured() -> None:
+    assert aims_of([row(1, seed) for seed in (0, 1)], "identity") == pytest.approx((0.5, 0.5))
+    broken = row(1, 1, leak=0.02)
+    broken["axes"]["identity"]["urr"] = {**broken["axes"]["identity"]["urr"], "status": "n/a", "broken": ["gate"]}
+    assert aims_of([row(1), broken], "identity") is None
+    assert aims_of([row(1), row(1, 1, status="failed")], "identity") is None
 
 
 def test_rows_whose_utility_is_after_reranking_are_told_of() -> None:

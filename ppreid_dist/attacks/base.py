@@ -35,7 +35,8 @@ class Attacker(ABC):
     """Learns to turn stored features back into pictures. ``config`` is the attacker's own settings.
 
     ``leaked_LD``, set before :meth:`fit` by whoever has them, are the features of a stolen database: whom it is to
-    reconstruct, and all others in it, without pictures. Most attackers make nothing of them. ``recogniser``, set before
+    reconstruct, ``asked`` of them, who come first, and all others in it, without pictures. Most attackers make nothing
+    of them. ``recogniser``, set before
     :meth:`fit` too where ``asks_recogniser`` says so, is a ReID model that was trained on the attacker's own people.
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
@@ -45,6 +46,7 @@ class Attacker(ABC):
     name: ClassVar[str]
     held_out = still_falling = float("nan")
     leaked_LD: Tensor | None = None
+    asked = 0
     recogniser: "Recogniser | None" = None
 
     def __init__(self, config: Any):
@@ -144,17 +146,18 @@ def permute_people(pids_N: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class View:
-    """An affine map of the features, scaled so that those it was fitted on have a mean square norm of 1."""
+    """An affine map of the features, scaled so that those it was fitted on have a mean square norm of 1; without a
+    matrix, they as they are."""
 
     mean_D: Tensor
-    matrix_DK: Tensor
+    matrix_DK: Tensor | None
 
     def __call__(self, features_MD: Tensor) -> Tensor:
-        return (features_MD.float() - self.mean_D) @ self.matrix_DK
+        return features_MD.float() if self.matrix_DK is None else (features_MD.float() - self.mean_D) @ self.matrix_DK
 
     @property
     def dim(self) -> int:
-        return self.matrix_DK.shape[1]
+        return len(self.mean_D) if self.matrix_DK is None else self.matrix_DK.shape[1]
 
 
 def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
@@ -167,7 +170,7 @@ def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
     """
     x_ND = features_ND.float()
     if name == "stored":
-        return View(torch.zeros_like(x_ND[0]), torch.eye(x_ND.shape[1], device=x_ND.device))
+        return View(torch.zeros_like(x_ND[0]), None)
     mean_D = x_ND.mean(0)
     x_ND = x_ND - mean_D
     if len(x_ND) < x_ND.shape[1]:
@@ -179,8 +182,9 @@ def fit_view(name: str, features_ND: Tensor, *, shrinkage: float = 0.1) -> View:
         _, deviations_K, axes_KE = torch.linalg.svd(x_ND @ span_DE, full_matrices=False)
         variances_K = deviations_K.square() / len(x_ND)
         kept = variances_K > 1e-10 * variances_K.max()
+        kept[0] = True  # of features that are all the same, one axis on which they are
         axes_KE, variances_K = axes_KE[kept], variances_K[kept]
-        shrunk_K = (1 - shrinkage) * variances_K + shrinkage * variances_K.mean()
+        shrunk_K = ((1 - shrinkage) * variances_K + shrinkage * variances_K.mean()).clamp_min(1e-24)
         matrix_DK = span_DE @ (axes_KE.T / shrunk_K.sqrt())
     power = (x_ND @ matrix_DK).square().sum(1).mean().clamp_min(1e-12)
     return View(mean_D, matrix_DK / power.sqrt())

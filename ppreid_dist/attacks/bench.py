@@ -286,10 +286,11 @@ class Bench:
             few = n < self.people[-1]
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
             pairs = permute_people(self.groups_N[rows], self.config.seed) if role.permuted else np.arange(len(rows))
+            features_ND = role.aux_ND[rows] if few else role.aux_ND  # once for all attackers: they may be large
             for name in self.config.curve_attackers if few else self.config.attackers:
                 if name == Adaptive.name and reversal is None:
                     continue
-                parts = (role.aux_ND[rows], rows, rows[pairs], role.query_QD, role.leaked_LD)
+                parts = (features_ND, rows, rows[pairs], role.query_QD, role.leaked_LD)
                 start = reversal.state_dict().values() if reversal and name == Adaptive.name else []
                 trainings = []
                 for draw in range(self.config.seeds if issubclass(ATTACKERS[name], Learner) else 1):
@@ -316,7 +317,7 @@ class Bench:
         leaked_LD: Tensor,
         reversal: Generator | None,
     ) -> Outcome:
-        attacker.leaked_LD = leaked_LD
+        attacker.leaked_LD, attacker.asked = leaked_LD, len(query_QD)
         if attacker.asks_recogniser:
             attacker.recogniser = self.recogniser(rows)
         started, spent = time.monotonic(), self._spent()

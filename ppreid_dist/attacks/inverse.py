@@ -70,6 +70,7 @@ def train_inverse(
             progress(f"step {step} of {steps}")
     height, wide = images_N3hw.shape[2:]
     inverse = blank(seer, (height, wide), width).to(images_N3hw.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    view = decoder.view
-    inverse.draw_as(decoder.average.module, view.matrix_DK, -view.mean_D @ view.matrix_DK)
+    mean_D, matrix_DK = decoder.view.mean_D, decoder.view.matrix_DK
+    assert matrix_DK is not None
+    inverse.draw_as(decoder.average.module, matrix_DK, -mean_D @ matrix_DK)
     return inverse.eval().requires_grad_(False)

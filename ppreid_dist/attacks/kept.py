@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +32,7 @@ _SCORES = "scores/"
 _SECONDS = "kept/seconds"  # no weight's name has a slash
 _ELSEWHERE = ("reporting/", "sweep/", "attacks/estimate.py", "cli.py", "doctor.py", "findings.py", "helpers.py",
               "progress.py")  # fmt: skip
-_LIBRARIES = ("torch", "transformers", "numpy", "scikit-learn", "diffusers")
+_LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "diffusers")
 
 
 def digest(*parts: Any) -> str:
@@ -65,17 +65,22 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
+def _opened(file: Path) -> IO[bytes]:
+    """Never closed while the process lives: closing it anywhere would give up all of the process's locks."""
+    return file.open("ab")
+
+
 class Kept:
     """Outcomes and weights by digest, a safetensors file each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    @cached_property
+    @property
     def _locks(self) -> IO[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Never closed while the process lives: closing it anywhere would give up all of the process's locks.
-        return (self.folder / "locks").open("ab")
+        return _opened(self.folder.resolve() / "locks")
 
     @contextmanager
     def alone(self, key: str, *, wait: bool = False) -> Iterator[bool]:

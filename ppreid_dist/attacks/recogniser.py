@@ -25,7 +25,7 @@ from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig, neighbourhood_
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.seeding import seeded
+from ppreid_dist.models.seeding import seed_of, seeded
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate, make_optimiser
@@ -127,26 +127,29 @@ def train_recogniser(
     draw, smoothed, margin = np.random.default_rng([seed, 0x2E1D]), IdentityConfig(), TripletConfig()
     steps = steps or recogniser_steps(len(pids_N), config)
     network.train()
-    for step in range(steps):
-        drawn = draw.choice(len(people), min(config.people, len(people)), replace=False)
-        rows_B = np.concatenate([np.resize(draw.permutation(rows_of[one]), config.shots) for one in drawn])
-        labels_B = to_device(torch.from_numpy(labels_N[rows_B]), images_N3hw.device)
-        x_B3hw, _ = augment(
-            images_N3hw[to_device(torch.from_numpy(rows_B), images_N3hw.device)],
-            config=config.augment, seed=seed, step=step, first_row=0, total_rows=len(rows_B),
-        )  # fmt: skip
-        out = network(x_B3hw)
-        loss = identity_loss(out.logits_BC, labels_B, smoothed) + triplet_loss(out.pooled_BD, labels_B, margin)
-        if config.neighbourhood.weight:
-            near = neighbourhood_loss(out.stored_BD, labels_B, config.neighbourhood)
-            loss = loss + config.neighbourhood.weight * near
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config.optimiser, step / steps)
-        optimiser.zero_grad()
-        loss.backward()
-        if config.optimiser.clip:
-            nn.utils.clip_grad_norm_(parameters, config.optimiser.clip)
-        optimiser.step()
-        if progress is not None and step % 20 == 0:
-            progress(f"step {step} of {steps}")
+    here = images_N3hw.device
+    with torch.random.fork_rng([here] if here.type == "cuda" else []):
+        torch.manual_seed(seed_of(seed, 0x2E1D, 1))  # of what a backbone with stochastic depth drops
+        for step in range(steps):
+            drawn = draw.choice(len(people), min(config.people, len(people)), replace=False)
+            rows_B = np.concatenate([np.resize(draw.permutation(rows_of[one]), config.shots) for one in drawn])
+            labels_B = to_device(torch.from_numpy(labels_N[rows_B]), images_N3hw.device)
+            x_B3hw, _ = augment(
+                images_N3hw[to_device(torch.from_numpy(rows_B), images_N3hw.device)],
+                config=config.augment, seed=seed, step=step, first_row=0, total_rows=len(rows_B),
+            )  # fmt: skip
+            out = network(x_B3hw)
+            loss = identity_loss(out.logits_BC, labels_B, smoothed) + triplet_loss(out.pooled_BD, labels_B, margin)
+            if config.neighbourhood.weight:
+                near = neighbourhood_loss(out.stored_BD, labels_B, config.neighbourhood)
+                loss = loss + config.neighbourhood.weight * near
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config.optimiser, step / steps)
+            optimiser.zero_grad()
+            loss.backward()
+            if config.optimiser.clip:
+                nn.utils.clip_grad_norm_(parameters, config.optimiser.clip)
+            optimiser.step()
+            if progress is not None and step % 20 == 0:
+                progress(f"step {step} of {steps}")
     return Recogniser(network)

@@ -57,7 +57,7 @@ class Ridge(Attacker):
         fit, held = (torch.from_numpy(some[rows]) for rows in split_people(pids_N[some], seed))
         self._learn_components(pictures_N3hw[fit])
         target_FC, target_HC = self._encode(pictures_N3hw[fit]), self._encode(pictures_N3hw[held])
-        best = float("inf")
+        best, chosen = float("inf"), (VIEWS[0], config.widths[0], config.ridges[0])
         for name in VIEWS:
             view = fit_view(name, features_ND[fit])
             width, ridge, error = kernel_ridge.choose(

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
-from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, some_of
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import option
+from ppreid_dist.transfer import to_device
 
 # Features of its own, and entries of the database, that are laid out at most: of more, the others are placed by those
 # that lie nearest, which keeps less of them (docs/LOG.md).
@@ -93,7 +94,7 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
     random = torch.Generator().manual_seed(seed)
 
     def some() -> tuple[Tensor, Tensor]:
-        rows_B = torch.randperm(len(x_LD), generator=random)[:batch].to(x_LD.device)
+        rows_B = to_device(torch.randperm(len(x_LD), generator=random)[:batch], x_LD.device)
         if alike_LL is not None:
             return rows_B, alike_LL[rows_B[:, None], rows_B]
         return rows_B, x_LD[rows_B] @ x_LD[rows_B].T
@@ -104,7 +105,7 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
     groups = [{"params": [places_LK], "lr": lr}, {"params": law, "lr": lr / 5}]
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    last: list[float] = []
+    last: list[Tensor] = []
     for step in range(steps):
         rows_B, alike_BB = some()
         loss, by_places_BK, *by_law = misfit(places_LK[rows_B], alike_BB, *law)
@@ -114,8 +115,8 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
         optimiser.step()
         schedule.step()
         if step >= 0.9 * (steps - 1):
-            last.append(float(loss))
-    return places_LK, float(np.sqrt(np.mean(last)))
+            last.append(loss)
+    return places_LK, float(torch.stack(last).mean().sqrt())
 
 
 def misfit(
@@ -141,6 +142,13 @@ def misfit(
     return residual_BB.square().sum() / pairs, by_places_BK, by_heights_J, by_rates_J, by_law_BB.sum()
 
 
+def some_entries(entries: int, asked: int, most: int, draw: np.random.Generator) -> np.ndarray:
+    """At most so many rows of a database, in a drawn order. Where there are more, the first ``asked``, who are to be
+    reconstructed, go before all others."""
+    order_L = draw.permutation(entries)
+    return order_L if entries <= most else order_L[np.argsort(order_L >= asked, kind="stable")][:most]
+
+
 @register
 class UnfoldedRegression(Regression):
     """The regression decoder on averaged positions; their dimensions and neighbours are raced like its other
@@ -158,7 +166,8 @@ class UnfoldedRegression(Regression):
         own_A = np.sort(draw.permutation(len(features_ND))[:LAID_OUT])  # they come first in the pool
         pool_LD = features_ND[torch.from_numpy(own_A)]
         if self.leaked_LD is not None:
-            pool_LD = torch.cat([pool_LD, drawn(self.leaked_LD, LAID_OUT, draw)])
+            entries_L = some_entries(len(self.leaked_LD), self.asked, LAID_OUT, draw)
+            pool_LD = torch.cat([pool_LD, self.leaked_LD[torch.from_numpy(entries_L)]])
         steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
         for start, neighbours in product(config.starts, config.neighbours):
             if start == "anchors":

@@ -85,9 +85,9 @@ class Leak:
 
 
 def over(excess_B: np.ndarray, gain_B: np.ndarray) -> np.ndarray:
-    """The ratio in every resample; infinite where there is no gain to compare with."""
+    """The ratio in every resample; infinite where there is no gain to compare with, NaN where no gain is known."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(gain_B > 0, excess_B / gain_B, np.inf)
+        return np.where((gain_B > 0) | np.isnan(gain_B), excess_B / gain_B, np.inf)
 
 
 def compare(

@@ -52,8 +52,9 @@ def open_study(folder: Folder) -> Study:
 
 
 def aims_of(rows: list[dict[str, Any]], axis: str) -> tuple[float, float] | None:
-    """A point's mAP and leak from the rows of all its seeds; None where one isn't done, or its leak isn't known."""
-    if any(row["status"] != "done" for row in rows):
+    """A point's mAP and leak from the rows of all its seeds; None where one isn't done, or its leak isn't known: that
+    of a broken attack is small for no good reason."""
+    if any(row["status"] != "done" or row["axes"][axis]["urr"]["broken"] for row in rows):
         return None
     leak = mean([row["axes"][axis]["leak"] for row in rows])["value"]
     return None if leak is None else (sum(row["mAP"] for row in rows) / len(rows), leak)
