@@ -6,13 +6,13 @@ import torch
 from attack_world import make_people
 
 from ppreid_dist.attacks.linkage import LinkageConfig, linkage_of, rotated
-from ppreid_dist.evaluation.unlinkability import d_sys, into_bins, linkage
+from ppreid_dist.evaluation.unlinkability import BINS, d_sys, into_bins, linkage
 from ppreid_dist.models.store import Store, StoreConfig
 
 
 def of_similarities(mated: np.ndarray, others: np.ndarray) -> float:
     bins = into_bins(np.concatenate([mated, others]))
-    return d_sys(bins[: len(mated)], bins[len(mated) :])
+    return d_sys(*(np.bincount(of, minlength=BINS) for of in (bins[: len(mated)], bins[len(mated) :])))
 
 
 def test_d_sys_of_what_is_known() -> None:
@@ -27,7 +27,7 @@ def test_d_sys_of_what_is_known() -> None:
     exact = float((p * ((p - q) / (p + q)).clip(0)).sum() * (x[1] - x[0]))
     found = of_similarities(rng.normal(1, 1, 400_000), rng.normal(0, 1, 400_000))
     assert found == pytest.approx(exact, abs=0.005)
-    assert np.isnan(d_sys(np.zeros(0, int), np.ones(3, int)))
+    assert np.isnan(d_sys(np.zeros(BINS, int), np.ones(BINS, int)))
 
 
 def test_linkage_by_hand() -> None:
@@ -40,6 +40,22 @@ def test_linkage_by_hand() -> None:
     assert found is not None
     assert (found.rank1, found.chance) == (pytest.approx(5 / 6), pytest.approx(1 / 3))
     assert linkage(similarity, pids, pids + 9, usable, draws=20, seed=0) is None
+
+
+def test_linkage_is_that_of_all_pairs_one_by_one() -> None:
+    """People of different numbers of entries, some in one database only."""
+    rng = np.random.default_rng(0)
+    pids_A, pids_B = rng.integers(0, 9, 40), rng.integers(2, 12, 50)
+    similarity, usable = rng.normal(size=(40, 50)), rng.random((40, 50)) < 0.7
+    found = linkage(similarity, pids_A, pids_B, usable, draws=30, seed=4)
+    assert found is not None
+    bins = into_bins(similarity[usable])
+    draw, people, drawn = np.random.default_rng([4, 0x11E]), np.unique(pids_B), []
+    for labels in [people] + [draw.permutation(people) for _ in range(30)]:
+        same = np.array([a == labels[people == b][0] for a, row in zip(pids_A, usable, strict=True)
+                         for b in pids_B[row]])  # fmt: skip
+        drawn.append(d_sys(*(np.bincount(bins[of], minlength=BINS) for of in (same, ~same))))
+    assert (found.d_sys, found.null) == (pytest.approx(drawn[0]), pytest.approx(np.quantile(drawn[1:], 0.95)))
 
 
 @pytest.mark.parametrize("rotation", [False, True])

@@ -31,12 +31,12 @@ def into_bins(similarity_P: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.quantile(similarity_P, np.arange(1, BINS) / BINS), similarity_P)
 
 
-def d_sys(mated: np.ndarray, others: np.ndarray) -> float:
-    """From the bins that pairs lie in: the sum over bins of the share of mated pairs times 2 P(mated | bin) − 1, where
-    that is above 0. NaN without pairs of either kind."""
-    if not len(mated) or not len(others):
+def d_sys(mated_S: np.ndarray, others_S: np.ndarray) -> float:
+    """From how many pairs lie in each bin: the sum over bins of the share of mated pairs times 2 P(mated | bin) − 1,
+    where that is above 0. NaN without pairs of either kind."""
+    if not mated_S.any() or not others_S.any():
         return float("nan")
-    mated_S, others_S = (np.bincount(of, minlength=BINS) / len(of) for of in (mated, others))
+    mated_S, others_S = mated_S / mated_S.sum(), others_S / others_S.sum()
     total_S = mated_S + others_S
     known_S = np.divide(mated_S - others_S, total_S, out=np.zeros_like(total_S), where=total_S > 0)
     return float((mated_S * known_S.clip(0)).sum())
@@ -53,18 +53,25 @@ def linkage(
         return None
     open_AB = np.where(usable_AB, similarity_AB, -np.inf)
     found_A = mated_AB[np.arange(len(pids_A)), open_AB.argmax(1)]
-    bin_P = into_bins(similarity_AB[usable_AB])
+    bin_AB = np.full(similarity_AB.shape, -1, np.int8)
+    bin_AB[usable_AB] = into_bins(similarity_AB[usable_AB])
+    every_S = np.bincount(bin_AB[usable_AB], minlength=BINS)
+    people = np.unique(pids_B)
+    rows = {pid: np.flatnonzero(pids_A == pid) for pid in people}
+    columns = [np.flatnonzero(pids_B == pid) for pid in people]
 
-    def of_labels(pids_B: np.ndarray) -> float:
-        same_P = (pids_A[:, None] == pids_B[None, :])[usable_AB]
-        return d_sys(bin_P[same_P], bin_P[~same_P])
+    def of_labels(pids: np.ndarray) -> float:
+        """With these in place of ``people``. It looks at mated pairs alone: of all there are too many to count anew."""
+        mated = [bin_AB[rows[pid][:, None], of].ravel() for pid, of in zip(pids, columns, strict=True)]
+        mated_S = np.bincount(np.concatenate(mated) + 1, minlength=BINS + 1)[1:]
+        return d_sys(mated_S, every_S - mated_S)
 
     # Whole people, with all their entries: those of one person resemble each other, and single entries that change
     # hands would make chance look smaller than it is.
-    rng, (people, person_B) = np.random.default_rng([seed, 0x11E]), np.unique(pids_B, return_inverse=True)
-    null = [of_labels(rng.permutation(people)[person_B]) for _ in range(draws)]
+    rng = np.random.default_rng([seed, 0x11E])
+    null = [of_labels(rng.permutation(people)) for _ in range(draws)]
     return Linkage(
-        d_sys=of_labels(pids_B),
+        d_sys=of_labels(people),
         null=float(np.quantile(null, 0.95)),
         rank1=float(found_A[asked_A].mean()),
         chance=float((mated_AB.sum(1) / np.maximum(usable_AB.sum(1), 1))[asked_A].mean()),
