@@ -98,8 +98,9 @@ class Manifold:
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, K) float32, on the features' device."""
-        parts = features_MD.double().cpu().split(2048)  # from each there are paths to all of the graph
-        places_MK = np.concatenate([self._map.transform(part.numpy()) for part in parts]).astype(np.float32)
+        parts = features_MD.split(2048)  # from each there are paths to all of the graph
+        places = [self._map.transform(part.double().cpu().numpy()) for part in parts]
+        places_MK = np.concatenate(places).astype(np.float32)
         return torch.from_numpy(places_MK).to(features_MD.device)
 
 
