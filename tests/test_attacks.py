@@ -24,9 +24,10 @@ from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.plateau import LOOKED_AT, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder
+from ppreid_dist.attacks.ridge import Ridge, RidgeConfig
 from ppreid_dist.attacks.unfolded import Layout, UnfoldedRegression
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.errors import ConfigError
+from ppreid_dist.errors import ConfigError, DataError
 
 TRAINED = [pytest.param(name, marks=[pytest.mark.slow] * (name == "diffusion")) for name in NAMES]
 
@@ -332,3 +333,10 @@ def test_held_out_error_is_zero_for_the_picture_itself(strangers: tuple[Pictures
     pictures = strangers[0].images_N3HW
     assert held_out_error(pictures.float() / 255, pictures) == pytest.approx(0, abs=1e-5)
     assert held_out_error(pictures.flip(0).float() / 255, pictures) > 0.1
+
+
+def test_pictures_that_are_all_the_same_are_one_line() -> None:
+    known, features = make_people(0, 20)
+    same = torch.full_like(known.images_N3HW, 90)
+    with pytest.raises(DataError, match=r"^ridge: no width and ridge draws the people held out; are all pictures"):
+        Ridge(RidgeConfig()).fit(features, same, known.pids_N, seed=0)

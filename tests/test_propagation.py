@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.isomap import Manifold
+from ppreid_dist.attacks.isomap import Manifold, drawn
 from ppreid_dist.attacks.propagation import HELD, propagated
 from ppreid_dist.attacks.recogniser import by_pixels
-from ppreid_dist.attacks.unfolded import Layout, UnfoldedConfig, misfit, some_entries
+from ppreid_dist.attacks.unfolded import Layout, UnfoldedConfig, misfit
 from ppreid_dist.errors import ConfigError
 
 
@@ -87,10 +87,10 @@ def test_narrow_codes_open_further_to_who_knows_some_of_the_people() -> None:
 
 def test_who_is_to_be_reconstructed_has_a_place_of_his_own_in_a_large_database() -> None:
     draw = np.random.default_rng(0)
-    few = some_entries(100, 30, 40, draw)
+    few = drawn(torch.arange(100), 40, draw, 30).tolist()
     assert set(range(30)) < set(few) and len(set(few)) == 40
-    assert sorted(some_entries(20, 30, 25, draw)) == list(range(20))
-    assert max(some_entries(100, 30, 10, draw)) < 30
+    assert sorted(drawn(torch.arange(20), 25, draw, 30).tolist()) == list(range(20))
+    assert drawn(torch.arange(100), 10, draw, 30).max() < 30
 
 
 def test_anchors_alone_need_somebody_who_sees() -> None:

@@ -147,7 +147,7 @@ def permute_people(pids_N: np.ndarray, seed: int) -> np.ndarray:
 @dataclass(frozen=True)
 class View:
     """An affine map of the features, scaled so that those it was fitted on have a mean square norm of 1; without a
-    matrix, they as they are."""
+    matrix it leaves them as they are."""
 
     mean_D: Tensor
     matrix_DK: Tensor | None

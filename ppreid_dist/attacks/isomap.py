@@ -78,9 +78,12 @@ def some_of(
     return own_ND if leaked_LD is None else torch.cat([own_ND, drawn(leaked_LD, entries, draw)])
 
 
-def drawn(features_MD: Tensor, most: int, draw: np.random.Generator) -> Tensor:
-    """At most so many of them, in a drawn order."""
-    return features_MD[torch.from_numpy(draw.permutation(len(features_MD))[:most])]
+def drawn(features_MD: Tensor, most: int, draw: np.random.Generator, first: int = 0) -> Tensor:
+    """At most so many of them, in a drawn order; where not all have a place, the ``first`` go before the others."""
+    order_M = draw.permutation(len(features_MD))
+    if len(order_M) > most:
+        order_M = order_M[np.argsort(order_M >= first, kind="stable")][:most]
+    return features_MD[torch.from_numpy(order_M)]
 
 
 class Manifold:

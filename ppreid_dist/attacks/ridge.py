@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import VIEWS, Attacker, Progress, fit_view, register, split_people
+from ppreid_dist.errors import DataError
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
@@ -57,7 +58,7 @@ class Ridge(Attacker):
         fit, held = (torch.from_numpy(some[rows]) for rows in split_people(pids_N[some], seed))
         self._learn_components(pictures_N3hw[fit])
         target_FC, target_HC = self._encode(pictures_N3hw[fit]), self._encode(pictures_N3hw[held])
-        best, chosen = float("inf"), (VIEWS[0], config.widths[0], config.ridges[0])
+        best, chosen = float("inf"), None
         for name in VIEWS:
             view = fit_view(name, features_ND[fit])
             width, ridge, error = kernel_ridge.choose(
@@ -65,6 +66,8 @@ class Ridge(Attacker):
             )
             if error < best:
                 best, chosen = error, (name, width, ridge)
+        if chosen is None:
+            raise DataError("ridge: no width and ridge draws the people held out; are all pictures the same?")
         name, width, ridge = chosen
         self.view = fit_view(name, features_ND)
         self._learn_components(pictures_N3hw[torch.from_numpy(some)])

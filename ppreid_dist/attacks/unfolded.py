@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
-from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, some_of
+from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
@@ -142,13 +142,6 @@ def misfit(
     return residual_BB.square().sum() / pairs, by_places_BK, by_heights_J, by_rates_J, by_law_BB.sum()
 
 
-def some_entries(entries: int, asked: int, most: int, draw: np.random.Generator) -> np.ndarray:
-    """At most so many rows of a database, in a drawn order. Where there are more, the first ``asked``, who are to be
-    reconstructed, go before all others."""
-    order_L = draw.permutation(entries)
-    return order_L if entries <= most else order_L[np.argsort(order_L >= asked, kind="stable")][:most]
-
-
 @register
 class UnfoldedRegression(Regression):
     """The regression decoder on averaged positions; their dimensions and neighbours are raced like its other
@@ -166,8 +159,7 @@ class UnfoldedRegression(Regression):
         own_A = np.sort(draw.permutation(len(features_ND))[:LAID_OUT])  # they come first in the pool
         pool_LD = features_ND[torch.from_numpy(own_A)]
         if self.leaked_LD is not None:
-            entries_L = some_entries(len(self.leaked_LD), self.asked, LAID_OUT, draw)
-            pool_LD = torch.cat([pool_LD, self.leaked_LD[torch.from_numpy(entries_L)]])
+            pool_LD = torch.cat([pool_LD, drawn(self.leaked_LD, LAID_OUT, draw, self.asked)])
         steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
         for start, neighbours in product(config.starts, config.neighbours):
             if start == "anchors":
