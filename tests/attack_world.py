@@ -118,9 +118,11 @@ def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> A
         ridge=RidgeConfig(widths=[1.0, 2.0, 0.0], ridges=[1e-4, 1e-2, 1.0, 100.0]),
         regression=start,
         inverse=inverse,
-        averaged=AveragedConfig(**recipe, neighbours=[2]),
+        averaged=AveragedConfig(**recipe, agreement=[1.0], neighbours=[2]),
         isomap=IsomapConfig(**recipe, neighbours=[8, 20], coordinates=[6, 12]),
-        unfolded=UnfoldedConfig(**recipe, neighbours=[8], coordinates=[6, 12], averaged=[0, 2], layout_steps=60),
+        unfolded=UnfoldedConfig(
+            **recipe, agreement=[1.0], neighbours=[8], coordinates=[6, 12], averaged=[0, 2], layout_steps=60
+        ),
         diffusion=DiffusionConfig(
             views=["raw"],
             widths=[16],

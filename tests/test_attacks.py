@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from attack_world import NAMES, judged_ap, make, make_people, person_l1, small_config
 from sklearn.manifold import Isomap
 from torch import Tensor
@@ -97,7 +98,7 @@ def test_a_decoder_ends_with_the_best_weights_it_met(
     decoder = Decoder(
         features,
         known.images_N3HW,
-        Split(*split_people(known.pids_N, 0), 0),
+        Split.of(known.pids_N, 0),
         view="raw",
         width=16,
         lr=1.0,  # so high that the looks go up and down
@@ -118,7 +119,7 @@ def test_of_many_held_out_pictures_all_trainings_look_at_the_same_some() -> None
     features, pictures = torch.arange(508.0)[:, None], torch.zeros(508, 3, 16, 8, dtype=torch.uint8)
     known = [
         Decoder(
-            features, pictures, Split(fit, rows, seed),
+            features, pictures, Split(fit, rows, seed, np.arange(508)),
             view="stored", width=4, lr=0.1, noise_dim=0, config=small_config().regression, seed=draw,
         ).held.flatten().tolist()
         for rows, seed, draw in ((held, 3, 0), (held, 3, 1), (held, 4, 0), (held[:40], 3, 0))
@@ -246,19 +247,19 @@ def test_a_stolen_database_unrolls_what_few_pictures_cannot() -> None:
 
 def test_noise_that_a_gallery_adds_averages_away_over_its_entries() -> None:
     random = torch.Generator().manual_seed(0)
-    person = torch.nn.functional.normalize(torch.randn(60, 1, 32, generator=random), dim=2).expand(-1, 8, -1)
+    person = F.normalize(torch.randn(60, 1, 32, generator=random), dim=2).expand(-1, 8, -1)
     noisy = (person + 0.1 * torch.randn(60, 8, 32, generator=random)).flatten(0, 1)
 
     def from_clean(features: torch.Tensor) -> float:
         return float(1 - torch.cosine_similarity(features, person.flatten(0, 1)).mean())
 
-    assert from_clean(Average(noisy, 7, alpha=3.0)(noisy)) < 0.35 * from_clean(noisy)
+    assert from_clean(Average(F.normalize(noisy), 7, alpha=3.0)(noisy)) < 0.35 * from_clean(noisy)
 
 
 def test_averages_are_those_of_a_loop() -> None:
     pool = torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
     strangers = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
-    found = Average(pool, 3, alpha=2.0)(torch.cat([pool[:5], strangers]))
+    found = Average(F.normalize(pool), 3, alpha=2.0)(torch.cat([pool[:5], strangers]))
     for row, feature in zip(found, torch.cat([pool[:5], strangers]), strict=True):
         cosines = [float(torch.cosine_similarity(feature, other, dim=0)) for other in pool]
         nearest = sorted((c, i) for i, c in enumerate(cosines) if not torch.equal(pool[i], feature))[-3:]
@@ -270,9 +271,9 @@ def test_positions_are_read_off_codes_without_their_key() -> None:
     """Signs of secret waves, half of a period long where points are usually apart: their cosines say next to nothing
     of far distances, and all together nearly everything, up to a turn and a scale."""
     random = torch.Generator().manual_seed(0)
-    points = torch.nn.functional.normalize(torch.randn(400, 8, generator=random), dim=1)
+    points = F.normalize(torch.randn(400, 8, generator=random), dim=1)
     waves, phases = torch.randn(8, 2048, generator=random) / 0.5, 6.3 * torch.rand(2048, generator=random)
-    codes = (points @ waves + phases).cos().sign()
+    codes = F.normalize((points @ waves + phases).cos().sign())
 
     def explained(places: torch.Tensor) -> float:
         known = torch.cat([places, torch.ones(len(places), 1)], 1)
@@ -284,7 +285,7 @@ def test_positions_are_read_off_codes_without_their_key() -> None:
     assert 1 - explained(layout.places_LK) < 0.3 * (1 - explained(start)) and explained(start) < 0.98
     assert layout.residual < 1.5 / 2048**0.5
     torch.testing.assert_close(layout(codes[:7]), layout.places_LK[:7])
-    other = (torch.nn.functional.normalize(points[:7] + 0.02, dim=1) @ waves + phases).cos().sign()
+    other = F.normalize((F.normalize(points[:7] + 0.02) @ waves + phases).cos().sign())
     assert (layout(other) - layout.places_LK[:7]).norm(dim=1).max() < 0.5 * layout.places_LK.norm(dim=1).mean()
 
 
@@ -295,8 +296,8 @@ def test_all_features_are_laid_out_whatever_the_graph_holds(
     config = replace(small_config(2).unfolded, coordinates=[6], averaged=[0], pictures=40, entries=10)
     attacker = UnfoldedRegression(config)
     attacker.leaked_LD = strangers[1]
-    [enter] = attacker.entrants(features, pictures.images_N3HW, Split(*split_people(pictures.pids_N, 0), 0), 0)
-    layout = enter().prepare.args[0]
+    [enter] = attacker.entrants(features, pictures.images_N3HW, Split.of(pictures.pids_N, 0), 0)
+    layout = enter().prepare.args[1]
     assert len(layout.places_LK) == len(features) + len(strangers[1])
 
 

@@ -11,7 +11,7 @@ from attack_world import small_config
 from test_recogniser import config, wanderers  # noqa: F401  (config is a fixture)
 from torch import Tensor
 
-from ppreid_dist.attacks.base import ATTACKERS, permute_people, split_people, to_uint8
+from ppreid_dist.attacks.base import ATTACKERS, permute_people, to_uint8
 from ppreid_dist.attacks.inverse import train_inverse
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.recogniser import Recogniser, RecogniserConfig, train_recogniser
@@ -26,7 +26,7 @@ def minds(config: RecogniserConfig) -> tuple[Recogniser, Recogniser]:  # noqa: F
     """The attackers' own, with its inverse, and the judge's."""
     (images, _, pids), (others, _, other_pids) = wanderers(1000, 60), wanderers(2000, 60)
     own = train_recogniser(images, pids, config, seed=0)
-    split = Split(*split_people(pids, 0), 0)
+    split = Split.of(pids, 0)
     own.inverse = cache(lambda width: train_inverse(own, images, split, width, SHORT, seed=0))
     return own, train_recogniser(others, other_pids, config, seed=9)
 
@@ -60,7 +60,7 @@ def found(judge: Recogniser, drawn: Tensor, real: Tensor, people: np.ndarray) ->
 
 def test_the_same_seed_gives_the_same(minds: tuple[Recogniser, Recogniser]) -> None:
     images, _, pids = wanderers(1000, 20)
-    split, made = Split(*split_people(pids, 0), 0), []
+    split, made = Split.of(pids, 0), []
     for disturb in (1, 2):
         torch.manual_seed(disturb)
         made.append(train_inverse(minds[0], images, split, 8, SHORT, seed=4, steps=3).state_dict())

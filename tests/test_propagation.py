@@ -72,7 +72,7 @@ def test_narrow_codes_open_further_to_who_knows_some_of_the_people() -> None:
     people = torch.nn.functional.normalize(torch.randn(120, 8, generator=random), dim=1).repeat_interleave(5, 0)
     points = torch.nn.functional.normalize(people + 0.07 * torch.randn(600, 8, generator=random), dim=1)
     waves, phases = torch.randn(8, 4096, generator=random) / 0.3, 6.3 * torch.rand(4096, generator=random)
-    codes = (points @ waves + phases).cos().sign()
+    codes = torch.nn.functional.normalize((points @ waves + phases).cos().sign(), dim=1)
 
     def explained(start: Tensor) -> float:
         places = Layout(codes, start, steps=400, lr=0.05, batch=200).places_LK

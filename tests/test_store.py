@@ -123,9 +123,12 @@ def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -
     assert not torch.allclose(Store(StoreConfig(kind="codes", dim=40_000, width=0.3, key=3), 8)(x), kept)
 
 
-@pytest.mark.parametrize(("axes", "dim", "width"), [(16, 2048, 0.5), (8, 1024, 0.35)])
-def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float) -> None:
-    config = StoreConfig(kind="codes", dim=dim, axes=axes, width=width, key=1)
+@pytest.mark.parametrize(
+    ("axes", "dim", "width", "spectrum"),
+    [(16, 2048, 0.5, "gaussian"), (8, 1024, 0.35, "gaussian"), (16, 2048, 0.5, "shell")],
+)
+def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float, spectrum: str) -> None:
+    config = StoreConfig(kind="codes", dim=dim, axes=axes, width=width, spectrum=spectrum, key=1)
     known, asked = features(400, 2 * axes, seed=1), features(50, 2 * axes, seed=2)
     store, thief = Store(config, 2 * axes), Store(replace(config, key=2), 2 * axes)
     store.fit(known)
@@ -232,3 +235,15 @@ def test_every_method_that_ships_stores_by_settings_that_its_kind_has(file: Path
             key.removeprefix(STORED).partition(".")[0]: value for key, value in keys.items() if key.startswith(STORED)
         }
         assert set(stored) <= {"kind", "quantise", *USES[stored.get("kind", "plain")]}, method
+
+
+def test_waves_of_one_length_agree_as_drawn_ones_do_nearby_and_all_alike() -> None:
+    drawn, shell = (StoreConfig(kind="codes", dim=40_000, width=0.4, spectrum=of) for of in ("gaussian", "shell"))
+    lengths = {of.spectrum: Store(of, 12).secret_AS.norm(dim=0) for of in (drawn, shell)}
+    torch.testing.assert_close(lengths["shell"], torch.full((40_000,), 12**0.5))
+    assert lengths["gaussian"].std() > 0.5
+    x = torch.eye(12)[:1].expand(30, -1).clone()
+    x[:, 1] = torch.linspace(0, 0.3, 30)
+    kept = {of.spectrum: Store(of, 12)(x) for of in (drawn, shell)}
+    alike = {spectrum: codes @ codes[0] for spectrum, codes in kept.items()}
+    torch.testing.assert_close(alike["shell"], alike["gaussian"], rtol=0, atol=0.03)

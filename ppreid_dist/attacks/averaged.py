@@ -10,11 +10,13 @@ Shapes: N its own pictures, M features to reverse, L features of the pool, B bat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppreid_dist.attacks.agreement import WeighedConfig, agreement, weighed
 from ppreid_dist.attacks.base import VIEWS, register
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.regression import Decoder, Regression, RegressionConfig, decoders
@@ -27,7 +29,7 @@ ALPHA = 3.0  # of α query expansion, as its authors chose it
 
 
 @dataclass(kw_only=True)
-class AveragedConfig(RegressionConfig):
+class AveragedConfig(WeighedConfig, RegressionConfig):
     views: list[str] = option(["raw"], "forms of the averaged features to try", choices=VIEWS)
     widths: list[int] = option([32], "network widths to try", at_least=1)
     lrs: list[float] = option([3e-3], "learning rates to try", more_than=0)
@@ -36,15 +38,15 @@ class AveragedConfig(RegressionConfig):
 
 
 class Average:
-    """Unit features averaged with their nearest ``neighbours`` of the pool (fewer where it has no more)."""
+    """Unit features averaged with their nearest ``neighbours`` of a pool of unit ones (fewer where it has no more)."""
 
     def __init__(self, pool_LD: Tensor, neighbours: int, alpha: float):
-        self.pool_LD = F.normalize(pool_LD.float(), dim=1)
+        self.pool_LD = pool_LD
         self.neighbours, self.alpha = min(neighbours, len(pool_LD) - 1), alpha
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, D) float32, of length 1."""
-        return torch.cat([self._mean(part) for part in F.normalize(features_MD.float(), dim=1).split(1024)])
+        return torch.cat([self._mean(F.normalize(part.float(), dim=1)) for part in features_MD.split(1024)])
 
     def _mean(self, x_BD: Tensor) -> Tensor:
         cosine_BL = x_BD @ self.pool_LD.T
@@ -65,11 +67,19 @@ class AveragedRegression(Regression):
     ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
         pool_LD = features_ND if self.leaked_LD is None else torch.cat([features_ND, self.leaked_LD])
-        for neighbours in config.neighbours:
-            average = Average(pool_LD, neighbours, config.alpha)
-            found += decoders(
-                average(features_ND), pictures_N3hw, split,
-                noise_dim=0, config=config, recogniser=self.recogniser, seed=seed,
-                prepare=average, label=f"{neighbours} neighbours, ",
-            )  # fmt: skip
+        agree_D = agreement(features_ND[torch.from_numpy(split.fit_F)], split.pids_N[split.fit_F])
+        for power in config.agreement:
+            weigh = partial(weighed, weight_D=agree_D**power)
+            unit_LD = weigh(pool_LD)
+            for neighbours in config.neighbours:
+                prepare = partial(_prepared, weigh, Average(unit_LD, neighbours, config.alpha))
+                found += decoders(
+                    prepare(features_ND), pictures_N3hw, split,
+                    noise_dim=0, config=config, recogniser=self.recogniser, seed=seed,
+                    prepare=prepare, label=f"agreement {power:g}, {neighbours} neighbours, ",
+                )  # fmt: skip
         return found
+
+
+def _prepared(weigh: Callable[[Tensor], Tensor], average: Average, features_MD: Tensor) -> Tensor:
+    return average(weigh(features_MD))

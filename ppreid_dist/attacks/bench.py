@@ -27,7 +27,7 @@ from ppreid_dist.attacks.base import (
     to_uint8,
 )
 from ppreid_dist.attacks.config import AttackConfig
-from ppreid_dist.attacks.judging import Judge, identity_axes
+from ppreid_dist.attacks.judging import Judge, chance_of, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
@@ -132,6 +132,7 @@ class Bench:
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
         self.perception = perception or Perception(PerceptualConfig(), query.images_N3HW.device)
         self.gallery, self.judges = (gallery_pids, gallery_camids), identity_axes(judges)
+        self.chance_Q = chance_of(query, *self.gallery)
         self.axes = {
             "pixel": "SSIM on the person",
             **{axis: f"mAP of the judge {judge.name}" for axis, judge in self.judges.items()},
@@ -287,10 +288,11 @@ class Bench:
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
             pairs = permute_people(self.groups_N[rows], self.config.seed) if role.permuted else np.arange(len(rows))
             features_ND = role.aux_ND[rows] if few else role.aux_ND  # once for all attackers: they may be large
+            parts = (features_ND, rows, rows[pairs], role.query_QD, role.leaked_LD)
+            made_of = digest(self.world, *parts)
             for name in self.config.curve_attackers if few else self.config.attackers:
                 if name == Adaptive.name and reversal is None:
                     continue
-                parts = (features_ND, rows, rows[pairs], role.query_QD, role.leaked_LD)
                 start = reversal.state_dict().values() if reversal and name == Adaptive.name else []
                 trainings = []
                 for draw in range(self.config.seeds if issubclass(ATTACKERS[name], Learner) else 1):
@@ -301,7 +303,7 @@ class Bench:
                     if self.recognisers and self.attacker(name).asks_recogniser:
                         settings += self.recognisers.settings
                         needs = self.recognisers.keys(*self._people(rows), asked_widths(self.config, [name]))
-                    key = digest(self.world, settings, *parts, *start)
+                    key = digest(made_of, settings, *start)
                     trainings.append(Training(label=label, key=key, make=make, needs=needs))
                 yield name, n, trainings
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import Adaptive
-from ppreid_dist.attacks.base import ATTACKERS, split_people
+from ppreid_dist.attacks.base import ATTACKERS
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.inverse import inverse_steps, train_inverse
 from ppreid_dist.attacks.plateau import Learner, PlateauConfig, Split, cut
@@ -93,7 +93,7 @@ def recogniser_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.n
 def inverse_seconds(config: AttackConfig, pictures_N3hw: Tensor, pids_N: np.ndarray) -> float:
     """Of the training of one by what a recogniser sees in all of these pictures."""
     recogniser = Recogniser(untrained(config.recogniser, 1, config.seed).to(pictures_N3hw.device))
-    split = Split(*split_people(pids_N, config.seed), config.seed)
+    split = Split.of(pids_N, config.seed)
     width = max(asked_widths(config, config.attackers))
 
     def train(steps: int) -> None:

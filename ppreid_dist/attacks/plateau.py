@@ -75,11 +75,18 @@ def cut(config: S, steps: int) -> S:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to fit on and rows to choose on, and the ``seed`` that drew them: all trainings of one attacker share it."""
+    """Rows to fit on and rows to choose on, the ``seed`` that drew them, and who is on which row: all trainings of one
+    attacker share it."""
 
     fit_F: np.ndarray
     held_H: np.ndarray
     seed: int
+    pids_N: np.ndarray
+
+    @classmethod
+    def of(cls, pids_N: np.ndarray, seed: int) -> "Split":
+        """By ``base.split_people``."""
+        return cls(*split_people(pids_N, seed), seed, pids_N)
 
 
 class Trainee(ABC):
@@ -228,7 +235,7 @@ class Learner(Attacker):
     ) -> None:
         if self.asks_recogniser and self.recogniser is None:
             raise ConfigError(f"{self.name}: its likeness is more than 0, and it was given no recogniser")
-        split = Split(*split_people(pids_N, seed), seed)
+        split = Split.of(pids_N, seed)
         drawn = int(np.random.default_rng([seed, 0xD4A, self.draw]).integers(2**31)) if self.draw else seed
         say = progress or (lambda line: None)
         ended = self.learn(features_ND, pictures_N3hw, split, seed=drawn, say=say)

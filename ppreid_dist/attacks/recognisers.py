@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from ppreid_dist.attacks.base import ATTACKERS, Progress, picture_size, split_people
+from ppreid_dist.attacks.base import ATTACKERS, Progress, picture_size
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.inverse import blank, train_inverse
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
@@ -56,7 +56,7 @@ class Recognisers:
         """The one of these pictures, (N, 3, h, w) in uint8. Its decoder holds out people by ``groups_N``, as attackers
         do."""
         config, people = self.config, len(np.unique(pids_N))
-        split = Split(*split_people(groups_N, config.seed), config.seed)
+        split = Split.of(groups_N, config.seed)
         key, both = self._keys(images_N3hw, pids_N, split)
         if both in self._made:
             return self._made[both]
@@ -86,7 +86,7 @@ class Recognisers:
 
     def keys(self, images_N3hw: Tensor, pids_N: np.ndarray, groups_N: np.ndarray, widths: Iterable[int]) -> list[str]:
         """Under which these pictures' and its decoders' are kept."""
-        key, both = self._keys(images_N3hw, pids_N, Split(*split_people(groups_N, self.config.seed), self.config.seed))
+        key, both = self._keys(images_N3hw, pids_N, Split.of(groups_N, self.config.seed))
         return [key, *(digest(both, width) for width in widths)]
 
     def _keys(self, images_N3hw: Tensor, pids_N: np.ndarray, split: Split) -> tuple[str, str]:

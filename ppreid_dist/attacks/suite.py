@@ -8,8 +8,9 @@ independent ReID model finds the person from the reconstruction.
 Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, D feature dim, h w pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,18 @@ from torch import Tensor
 
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.auxiliary import Auxiliary
-from ppreid_dist.attacks.base import Progress
+from ppreid_dist.attacks.base import Outcome, Progress
 from ppreid_dist.attacks.bench import Bench, Training, Victim
 from ppreid_dist.attacks.informed import whitebox_leak, whitebox_trainings
-from ppreid_dist.attacks.judging import chance_of, judge_quality, weak_judges
+from ppreid_dist.attacks.judging import judge_quality, weak_judges
 from ppreid_dist.attacks.linkage import linkage_of
+from ppreid_dist.attacks.notes import training_notes
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench, variant_trainings
 from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of, trainings_of
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
 from ppreid_dist.evaluation.urr import attack_curve, urr
-
-PLATEAU = 0.01  # a training is over where its error fell by no more over the last quarter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,10 @@ def run_suite(
 
     Raises ConfigError naming the variant where there are too few auxiliary people.
     """
-    chance_Q = chance_of(bench.query, *bench.gallery)
     # Before the trainings: a test in which nobody can be found, and a judge who finds nobody, are known at once.
-    quality = {axis: judge_quality(judge, bench.query, bench.gallery, chance_Q) for axis, judge in bench.judges.items()}
+    quality = {
+        axis: judge_quality(judge, bench.query, bench.gallery, bench.chance_Q) for axis, judge in bench.judges.items()
+    }
     by_cosine_Q = control.utility_ap_Q if control.cosine_ap_Q is None else control.cosine_ap_Q  # as judges are measured
     weak = weak_judges(bench.judges, quality, float(np.nanmean(by_cosine_Q)))
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
@@ -97,164 +98,93 @@ def run_suite(
         parts = {"white-box inversion": bench.config.whitebox.people, "attack.auxiliary": variants}
         left_out = [name for name, there in parts.items() if there]
         announce(line + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
-    bench.carry_out(_trainings(bench, control, protected, variants))
-    roles = attack_victims(bench, control, protected)
-    return _summarise(bench, control, protected, roles, variants, chance_Q, quality, weak)
+    victims = {"control": control, "protected": protected}
+    bench.carry_out(_trainings(bench, victims, variants))
+    return _summarise(bench, victims, variants, quality, weak)
 
 
 def help_suite(bench: Bench, control: Victim, protected: Victim, auxiliaries: Sequence[Auxiliary] = ()) -> None:
     """Make trainings of :func:`run_suite` in another process, until all are made."""
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
-    bench.carry_out(_trainings(bench, control, protected, variants))
+    bench.carry_out(_trainings(bench, {"control": control, "protected": protected}, variants))
 
 
 def _trainings(
-    bench: Bench, control: Victim, protected: Victim, variants: Sequence[tuple[Auxiliary, Bench]]
+    bench: Bench, victims: Mapping[str, Victim], variants: Sequence[tuple[Auxiliary, Bench]]
 ) -> list[Training]:
-    both = {"control": control, "protected": protected}
     return [
-        *trainings_of(bench, control, protected),
-        *variant_trainings(variants, both),
-        *whitebox_trainings(bench, both).values(),
+        *trainings_of(bench, **victims),
+        *variant_trainings(variants, victims),
+        *whitebox_trainings(bench, victims).values(),
     ]
 
 
 def _summarise(
     bench: Bench,
-    control: Victim,
-    protected: Victim,
-    roles: Roles,
+    victims: Mapping[str, Victim],
     variants: Sequence[tuple[Auxiliary, Bench]],
-    chance_Q: np.ndarray,
     quality: dict[str, dict[str, float]],
     notes: list[str],
 ) -> SuiteResult:
-    """Ratios, curves and notes of what was trained."""
+    """Ratios and curves of "control" and "protected", and ``notes`` with what else is to be said."""
     config, largest = bench.config, bench.people[-1]
-    if dropped := sorted(n for n in config.people if n > largest):
-        more = ", ".join(map(str, dropped))
-        notes.append(f"attack.people: {more}: there are only {largest} auxiliary people, and that many attacked")
-    if config.seeds > 1:
-        notes.append(
-            f"attack.seeds: every attacker that is drawn at random was trained {config.seeds} times; the training that "
-            "does best on its own held-out people counts"
-        )
-    if config.curve_steps is not None and len(bench.people) > 1:
-        notes.append(
-            f"attack.curve_steps: with fewer than {largest} people attackers were trained by at most "
-            f"{config.curve_steps} gradient steps: they may find more"
-        )
-    notes += _cut_short(bench, roles)
-    notes += _best_guesses(bench, roles)
-    if left_out := [name for name in config.attackers if (name, largest) not in roles["protected"]]:
-        notes.append(
-            f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
-        )
-    all_scores = {axis: _scores(axis, bench, roles) for axis in bench.axes}
-    axes = {
-        axis: _axis(axis, bench, control, protected, scores, chance_Q if axis in bench.judges else None)
-        for axis, scores in all_scores.items()
-    }
+    roles = attack_victims(bench, **victims)
     bootstrap = Bootstrap(bench.query.pids_N, config.resamples, config.seed, 0.95)
-    for axis, found_there in axes.items():
-        if found_there["urr"]["broken"]:
-            notes.append(f"{axis}: {found_there['urr']['reason']}")
-        notes += [f"{axis}: {line}" for line in ruined_attackers(bootstrap, *all_scores[axis])]
-    victims = {control.name: roles["control"], protected.name: roles["protected"]}
-    final = {(role, name): runs[name, largest] for role, runs in roles.items() for name, n in runs if n == largest}
-    both = {"control": control, "protected": protected}
-    met = [name for name in config.attackers if (name, largest) in roles["protected"]]
+    scores = {axis: _scores(axis, bench, roles) for axis in bench.axes}
+    axes = {axis: _axis(axis, bench, victims, scores[axis]) for axis in bench.axes}
+    notes = notes + training_notes(bench, roles)
+    for axis, found in axes.items():
+        if found["urr"]["broken"]:
+            notes.append(f"{axis}: {found['urr']['reason']}")
+        notes += [f"{axis}: {line}" for line in ruined_attackers(bootstrap, *scores[axis])]
+    final = {role: {name: of for (name, n), of in runs.items() if n == largest} for role, runs in roles.items()}
+    shown = {victims[role].name: final[role] for role in victims}
+    stored = {role: (victim.aux_ND, victim.query_QD) for role, victim in victims.items()}
 
     def by_role(name: str, figure: str) -> dict[str, float | None]:
-        return {role: finite(getattr(final[role, name], figure)) if (role, name) in final else None for role in roles}
+        return {role: finite(getattr(runs[name], figure)) if name in runs else None for role, runs in final.items()}
 
-    found = {
-        # Of those on both victims, so that their pictures can be shown side by side.
-        victim: {
-            n: float(np.nanmean(runs[n, largest].scores["identity"]))
-            for n, people in roles["control"]
-            if people == largest
-        }
-        for victim, runs in victims.items()
-    }
+    def found_people(runs: Mapping[str, Outcome], name: str) -> float:
+        return float(np.nanmean(runs[name].scores["identity"]))
+
     return SuiteResult(
         axes=axes,
         attributes=attribute_leak(
             bench.aux,
             bench.query,
-            {role: (of.aux_ND, of.query_QD) for role, of in both.items()},
+            stored,
             config.attribute,
             bootstrap,
             seed=config.seed,
             progress=bench.progress,
         ),
-        whitebox=whitebox_leak(bench, both),
+        whitebox=whitebox_leak(bench, victims),
         linkage=linkage_of(
-            bench.aux,
-            bench.query,
-            {role: (of.aux_ND, of.query_QD) for role, of in both.items()},
-            protected.rekeyed,
-            config.linkage,
-            seed=config.seed,
+            bench.aux, bench.query, stored, victims["protected"].rekeyed, config.linkage, seed=config.seed
         ),
-        auxiliary=auxiliary_leak(variants, both),
+        auxiliary=auxiliary_leak(variants, victims),
         judges=quality,
         notes=notes,
         people=bench.people,
-        leaked=len(leaked_by(protected)),
+        leaked=len(leaked_by(victims["protected"])),
         seconds={
-            name: sum(o.seconds for runs in roles.values() for (who, _), o in runs.items() if who == name)
+            name: sum(of.seconds for runs in roles.values() for (who, _), of in runs.items() if who == name)
             for name in config.attackers
         }
         | bench.took(),
         shown=bench.shown,
-        reconstructions={
-            (victim, name): outcome.shown
-            for victim, runs in victims.items()
-            for (name, n), outcome in runs.items()
-            if n == largest
-        },
-        strongest={victim: max(by_name, key=by_name.__getitem__) for victim, by_name in found.items()},
+        reconstructions={(victim, name): of.shown for victim, runs in shown.items() for name, of in runs.items()},
+        # Of those on both victims, so that their pictures can be shown side by side.
+        strongest={victim: max(final["control"], key=partial(found_people, runs)) for victim, runs in shown.items()},
         per_query={
-            (axis, name, role): outcome.scores[axis] for axis in bench.axes for (role, name), outcome in final.items()
+            (axis, name, role): of.scores[axis]
+            for axis in bench.axes
+            for role, runs in final.items()
+            for name, of in runs.items()
         },
-        pixels={name: {"l1": by_role(name, "l1"), "psnr": by_role(name, "psnr")} for name in met},
-        kid={name: by_role(name, "kid") for name in met},
+        pixels={name: {"l1": by_role(name, "l1"), "psnr": by_role(name, "psnr")} for name in final["protected"]},
+        kid={name: by_role(name, "kid") for name in final["protected"]},
     )
-
-
-def _cut_short(bench: Bench, roles: Roles) -> list[str]:
-    """A line for every attacker whose training was ended before its plateau."""
-    lines = []
-    meant = bench.people if bench.config.curve_steps is None else bench.people[-1:]
-    for name in bench.config.attackers:
-        found = [
-            (outcome.still_falling, f"{role}, {n} people")
-            for role, runs in roles.items()
-            for (who, n), outcome in runs.items()
-            if who == name and role != "floor" and outcome.still_falling > PLATEAU and n in meant
-        ]
-        if found:
-            most, where = max(found)
-            lines.append(
-                f"{name}: not trained to its plateau: over the last quarter of its training its own error still fell "
-                f"by {100 * most:.1f} % ({where}); it may find more, give attack.{name} more steps"
-            )
-    return lines
-
-
-def _best_guesses(bench: Bench, roles: Roles) -> list[str]:
-    """A line for every attacker that guesses: how far the best of its guesses is from what counts, their mean."""
-    lines = []
-    for name in bench.config.attackers:
-        final = {role: runs[name, bench.people[-1]] for role, runs in roles.items() if (name, bench.people[-1]) in runs}
-        each = [f"{np.nanmean(o.scores['pixel']):.3f} and {o.best:.3f} ({role})" for role, o in final.items()]
-        if final and np.isfinite([outcome.best for outcome in final.values()]).all():
-            lines.append(
-                f"{name}: SSIM of the mean of its guesses, which counts, and of the guess that the picture itself "
-                f"would choose: {', '.join(each)}"
-            )
-    return lines
 
 
 Scores = tuple[dict[str, AttackScores], dict[int, dict[str, AttackScores]]]
@@ -274,17 +204,16 @@ def _scores(axis: str, bench: Bench, roles: Roles) -> Scores:
     }
 
 
-def _axis(
-    axis: str, bench: Bench, control: Victim, protected: Victim, scores: Scores, chance_Q: np.ndarray | None
-) -> dict[str, Any]:
+def _axis(axis: str, bench: Bench, victims: Mapping[str, Victim], scores: Scores) -> dict[str, Any]:
     config, pids_Q = bench.config, bench.query.pids_N
+    chance_Q = bench.chance_Q if axis in bench.judges else None
     bootstrap: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed}
     attackers, by_n = scores
     broken = broken_gates(Bootstrap(pids_Q, **bootstrap, level=0.95), attackers, by_n, chance_Q)
     whole = urr(
         pids_Q,
-        protected.utility_ap_Q,
-        control.utility_ap_Q,
+        victims["protected"].utility_ap_Q,
+        victims["control"].utility_ap_Q,
         attackers,
         broken=broken,
         min_utility=config.min_utility,

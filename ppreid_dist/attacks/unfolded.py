@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppreid_dist.attacks.agreement import WeighedConfig, agreement, weighed
 from ppreid_dist.attacks.averaged import ALPHA, ITSELF, Average
 from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
@@ -45,7 +46,7 @@ SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first 
 
 
 @dataclass(kw_only=True)
-class UnfoldedConfig(IsomapConfig):
+class UnfoldedConfig(WeighedConfig, IsomapConfig):
     starts: list[str] = option(
         ["isomap", "anchors"],
         "where layouts start, to try; anchors need what attack.recogniser sees, and are left out where it is not asked",
@@ -66,15 +67,15 @@ class UnfoldedConfig(IsomapConfig):
 
 
 class Layout:
-    """Positions of a pool of features, and of features that are in it or near."""
+    """Positions of a pool of unit features, and of unit features that are in it or near."""
 
     def __init__(self, pool_LD: Tensor, start_LK: Tensor, *, steps: int, lr: float, batch: int = 512, seed: int = 0):
-        self.pool_LD = F.normalize(pool_LD.float(), dim=1)
-        self.places_LK, self.residual = _laid_out(self.pool_LD, start_LK.float(), steps, lr, batch, seed)
+        self.pool_LD = pool_LD
+        self.places_LK, self.residual = _laid_out(pool_LD, start_LK.float(), steps, lr, batch, seed)
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, K) float32: the position of the pool's entry that it is, or else the mean of its nearest ones."""
-        return torch.cat([self._place(part) for part in F.normalize(features_MD.float(), dim=1).split(1024)])
+        return torch.cat([self._place(part) for part in features_MD.split(1024)])
 
     def _place(self, x_BD: Tensor) -> Tensor:
         cosine_BI, nearest_BI = (x_BD @ self.pool_LD.T).topk(min(NEAREST, len(self.pool_LD)))
@@ -94,7 +95,9 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
     random = torch.Generator().manual_seed(seed)
 
     def some() -> tuple[Tensor, Tensor]:
-        rows_B = to_device(torch.randperm(len(x_LD), generator=random)[:batch], x_LD.device)
+        # In order they are read three times as fast.
+        rows = torch.randperm(len(x_LD), generator=random)[:batch].sort().values
+        rows_B = to_device(rows, x_LD.device)
         if alike_LL is not None:
             return rows_B, alike_LL[rows_B[:, None], rows_B]
         return rows_B, x_LD[rows_B] @ x_LD[rows_B].T
@@ -153,13 +156,31 @@ class UnfoldedRegression(Regression):
     def entrants(
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
     ) -> list[Callable[[], Decoder]]:
+        agree_D = agreement(features_ND[torch.from_numpy(split.fit_F)], split.pids_N[split.fit_F])
+        weighing = {power: partial(weighed, weight_D=agree_D**power) for power in self.config.agreement}
+        return [
+            enter
+            for power, weigh in weighing.items()
+            for enter in self._entrants(weigh, features_ND, pictures_N3hw, split, seed, f"agreement {power:g}, ")
+        ]
+
+    def _entrants(
+        self,
+        weigh: Callable[[Tensor], Tensor],
+        features_ND: Tensor,
+        pictures_N3hw: Tensor,
+        split: Split,
+        seed: int,
+        label: str,
+    ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
         draw = np.random.default_rng([split.seed, 0x1A7])
-        graph = some_of(features_ND, self.leaked_LD, config.pictures, config.entries, draw)
-        own_A = np.sort(draw.permutation(len(features_ND))[:LAID_OUT])  # they come first in the pool
-        pool_LD = features_ND[torch.from_numpy(own_A)]
-        if self.leaked_LD is not None:
-            pool_LD = torch.cat([pool_LD, drawn(self.leaked_LD, LAID_OUT, draw, self.asked)])
+        own_ND, leaked_LD = weigh(features_ND), None if self.leaked_LD is None else weigh(self.leaked_LD)
+        graph = some_of(own_ND, leaked_LD, config.pictures, config.entries, draw)
+        own_A = np.sort(draw.permutation(len(own_ND))[:LAID_OUT])  # they come first in the pool
+        pool_LD = own_ND[torch.from_numpy(own_A)]
+        if leaked_LD is not None:
+            pool_LD = torch.cat([pool_LD, drawn(leaked_LD, LAID_OUT, draw, self.asked)])
         steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
         for start, neighbours in product(config.starts, config.neighbours):
             if start == "anchors":
@@ -172,12 +193,13 @@ class UnfoldedRegression(Regression):
                 count = min(asked, start_LK.shape[1])
                 layout = Layout(pool_LD, start_LK[:, :count], steps=steps, lr=config.layout_lr, seed=split.seed)
                 for near in config.averaged:
-                    average = Average(layout.places_LK, near, ALPHA) if near else as_stored
-                    prepare = partial(_prepared, layout, average)
+                    average = Average(F.normalize(layout.places_LK, dim=1), near, ALPHA) if near else as_stored
+                    prepare = partial(_prepared, weigh, layout, average)
                     found += decoders(
                         prepare(features_ND), pictures_N3hw, split,
                         noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
-                        label=f"from {start}, {count} dimensions (residual {layout.residual:.3f}), {near} neighbours, ",
+                        label=f"{label}from {start}, {count} dimensions (residual {layout.residual:.3f}), "
+                        f"{near} neighbours, ",
                     )  # fmt: skip
         return found
 
@@ -194,5 +216,7 @@ class UnfoldedRegression(Regression):
         return propagated(pool_LD, np.flatnonzero(fitted_A), seen_AE @ directions_EK, neighbours)
 
 
-def _prepared(layout: Layout, average: Callable[[Tensor], Tensor], features_MD: Tensor) -> Tensor:
-    return average(layout(features_MD))
+def _prepared(
+    weigh: Callable[[Tensor], Tensor], layout: Layout, average: Callable[[Tensor], Tensor], features_MD: Tensor
+) -> Tensor:
+    return average(layout(weigh(features_MD)))

@@ -9,7 +9,9 @@ training anything; they are put on a finished extractor (``ppreid store``), and 
     rotation   the same after a secret rotation, which keeps every distance
     signs      the signs of ``dim`` secret random projections (Charikar, STOC 2002)
     codes      the signs of ``dim`` secret waves over its main directions: near features agree in most of them;
-               beyond a few ``width`` it is lost how far two are apart (Boufounos & Rane, WIFS 2011)
+               beyond a few ``width`` it is lost how far two are apart (Boufounos & Rane, WIFS 2011). Their waves'
+               lengths are drawn too, and long ones tell of far distances: whoever has people of his own finds them
+               out (``attacks.agreement``). With ``spectrum: shell`` all are equally long
 
 All but ``noise`` at unit norm again. int8 comes last of all.
 
@@ -39,7 +41,7 @@ USES = {
     "pca": ("dim",),
     "rotation": ("key",),
     "signs": ("dim", "key"),
-    "codes": ("dim", "axes", "width", "key"),
+    "codes": ("dim", "axes", "width", "spectrum", "key"),
 }
 """The settings, beside ``quantise``, that each kind has."""
 KEYED = ("noise", "rotation", "signs", "codes")  # the key is all of their secret; adversarial's trains a decoder too
@@ -73,6 +75,9 @@ class StoreConfig(Settings):
     dim: int = option(0, "of pca, signs and codes: the stored dimension; 0 is the embedding's", at_least=0)
     axes: int = option(0, "of codes: the main directions that are coded; 0 is all", at_least=0)
     width: float = option(0.5, "of codes: features at distance d agree as exp(-d^2 / (2 width^2)) says", more_than=0)
+    spectrum: str = option(
+        "gaussian", "of codes: lengths of the waves, drawn or all the same (shell)", choices=("gaussian", "shell")
+    )
     key: int = option(
         PUBLIC_KEY,
         "of noise, rotation, signs and codes: the secret that they are drawn from, of any length; 0 is everybody's",
@@ -104,6 +109,8 @@ class Store(nn.Module):
             phases_S = (2 * math.pi * _drawn(config.key, "phases", self.dim)).float()
             if config.kind == "rotation":
                 secret_AS = _rotation(secret_AS)
+            if config.kind == "codes" and config.spectrum == "shell":
+                secret_AS = F.normalize(secret_AS, dim=0) * len(secret_AS) ** 0.5  # the mean of their squares stays
             secret_AS = secret_AS.float()
         self.decoder = None
         if config.kind == "adversarial":
