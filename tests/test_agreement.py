@@ -11,17 +11,20 @@ from ppreid_dist.attacks.agreement import LEAST, agreement, weighed
 from ppreid_dist.models.store import Store, StoreConfig
 
 
-def test_agreement_is_the_correlation_over_all_pairs() -> None:
+def test_agreement_is_the_mean_over_people_of_the_correlation_over_their_pairs() -> None:
     random = np.random.default_rng(0)
     pids = np.array([4, 4, 9, 9, 9, 2, 7, 7])  # 2 has no pair
     x = random.normal(size=(8, 5)) + 2 * random.normal(size=(10, 5))[pids] + 30
     z = (x - x.mean(0)) / x.std(0)
-    pairs = [(i, j) for i, j in combinations(range(8), 2) if pids[i] == pids[j]]
-    oracle = np.clip(np.mean([z[i] * z[j] for i, j in pairs], axis=0), LEAST, None)
+    of_people = [
+        np.mean([z[i] * z[j] for i, j in combinations(np.flatnonzero(pids == pid), 2)], axis=0) for pid in (4, 7, 9)
+    ]
+    oracle = np.clip(np.mean(of_people, axis=0), LEAST, None)
     found = agreement(torch.from_numpy(x), pids)
     np.testing.assert_allclose(found.numpy(), oracle, rtol=1e-4)
     assert torch.equal(agreement(torch.from_numpy(x), np.arange(8)), torch.ones(5))
-    assert torch.equal(agreement(torch.ones(8, 5), pids), torch.full((5,), LEAST))
+    always = torch.tensor([0.3, 1 / 2048**0.5, -7.1, 0.0]).expand(1001, 4)
+    assert torch.equal(agreement(always, np.arange(1001) // 2), torch.full((4,), LEAST))
 
 
 def alike(codes: torch.Tensor, pids: np.ndarray) -> float:

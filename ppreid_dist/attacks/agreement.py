@@ -30,18 +30,23 @@ class WeighedConfig(Settings):
 
 
 def agreement(features_ND: Tensor, pids_N: np.ndarray) -> Tensor:
-    """(D,) float32, more than 0: the correlation of a number with itself in another picture of the same person; 1 where
-    nobody has two pictures."""
-    x_ND = features_ND.float() - features_ND.float().mean(0)
-    x_ND = x_ND / x_ND.square().mean(0).sqrt().clamp_min(1e-12)
+    """(D,) float32, more than 0: the correlation of a number with itself in another picture of the same person, as a
+    mean over people, however many pictures each has; 1 where nobody has two."""
+    mean_D, x_ND = features_ND.double().mean(0), features_ND.double()
+    deviation_D = (x_ND - mean_D).square().mean(0).sqrt()
+    # Of a number that is always the same, only rounding is left.
+    x_ND = (x_ND - mean_D) / deviation_D.where(deviation_D > 1e-6 * mean_D.abs(), torch.inf).clamp_min(1e-12)
     people, places = np.unique(pids_N, return_inverse=True)
     place_N = torch.from_numpy(places).to(x_ND.device)
-    sums_PD = x_ND.new_zeros(len(people), x_ND.shape[1]).index_add_(0, place_N, x_ND)
+    sums_PD, squares_PD = (
+        x_ND.new_zeros(len(people), x_ND.shape[1]).index_add_(0, place_N, of) for of in (x_ND, x_ND.square())
+    )
     counts_P = torch.bincount(place_N, minlength=len(people))
-    pairs = int((counts_P * (counts_P - 1)).sum())
-    if not pairs:
-        return x_ND.new_ones(x_ND.shape[1])
-    return ((sums_PD.square().sum(0) - x_ND.square().sum(0)) / pairs).clamp_min(LEAST)
+    several = counts_P > 1
+    if not several.any():
+        return torch.ones_like(mean_D, dtype=torch.float32)
+    pairs_P1 = (counts_P * (counts_P - 1))[several, None]
+    return ((sums_PD.square() - squares_PD)[several] / pairs_P1).mean(0).clamp_min(LEAST).float()
 
 
 def weighed(features_MD: Tensor, weight_D: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
+from ppreid_dist.attacks.waves import Waves, WavesConfig, are_bits
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import option
 from ppreid_dist.transfer import to_device
@@ -59,6 +60,7 @@ class UnfoldedConfig(WeighedConfig, IsomapConfig):
     )
     layout_steps: int = option(800, "steps of the layout, of 512 features each, for every 4,000 of them", at_least=1)
     layout_lr: float = option(0.05, "its learning rate, which falls to nothing", more_than=0)
+    waves: WavesConfig = option(WavesConfig(), "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +73,7 @@ class Layout:
 
     def __init__(self, pool_LD: Tensor, start_LK: Tensor, *, steps: int, lr: float, batch: int = 512, seed: int = 0):
         self.pool_LD = pool_LD
-        self.places_LK, self.residual = _laid_out(pool_LD, start_LK.float(), steps, lr, batch, seed)
+        self.places_LK, self.residual, self.rate = _laid_out(pool_LD, start_LK.float(), steps, lr, batch, seed)
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, K) float32: the position of the pool's entry that it is, or else the mean of its nearest ones."""
@@ -81,11 +83,29 @@ class Layout:
         cosine_BI, nearest_BI = (x_BD @ self.pool_LD.T).topk(min(NEAREST, len(self.pool_LD)))
         places_BIK = self.places_LK[nearest_BI]
         known_B1 = cosine_BI[:, :1] > ITSELF
-        return torch.where(known_B1, places_BIK[:, 0], places_BIK.mean(1))
+        return torch.where(known_B1, places_BIK[:, 0], self._among(x_BD, places_BIK.mean(1)))
+
+    def _among(self, x_BD: Tensor, near_BK: Tensor) -> Tensor:
+        """Where features lie that aren't in the pool."""
+        return near_BK
 
 
-def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int, seed: int) -> tuple[Tensor, float]:
-    """Positions, and the root mean square of what they leave unexplained of the cosines, over the last tenth."""
+class Sharpened(Layout):
+    """A layout of bits, sharpened by the waves behind them."""
+
+    def __init__(self, layout: Layout, config: WavesConfig, seed: int):
+        self.waves = Waves(layout.pool_LD.sign(), layout.places_LK, rate=layout.rate, config=config, seed=seed)
+        self.pool_LD, self.places_LK, self.residual = layout.pool_LD, self.waves.places_LK, layout.residual
+
+    def _among(self, x_BD: Tensor, near_BK: Tensor) -> Tensor:
+        return self.waves(x_BD.sign(), near_BK)
+
+
+def _laid_out(
+    x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int, seed: int
+) -> tuple[Tensor, float, float]:
+    """Positions, the root mean square of what they leave unexplained of the cosines, over the last tenth, and the rate
+    of the highest Gaussian."""
     start_LK = start_LK - start_LK.mean(0)
     start_LK = start_LK / start_LK.square().sum(1).mean().sqrt().clamp_min(1e-12)
     # Heights and rates of the Gaussians, by their logarithms, and what is left at any distance.
@@ -119,7 +139,7 @@ def _laid_out(x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int,
         schedule.step()
         if step >= 0.9 * (steps - 1):
             last.append(loss)
-    return places_LK, float(torch.stack(last).mean().sqrt())
+    return places_LK, float(torch.stack(last).mean().sqrt()), float(law[1][law[0].argmax()].exp())
 
 
 def misfit(
@@ -192,14 +212,17 @@ class UnfoldedRegression(Regression):
             for asked in config.coordinates:
                 count = min(asked, start_LK.shape[1])
                 layout = Layout(pool_LD, start_LK[:, :count], steps=steps, lr=config.layout_lr, seed=split.seed)
-                for near in config.averaged:
-                    average = Average(F.normalize(layout.places_LK, dim=1), near, ALPHA) if near else as_stored
-                    prepare = partial(_prepared, weigh, layout, average)
+                layouts = {f"residual {layout.residual:.3f}": layout}
+                if config.waves.waves and are_bits(features_ND):
+                    sharp = Sharpened(layout, config.waves, split.seed)
+                    layouts[f"waves that agree by {sharp.waves.agreement:.3f}"] = sharp
+                for (how, laid_out), near in product(layouts.items(), config.averaged):
+                    average = Average(F.normalize(laid_out.places_LK, dim=1), near, ALPHA) if near else as_stored
+                    prepare = partial(_prepared, weigh, laid_out, average)
                     found += decoders(
                         prepare(features_ND), pictures_N3hw, split,
                         noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
-                        label=f"{label}from {start}, {count} dimensions (residual {layout.residual:.3f}), "
-                        f"{near} neighbours, ",
+                        label=f"{label}from {start}, {count} dimensions ({how}), {near} neighbours, ",
                     )  # fmt: skip
         return found
 

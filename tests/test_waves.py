@@ -1,0 +1,68 @@
+"""The waves behind codes, sought without their key from positions that are roughly right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ppreid_dist.attacks.averaged import ITSELF
+from ppreid_dist.attacks.unfolded import Layout, Sharpened
+from ppreid_dist.attacks.waves import Waves, WavesConfig, are_bits
+from ppreid_dist.models.store import Store, StoreConfig, quantise_int8
+
+CONFIG = WavesConfig(waves=2000, bits=512, rounds=2, steps=150)
+
+
+def unit(rows: int, seed: int, dims: int = 6) -> Tensor:
+    return F.normalize(torch.randn(rows, dims, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def explained(found: Tensor, truth: Tensor, told: int) -> float:
+    """The share of the truth in the other rows, by a linear map of the first ``told``."""
+    known = torch.cat([found, torch.ones(len(found), 1)], 1)
+    rest = (truth - known @ torch.linalg.lstsq(known[:told], truth[:told]).solution)[told:]
+    return float(1 - rest.square().sum() / (truth[told:] - truth[told:].mean(0)).square().sum())
+
+
+def coded(places: Tensor, spectrum: str = "gaussian") -> Tensor:
+    return Store(StoreConfig(kind="codes", dim=700, width=0.3, spectrum=spectrum, key=5), places.shape[1])(places)
+
+
+@pytest.mark.parametrize("spectrum", ["gaussian", "shell"])
+def test_rough_positions_and_codes_make_each_other_sharp(spectrum: str) -> None:
+    """Each number of 500 positions is off by half of its deviation, and the whole lies mirrored, shifted and larger."""
+    truth, later = unit(500, 1), unit(40, 2)
+    rough = truth + 0.2 * torch.randn(500, 6, generator=torch.Generator().manual_seed(3))
+    bits = coded(truth, spectrum).sign()
+    waves = Waves(bits, 3 - 2 * rough.flip(1), rate=1 / 2 / 0.3**2 / 4, config=CONFIG, seed=0)
+    assert explained(rough, truth, 250) < 0.85
+    assert explained(waves.places_LK, truth, 250) > 0.99
+    assert waves.agreement > 0.6
+    again = Waves(bits, 3 - 2 * rough.flip(1), rate=1 / 2 / 0.3**2 / 4, config=CONFIG, seed=0)
+    assert torch.equal(waves.places_LK, again.places_LK)
+    # Who isn't in the database is placed by the same waves, from anywhere.
+    found = waves(coded(later, spectrum).sign(), waves.places_LK[:40])
+    assert explained(torch.cat([waves.places_LK, found]), torch.cat([truth, later]), 500) > 0.9
+
+
+def test_what_has_no_waves_is_not_said_to_have() -> None:
+    bits = torch.randn(500, 700, generator=torch.Generator().manual_seed(0)).sign()
+    assert Waves(bits, unit(500, 1), rate=5.0, config=replace(CONFIG, rounds=1), seed=0).agreement < 0.4
+
+
+def test_a_sharpened_layout_keeps_who_is_in_it_and_places_others() -> None:
+    truth = unit(400, 1)
+    rough = truth + 0.1 * torch.randn(400, 6, generator=torch.Generator().manual_seed(3))
+    codes = coded(truth)
+    sharp = Sharpened(Layout(codes[:360], rough[:360], steps=300, lr=0.05, batch=200), CONFIG, 0)
+    torch.testing.assert_close(sharp(codes[:9]), sharp.places_LK[:9])
+    assert (codes[360:] @ codes[:360].T).max() < ITSELF
+    assert explained(sharp(codes), truth, 360) > 0.9
+
+
+def test_bits_are_told_from_other_features() -> None:
+    x = unit(30, 1, 16)
+    assert are_bits(coded(x)) and are_bits(quantise_int8(coded(x)))
+    assert not are_bits(x) and not are_bits(quantise_int8(x))
