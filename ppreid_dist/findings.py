@@ -51,7 +51,7 @@ def findings(
     }
     return {
         "schema": SCHEMA,
-        "protocol": _protocol(config, control, result, judged, pids_Q),
+        "protocol": _protocol(config, control, protected, result, judged, pids_Q),
         "name": f"{protected.name} against {control.name}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -102,16 +102,22 @@ def _notes(control: Path, protected: Path, result: SuiteResult) -> list[str]:
 
 
 def _protocol(
-    config: Config, control: Path, result: SuiteResult, judges: dict[str, dict[str, Any]], pids_Q: np.ndarray
+    config: Config,
+    control: Path,
+    protected: Path,
+    result: SuiteResult,
+    judges: dict[str, dict[str, Any]],
+    pids_Q: np.ndarray,
 ) -> str:
     trained = read_json(control / "model" / "extractor.json")
     data = "synthetic people" if is_synthetic(config.data) else read_meta(Path(config.data.shards))["kind"]
-    dim = load_extractor(control / "model", "cpu").extractor.store.dim
+    dims = {run: load_extractor(run / "model", "cpu").extractor.store.dim for run in (control, protected)}
+    stored = f"{dims[control]}-d" + (f" (protected: {dims[protected]}-d)" if len(set(dims.values())) > 1 else "")
     height, width = config.reversal.size
     return " · ".join(
         [
             f"{data}, {trained['about']['identities']} training identities, seed {load_run(control).seed}",
-            f"attackers: {max(result.people)} other people, {dim}-d L2-normalised features, pictures {height}×{width}; "
+            f"attackers: {max(result.people)} other people, {stored} features, pictures {height}×{width}; "
             f"and the features of all {result.leaked} entries of the stolen database",
             *(f"judge {judge['name']}, mAP {judge['mAP']:.2f} on real queries" for judge in judges.values()),
             f"{len(pids_Q)} queries of {len(np.unique(pids_Q))} identities",
@@ -133,20 +139,25 @@ def _training(run: Path) -> dict[str, Any]:
 
 
 def _probe_history(run: Path, config: Config) -> dict[str, Any] | None:
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if "probe/apparent" in row]
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "probe/fresh" in row]
     if not rows:
         return None
     history = [
-        {"step": row["step"], "images": row["images"], "apparent": row["probe/apparent"], "fresh": row["probe/fresh"]}
+        {
+            "step": row["step"],
+            "images": row["images"],
+            "apparent": row.get("probe/apparent"),  # of a training without an opponent there is none
+            "fresh": row["probe/fresh"],
+        }
         for row in rows
     ]
     unit = "L1 on the person" if open_split(config.data, "aux").has_masks else "L1"
     newest = rows[-1]
     return {
-        "apparent": newest["probe/apparent"],
+        "apparent": newest.get("probe/apparent"),
         "fresh": newest["probe/fresh"],
-        "gap": newest["probe/gap"],
-        "warned": any(bool(row["probe/warned"]) for row in rows),
+        "gap": newest.get("probe/gap"),
+        "warned": any(bool(row.get("probe/warned")) for row in rows),
         "history": history,
         "unit": unit,
     }

@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -236,3 +236,18 @@ def test_another_draw_is_another_training_with_the_same_people_held_out() -> Non
         assert attacker.held_out == attacker.decoder.best
     assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
     assert torch.equal(held[0], held[1])
+
+
+def test_who_knows_other_pictures_of_the_same_people_is_told_who_is_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    fit = Ridge.fit
+
+    def listen(attacker: Ridge, features: Tensor, pictures: Tensor, groups: np.ndarray, **rest: Any) -> None:
+        assert attacker.people_N is not None
+        told.append((len(np.unique(groups)), len(np.unique(attacker.people_N))))
+        fit(attacker, features, pictures, groups, **rest)
+
+    monkeypatch.setattr(Ridge, "fit", listen)
+    suite(known())
+    pictures = len(GALLERY.pids_N)
+    assert set(told) >= {(pictures // 2, 20), (pictures, 40)} and (60, 60) in told

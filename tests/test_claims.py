@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import ROOT
 from sweep_stand_ins import until
 
+from ppreid_dist.files import atomic
 from ppreid_dist.sweep import claims as claims_module
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.guard import MARK, guarded, marked
@@ -89,3 +91,17 @@ def test_a_claim_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
         until(lambda: marked(environment[MARK]) == {child.pid})
     assert child.wait(timeout=5) == -signal.SIGTERM
     assert Claims(tmp_path).held() == {}
+
+
+def test_processes_of_one_number_on_two_machines_write_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that share a folder often have the same process numbers."""
+    monkeypatch.setattr("socket.gethostname", lambda: "one")
+    with atomic(tmp_path / "a.json") as mine:
+        monkeypatch.setattr("socket.gethostname", lambda: "two")
+        with atomic(tmp_path / "a.json") as other:
+            mine.write_text("mine")
+            other.write_text("other")
+        assert (tmp_path / "a.json").read_text() == "other"
+    assert (tmp_path / "a.json").read_text() == "mine"

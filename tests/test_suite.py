@@ -15,6 +15,7 @@ from attack_world import SIZE, colour_judge, colours, make_people, see_colours, 
 from torch import Tensor
 
 from ppreid_dist import attack_setup
+from ppreid_dist.attacks.averaged import AveragedConfig
 from ppreid_dist.attacks.base import (
     ATTACKERS,
     SHOWN,
@@ -153,6 +154,8 @@ def test_the_steps_that_a_training_may_take() -> None:
     start = RegressionConfig(views=["raw", "whitened"], widths=[16], lrs=[1e-2, 1e-3], trial_steps=70, plateau=plateau)
     assert most_steps(start) == 4 * 70 + 1000
     assert most_steps(replace(start, views=["raw"], lrs=[1e-2])) == 1000  # nothing to race
+    raced = {"trial_steps": 70, "plateau": plateau, "views": ["raw"], "widths": [16], "lrs": [1e-2], "neighbours": [2]}
+    assert most_steps(AveragedConfig(**raced, agreement=[0.0, 1.0, 2.0])) == 3 * 70 + 1000
     gan = GanConfig(start=start, plateau=short)
     assert most_steps(gan) == 1280 + 50
     assert most_steps(cut(gan, 3)) == 4 * 3 + 3 + 3 and cut(gan, 3).start.lrs == start.lrs

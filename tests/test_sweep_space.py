@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.experiment import Config
 from ppreid_dist.files import read_json, write_json
+from ppreid_dist.reporting.front_figures import draw_front
 from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import check_machine
@@ -204,6 +205,22 @@ def test_the_least_leak_that_keeps_enough_utility_is_recommended() -> None:
     points[1]["axes"]["identity"]["urr"] |= {"status": "n/a", "broken": True}
     assert recommend(points, "identity", 0.95) == points[0]["name"]
     assert list(pairs_of(points, "identity")) == [points[0]["name"], points[2]["name"]]
+
+
+def test_what_a_broken_attack_measured_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = make_points([row(1, leak=0.9), row(2, mAP=0.6, leak=0.1)])
+    points[1]["axes"]["identity"]["urr"] |= {"value": None, "status": "n/a", "broken": True}
+    front = {
+        "name": "a", "rule": "b", "points": points, "controls": {"control-0": 0.5}, "recommended": None,
+        "front": {axis: pareto(pairs_of(points, axis)) for axis in ("pixel", "identity")},
+    }  # fmt: skip
+    crosses: list[float] = []
+    cross = "ppreid_dist.reporting.front_figures._cross"
+    monkeypatch.setattr(cross, lambda axes, x, y, *rest: crosses.append(x["value"]))
+    draw_front(front)
+    assert set(crosses) == {0.9, 0.1} and crosses.count(0.9) == 2 * crosses.count(0.1)
+    points[0]["axes"]["identity"]["urr"] |= {"broken": True}
+    assert "cost_identity" not in draw_front(front)
 
 
 def test_masking_is_unknown_where_no_probe_ran() -> None:

@@ -2,6 +2,8 @@
 beside the axes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from attack_world import colour_judge, judged_ap, make_people, person_l1, see_co
 from ppreid_dist.attacks.base import permute_people
 from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.config import AttackConfig
+from ppreid_dist.attacks.informed import whitebox_trainings
 from ppreid_dist.attacks.judging import chance_ap
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
@@ -150,3 +153,14 @@ def test_what_a_key_opens_counts_where_it_finds_more() -> None:
     assert found is not None
     for axis in ("pixel", "identity"):
         assert found["axes"][axis]["r"]["value"] == pytest.approx(1)
+
+
+def test_too_few_people_for_a_start_are_told_before_anybody_trains() -> None:
+    aux, query = make_people(1000, 11)[0], make_people(0, 4)[0]
+    bench = SimpleNamespace(aux=aux, query=query, config=AttackConfig(whitebox=replace(CONFIG, people=2)))
+    with pytest.raises(
+        ConfigError, match=r"^attack\.whitebox\.starts: ridge needs 12 auxiliary people here, there are 11"
+    ):
+        whitebox_trainings(cast(Bench, bench), {})
+    bench.config = AttackConfig(whitebox=replace(CONFIG, people=2, starts=["mean"]))
+    assert whitebox_trainings(cast(Bench, bench), {}) == {}

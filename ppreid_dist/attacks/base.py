@@ -36,8 +36,9 @@ class Attacker(ABC):
 
     ``leaked_LD``, set before :meth:`fit` by whoever has them, are the features of a stolen database: whom it is to
     reconstruct, ``asked`` of them, who come first, and all others in it, without pictures. Most attackers make nothing
-    of them. ``recogniser``, set before
-    :meth:`fit` too where ``asks_recogniser`` says so, is a ReID model that was trained on the attacker's own people.
+    of them. ``recogniser``, set before :meth:`fit` too where ``asks_recogniser`` says so, is a ReID model that was
+    trained on the attacker's own people. ``people_N`` says who is on its pictures where the groups that :meth:`fit`
+    holds out together aren't people.
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
     training: more than hardly any was no plateau. NaN elsewhere.
@@ -48,6 +49,7 @@ class Attacker(ABC):
     leaked_LD: Tensor | None = None
     asked = 0
     recogniser: "Recogniser | None" = None
+    people_N: np.ndarray | None = None
 
     def __init__(self, config: Any):
         self.config = config

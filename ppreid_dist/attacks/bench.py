@@ -320,6 +320,7 @@ class Bench:
         reversal: Generator | None,
     ) -> Outcome:
         attacker.leaked_LD, attacker.asked = leaked_LD, len(query_QD)
+        attacker.people_N = self.aux.pids_N[rows]
         if attacker.asks_recogniser:
             attacker.recogniser = self.recogniser(rows)
         started, spent = time.monotonic(), self._spent()

@@ -27,7 +27,7 @@ from ppreid_dist.settings import Settings
 # Of the two short trainings, whose difference leaves out what a training begins with: steps, or pictures for an
 # attacker that makes none.
 STEPS, PICTURES = (2, 32), (200, 600)
-RACED = ("views", "widths", "lrs", "starts", "neighbours", "coordinates", "averaged")
+RACED = ("agreement", "views", "widths", "lrs", "starts", "neighbours", "coordinates", "averaged")
 
 
 def most_steps(config: Settings) -> int:

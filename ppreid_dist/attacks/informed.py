@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ppreid_dist.attacks.base import Outcome, to_uint8
+from ppreid_dist.attacks.base import HELD_OUT_PEOPLE, Outcome, to_uint8
 from ppreid_dist.attacks.bench import Bench, Opened, Training, Victim
 from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
+from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import compare
 from ppreid_dist.pixels import to_float
@@ -27,8 +28,13 @@ from ppreid_dist.settings import to_dict
 
 
 def whitebox_trainings(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Training]:
-    """White-box inversion of "control" and "protected"; none where the configuration asks for nobody."""
-    asked = _asked(bench)
+    """White-box inversion of "control" and "protected"; none where the configuration asks for nobody.
+
+    ConfigError naming ``attack.whitebox.starts`` where there are too few auxiliary people for one.
+    """
+    asked, least = _asked(bench), 3 * HELD_OUT_PEOPLE  # some are held out, and of the others ridge holds some out
+    if len(asked) and "ridge" in bench.config.whitebox.starts and (own := len(np.unique(bench.aux.pids_N))) < least:
+        raise ConfigError(f"attack.whitebox.starts: ridge needs {least} auxiliary people here, there are {own}")
     return {role: _attack(bench, role, victim, asked) for role, victim in victims.items()} if len(asked) else {}
 
 

@@ -75,7 +75,7 @@ def cut(config: S, steps: int) -> S:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to fit on and rows to choose on, the ``seed`` that drew them, and who is on which row: all trainings of one
+    """Rows to fit on and rows to choose on, the ``seed`` that drew them, and who is on each row: all trainings of one
     attacker share it."""
 
     fit_F: np.ndarray
@@ -236,6 +236,8 @@ class Learner(Attacker):
         if self.asks_recogniser and self.recogniser is None:
             raise ConfigError(f"{self.name}: its likeness is more than 0, and it was given no recogniser")
         split = Split.of(pids_N, seed)
+        if self.people_N is not None:
+            split = replace(split, pids_N=self.people_N)
         drawn = int(np.random.default_rng([seed, 0xD4A, self.draw]).integers(2**31)) if self.draw else seed
         say = progress or (lambda line: None)
         ended = self.learn(features_ND, pictures_N3hw, split, seed=drawn, say=say)

@@ -22,17 +22,23 @@ def draw_front(front: dict[str, Any]) -> dict[str, Drawing]:
     against λ) where a ratio is known and points are values of λ rather than methods."""
     jobs: dict[str, Callable[[Theme], Figure]] = {}
     for axis in front["front"]:
-        if any(point["axes"][axis]["leak"]["value"] is not None for point in front["points"]):
+        if _measured(front, axis):
             jobs[f"cost_{axis}"] = partial(_cost, front, axis)
         if any(point["axes"][axis]["urr"]["value"] is not None and not point["method"] for point in front["points"]):
             jobs[f"urr_{axis}"] = partial(_urr, front, axis)
     return {name: draw(job, f"{front['name']}: {front['rule']}") for name, job in jobs.items()}
 
 
+def _measured(front: dict[str, Any], axis: str) -> list[dict[str, Any]]:
+    """The points whose leak is known, by an attack that wasn't broken."""
+    known = [point for point in front["points"] if point["axes"][axis]["leak"]["value"] is not None]
+    return [point for point in known if not point["axes"][axis]["urr"]["broken"]]
+
+
 def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
     figure, axes = canvas(3.6)
     best = front["front"][axis]
-    points = [point for point in front["points"] if point["axes"][axis]["leak"]["value"] is not None]
+    points = _measured(front, axis)
     for point in sorted(points, key=lambda point: point["name"] in best):
         x, y, alpha = point["axes"][axis]["leak"], point["mAP"], 1.0 if point["name"] in best else _FAINT
         _cross(axes, x, y, theme.protected, alpha)

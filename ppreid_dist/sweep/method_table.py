@@ -117,7 +117,9 @@ def as_markdown(table: Mapping[str, Any]) -> str:
             cells += ["1"] * (len(heads) - len(cells) - 1) + [""]
         else:
             cells = [row["method"], _figure(row["mAP"], 3), _figure(row["u"])]
-            cells += [_figure(row[f"r_{axis}"]) for axis in axes] + [row["urr"][axis]["display"] for axis in axes]
+            broken = {axis: " (attack broken)" if row["urr"][axis]["broken"] else "" for axis in axes}
+            cells += [_figure(row[f"r_{axis}"]) + broken[axis] for axis in axes]
+            cells += [row["urr"][axis]["display"] for axis in axes]
             for axis in axes:
                 own = row["attackers"][axis]
                 cells += [_figure(own[name]) if name in own else "none" for name in names[axis]]
