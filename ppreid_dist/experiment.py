@@ -23,7 +23,7 @@ from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
 from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
-from ppreid_dist.errors import ConfigError, RunError, Stopped
+from ppreid_dist.errors import ConfigError, LostError, RunError, Stopped
 from ppreid_dist.files import check_writable
 from ppreid_dist.kernels.choice import KernelsConfig, using
 from ppreid_dist.losses.identity import IdentityConfig
@@ -148,6 +148,13 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         leave_word(folder)
         engine.close()
         raise
+    except RuntimeError as error:
+        lost = distributed.lost_contact(error)
+        engine.forget()
+        if not lost:
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise LostError(f"{folder}: another process died, hangs or can't be reached: {what}") from error
     except BaseException:
         engine.forget()
         raise

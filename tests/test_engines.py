@@ -398,6 +398,12 @@ def test_contradictions(said: dict[str, str], settings: tuple[str, str], message
         ({"optimizer": {"type": "Adam"}}, "optimizer: every player has its own"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: every player has its own"),
         ({"train_batch_size": 64}, "train_batch_size, .*: auto"),
+        ({"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}}, "lower_precision_safe_modules: "),
+        ({"communication_data_type": "bf16"}, "communication_data_type: gradients are summed"),
+        ({"amp": {"enabled": True}}, "amp: use torch_autocast"),
+        ({"compute_grad_norm": False}, "compute_grad_norm: by the norm"),
+        ({"bf16": True}, "bf16: not a section of settings"),
+        ({"zero_optimization": None}, "zero_optimization: not a section of settings"),
     ],
 )
 def test_deepspeed_settings_that_no_engine_follows(tmp_path: Path, section: dict[str, object], message: str) -> None:
@@ -405,6 +411,19 @@ def test_deepspeed_settings_that_no_engine_follows(tmp_path: Path, section: dict
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | section))
     with pytest.raises(ConfigError, match=message):
         Launched.read({FLAG: "true", FILE: str(file)})
+
+
+def test_two_precisions_of_one_launcher(tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    said = {FLAG: "true", FILE: str(file), "ACCELERATE_MIXED_PRECISION": "bf16"}
+    for enabled, precision in ((True, "bf16"), ("false", None)):
+        section = {"torch_autocast": {"enabled": enabled, "dtype": "bfloat16"}}
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | section))
+        if precision is None:
+            with pytest.raises(ConfigError, match=r"^engine\.precision: .* bf16, its DeepSpeed settings say no"):
+                Launched.read(said)
+        else:
+            assert Launched.read(said).precision == precision
 
 
 def test_a_contradiction_is_one_line_before_training(

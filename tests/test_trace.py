@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 from training_runs import assert_same, run
 
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
-from ppreid_dist.training.trace import largest
+from ppreid_dist.training.trace import Trace, TraceConfig, largest
 
 
 def test_a_trace_says_where_the_time_goes_and_changes_nothing(world: list[str], tmp_path: Path) -> None:
@@ -39,6 +40,25 @@ def test_a_trace_says_where_the_time_goes_and_changes_nothing(world: list[str], 
         assert row["ms"] == pytest.approx(own[row["name"]] / 1e3, rel=0.01)
         assert row["share"] == pytest.approx(own[row["name"]] / sum(own.values()), rel=0.01)
     assert not (whole / "trace.json").exists()
+
+
+def test_a_trace_of_a_run_that_goes_on_begins_where_that_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trace = Trace(TraceConfig(steps=2), tmp_path, torch.device("cpu"))
+    for step in range(500, 506):
+        trace.at(step)
+    trace.close(506)
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert (costs["from"], costs["to"]) == (500, 502) and not caplog.records
+    Trace(TraceConfig(steps=2, start=600), tmp_path, torch.device("cpu")).close(506)
+    assert "training.trace.start: no step from 600 on was trained" in caplog.text
+
+
+def test_a_trace_that_can_t_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "trace.json").mkdir()
+    trace = Trace(TraceConfig(steps=2), tmp_path, torch.device("cpu"))
+    trace.at(0)
+    trace.close(1)
+    assert "trace.json: could not be written" in caplog.text
 
 
 def test_a_kernel_of_a_gpu_counts_once() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from training_runs import run
 
-from ppreid_dist.training.tracking import read_metrics, tracker_options
+from ppreid_dist.errors import DataError
+from ppreid_dist.training.tracking import JsonlTracker, read_metrics, tracker_options
 
 
 @pytest.fixture
@@ -21,6 +22,12 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
     yield
     wandb.teardown()
+
+
+def test_a_log_that_can_t_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics\.jsonl: could not be written: Is a directory$"):
+        (tmp_path / "metrics.jsonl").mkdir()
+        JsonlTracker(tmp_path / "metrics.jsonl").log({"a": 1.0}, step=1)
 
 
 @pytest.mark.usefixtures("nobody")

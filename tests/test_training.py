@@ -17,7 +17,7 @@ from training_runs import assert_same, identity_losses, last, run
 from transformers import AutoConfig, AutoModel
 
 from ppreid_dist.data.stream import load_pictures
-from ppreid_dist.errors import ConfigError, DataError
+from ppreid_dist.errors import ConfigError, DataError, LostError
 from ppreid_dist.experiment import Config, _check_world, _probe
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.engine import _Whole
@@ -183,3 +183,22 @@ def test_a_failed_run_leaves_the_process_as_it_was(world: list[str], tmp_path: P
     with pytest.raises(ConfigError):
         run(world, tmp_path / "bad", "engine.precision=bf16", "data.identities_per_batch=1000")
     run(world, tmp_path / "good", "training.images=32", "privacy.weight=0")
+
+
+def test_a_process_that_was_lost_before_or_after_the_loop_is_one_line(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[gloo] Connection closed\nby peer")
+
+    monkeypatch.setattr("ppreid_dist.experiment._play", fail)
+    with pytest.raises(RuntimeError, match="gloo"):  # of one process nobody can be lost
+        run(world, tmp_path / "run")
+    monkeypatch.setattr("ppreid_dist.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("ppreid_dist.experiment.stopped_before", lambda folder: False)
+    monkeypatch.setattr(
+        "ppreid_dist.experiment.open_engine",
+        lambda *_, **__: SimpleNamespace(forget=lambda: None, device=torch.device("cpu"), kind="ddp"),
+    )
+    with pytest.raises(LostError, match=r"run: another process died, .*: \[gloo\] Connection closed by peer$"):
+        run(world, tmp_path / "run")

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 def flatten(tree: Any, path: str = "") -> tuple[dict[str, Tensor], Any]:
     """Split nested dicts and lists into tensors by path, and JSON with ``{"tensor": path}`` in their place."""
     if isinstance(tree, Tensor):
-        return {path: tree.detach().contiguous()}, {"tensor": path}
+        return {path: tree.detach()}, {"tensor": path}
     if isinstance(tree, Mapping):
         parts = {str(key): flatten(value, f"{path}/{key}") for key, value in tree.items()}
         return {name: t for tensors, _ in parts.values() for name, t in tensors.items()}, {

@@ -290,9 +290,15 @@ class Engine:
                 "use `accelerate launch --multi_gpu --num_processes N`"
             )
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if 1 < gpus < here:  # a single one may be each process's own, as Slurm binds them
+        own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process's, as Slurm binds them
+        if 0 < gpus < here and not own:
             self.forget()
             raise ConfigError(f"LOCAL_WORLD_SIZE: {here} processes on a machine where {gpus} GPUs are visible")
+        if gpus < here and own and kind != "ddp":
+            self.forget()
+            raise ConfigError(
+                f"engine.kind: {kind} counts a machine's GPUs, so each process must see all {here} of them"
+            )
         if compile == "reduce-overhead" and seen > 1:
             self.forget()
             raise ConfigError(f"engine.compile: {compile} is for one process, not for {seen}; use inductor")
@@ -337,7 +343,10 @@ class Engine:
         return _Split(name, module.to(self.device), config, self, rows)
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        """For all processes."""
+        if distributed.world_size() > 1:
+            # Accelerate would name the GPU by the process's number: a process that sees its own one only hasn't that.
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         """End the trackers and the group; this process may train again."""

@@ -59,7 +59,13 @@ class Launched:
             return cls(precision=found, accumulate=_steps(said.get(_STEPS.upper())))
         deepspeed = _deepspeed(said)
         if "torch_autocast" in deepspeed:
-            found = "bf16" if deepspeed["torch_autocast"].get("enabled") else "no"
+            here = "bf16" if _on(deepspeed, "torch_autocast") else "no"
+            if found not in (None, here):
+                raise ConfigError(
+                    f"engine.precision: the launcher's mixed_precision is {found}, its DeepSpeed settings say {here} "
+                    "(torch_autocast.enabled)"
+                )
+            found = here
         return cls(
             kind=f"zero{deepspeed['zero_optimization']['stage']}",
             precision=found,
@@ -140,6 +146,9 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
             _STEPS: said.get(_STEPS.upper(), "auto"),
             "gradient_clipping": said.get("GRADIENT_CLIPPING", "auto"),
         }
+    for section in ("zero_optimization", "bf16", "fp16", "torch_autocast"):
+        if not isinstance(settings, dict) or not isinstance(settings.get(section, {}), dict):
+            raise ConfigError(f"{where}: {section}: not a section of settings")
     zero = settings.get("zero_optimization", {})
     for wrong, reason in (
         (zero.get("stage") not in (1, 2, 3), "zero_optimization.stage: 1, 2 or 3 (without ZeRO, launch as MULTI_GPU)"),
@@ -148,6 +157,19 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
         (
             _on(settings, "torch_autocast") and settings["torch_autocast"].get("dtype") not in ("bfloat16", "bf16"),
             "torch_autocast.dtype: only bfloat16",
+        ),
+        (
+            "lower_precision_safe_modules" in settings.get("torch_autocast", {}),
+            "torch_autocast.lower_precision_safe_modules: gradients are summed over processes in fp32",
+        ),
+        (
+            settings.get("communication_data_type") not in (None, "fp32"),
+            "communication_data_type: gradients are summed over processes in fp32",
+        ),
+        ("amp" in settings, "amp: use torch_autocast"),
+        (
+            settings.get("compute_grad_norm", True) is not True,
+            "compute_grad_norm: by the norm it is seen that a gradient isn't finite",
         ),
         ("optimizer" in settings, "optimizer: every player has its own, see optimiser.name"),
         ("scheduler" in settings, "scheduler: every player has its own, see optimiser.decay"),

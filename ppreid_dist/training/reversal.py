@@ -163,6 +163,8 @@ class ReversalAdversary(Adversary):
             self._take_lagged(extractor)
             renewed = lazy.restart > 0 and self.snapshots % lazy.restart == 0
             if renewed:
+                # On a GPU the latest answer is late: of a gradient that wasn't finite all weights are to be kept.
+                self.engine.watch.settle()
                 for player, untrained in zip(
                     self.players, self._untrained(extractor.module.store.dim, self.snapshots), strict=False
                 ):

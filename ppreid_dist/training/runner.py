@@ -12,8 +12,9 @@
 
 Everything derives from the number of the step: which pictures, how they are augmented, the noise, λ, the learning
 rate, and what a backbone with stochastic depth or dropout drops (which is each process's own). A resumed run therefore
-continues as if it had never stopped, bit for bit on CPUs and on GPUs up to the order of sums, in which some of torch's
-kernels are free; only the row of metrics.jsonl in which it stopped is a mean over what came after.
+continues as if it had never stopped, bit for bit on CPUs with one or two processes, and elsewhere up to the order of
+sums, in which DDP and some of torch's kernels are free; only the row of metrics.jsonl in which it stopped is a mean
+over what came after.
 """
 
 import time
@@ -150,17 +151,22 @@ class Runner:
                     raise Stopped(f"{self.folder}: asked to stop, saved at step {self.step} of {self.total}")
         except NotFinite as error:
             raise self._not_finite(error) from None
+        except torch.cuda.OutOfMemoryError as error:
+            raise RunError(
+                f"{self.folder}: step {self.step}: the GPU's memory is full; engine.gradient_checkpointing=true needs "
+                "less, and so do a larger engine.accumulate, fewer data.identities_per_batch or privacy.ridge.strangers"
+            ) from error
         except RuntimeError as error:
             if not distributed.lost_contact(error):
                 raise
             what = " ".join(str(error).split())[:200]
             raise LostError(f"{self.folder}: step {self.step}: another process died or hangs: {what}") from error
         finally:
-            self.trace.close(self.step)
             self.requests.close()
             bar.close()
             for feed in self._feeds():
                 feed.close()
+            self.trace.close(self.step)  # last, and it raises nothing: what ended the run is what counts
         return self._finish(done_before)
 
     def _round(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ppreid_dist.errors import DataError
 from ppreid_dist.files import atomic, write_json
 from ppreid_dist.settings import Settings, option
 
@@ -42,13 +43,13 @@ class Trace:
     def __init__(self, config: TraceConfig, folder: Path, device: torch.device):
         self._config, self._folder, self._device = config, folder, device
         self._profile: profile | None = None
-        self._begun = 0
+        self._begun, self._done = 0, False
 
     def at(self, step: int) -> None:
         """The step of this number is next."""
         if self._profile is not None and step >= self._begun + self._config.steps:
             self.close(step)
-        elif self._profile is None and self._config.steps and step == self._config.start:
+        elif self._profile is None and self._config.steps and step >= self._config.start and not self._done:
             kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
             self._profile, self._begun = profile(activities=kinds), step
             self._profile.start()
@@ -56,17 +57,27 @@ class Trace:
     def close(self, step: int) -> None:
         """Write what was traced, if anything was; ``step`` is the first that isn't."""
         if self._profile is None:
+            if self._config.steps and not self._done:
+                _log.warning(
+                    "training.trace.start: no step from %d on was trained, so none was traced", self._config.start
+                )
             return
-        self._profile.stop()
+        profiled, self._profile, self._done = self._profile, None, True
+        profiled.stop()
+        try:
+            self._write(profiled, step)
+        except DataError as error:
+            _log.warning("%s", error)
+
+    def _write(self, profiled: profile, step: int) -> None:
         with atomic(self._folder / "trace.json") as file:
-            self._profile.export_chrome_trace(str(file))
-        events, gpu = self._profile.key_averages(), self._device.type == "cuda"
+            profiled.export_chrome_trace(str(file))
+        events, gpu = profiled.key_averages(), self._device.type == "cuda"
         costs = largest(events, gpu=gpu)
         about = {"from": self._begun, "to": step, "device": "gpu" if gpu else "cpu"}
         write_json(self._folder / "costs.json", {**about, **costs})
         said = ", ".join(f"{row['name']} {100 * row['share']:.0f} %" for row in costs["operations"])
         _log.info("%s: steps %d to %d traced; %s", self._folder / "trace.json", self._begun, step, said)
-        self._profile = None
 
 
 def largest(events: Sequence[Any], *, gpu: bool) -> dict[str, list[dict[str, Any]]]:

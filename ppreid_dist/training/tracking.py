@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from torch import Tensor
 
 from ppreid_dist import distributed
-from ppreid_dist.errors import MissingExtra
+from ppreid_dist.errors import DataError, MissingExtra
 from ppreid_dist.files import read_json, write_json, write_text
 from ppreid_dist.training.adversary import Metrics
 
@@ -62,8 +62,11 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.file}: could not be written: {error.strerror}") from error
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
