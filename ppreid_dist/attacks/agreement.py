@@ -23,7 +23,7 @@ LEAST = 1e-3  # so that features that agree in nothing still have a length
 @dataclass(kw_only=True)
 class WeighedConfig(Settings):
     agreement: list[float] = option(
-        [1.0, 2.0],
+        [0.0, 1.0, 2.0],  # of few pictures, or numbers that are all as good, weights are mostly noise
         "powers, to try, of how much a number agrees in pictures of one person, by which it weighs; 0: all alike",
         at_least=0,
     )
