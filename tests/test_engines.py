@@ -354,3 +354,15 @@ def test_a_resume_under_another_precision_is_refused(world: list[str], tmp_path:
     run(world, tmp_path / "run", "training.images=48", "privacy.weight=0")
     with pytest.raises(RunError, match=r"engine\.precision was 'no' and is now 'bf16'"):
         run(world, tmp_path / "run", "training.images=48", "privacy.weight=0", "engine.precision=bf16", resume=True)
+
+
+def test_processes_that_would_share_a_gpu_are_refused(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ConfigError, match=r"^LOCAL_WORLD_SIZE: 2 processes on a machine where 1 GPUs are visible$"):
+        run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # each process's own
+    run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
