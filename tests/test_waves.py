@@ -12,7 +12,7 @@ from ppreid_dist.attacks.unfolded import Layout, Sharpened
 from ppreid_dist.attacks.waves import Waves, WavesConfig, are_bits
 from ppreid_dist.models.store import Store, StoreConfig, quantise_int8
 
-CONFIG = WavesConfig(waves=2000, bits=512, rounds=2, steps=150)
+CONFIG = WavesConfig(candidates=2000, bits=512, rounds=2, steps=150)
 
 
 def unit(rows: int, seed: int, dims: int = 6) -> Tensor:

@@ -213,7 +213,7 @@ class UnfoldedRegression(Regression):
                 count = min(asked, start_LK.shape[1])
                 layout = Layout(pool_LD, start_LK[:, :count], steps=steps, lr=config.layout_lr, seed=split.seed)
                 layouts = {f"residual {layout.residual:.3f}": layout}
-                if config.waves.waves and are_bits(features_ND):
+                if config.waves.candidates and are_bits(features_ND):
                     sharp = Sharpened(layout, config.waves, split.seed)
                     layouts[f"waves that agree by {sharp.waves.agreement:.3f}"] = sharp
                 for (how, laid_out), near in product(layouts.items(), config.averaged):

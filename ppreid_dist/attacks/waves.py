@@ -19,14 +19,14 @@ from torch import Tensor
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.transfer import to_device
 
-CANDIDATES = 2000  # compared at once
+AT_ONCE = 2000  # compared at once
 BATCH = 512
 ENOUGH = 0.6  # mean agreement from which on nothing is left to gain: signs of waves and waves themselves have 2 / π
 
 
 @dataclass(kw_only=True)
 class WavesConfig(Settings):
-    waves: int = option(
+    candidates: int = option(
         20_000, "waves that are tried for each bit, where features are bits; 0: theirs aren't sought", at_least=0
     )
     bits: int = option(4096, "bits at most whose waves are sought", at_least=1)
@@ -58,7 +58,7 @@ class Waves:
         self.phases_S = places_LK.new_zeros(len(some_S))
         self.places_LK, self.agreement = places_LK, 0.0
         for _ in range(config.rounds):
-            self._search(bits_LS, config.waves, random)
+            self._search(bits_LS, config.candidates, random)
             self._ascend(bits_LS, config.steps, random, with_places=False)
             self._ascend(bits_LS, config.steps, random, with_places=True)
             self._move(bits_LS)
@@ -82,8 +82,8 @@ class Waves:
     def _search(self, bits_LS: Tensor, count: int, random: torch.Generator) -> None:
         """In place of a bit's wave, the one of ``count`` drawn ones that agrees better with it, if one does."""
         best_S = self._agree(self.places_LK, bits_LS).clamp_min(0)
-        for first in range(0, count, CANDIDATES):
-            drawn_KC = torch.randn(len(self.directions_KS), min(CANDIDATES, count - first), generator=random)
+        for first in range(0, count, AT_ONCE):
+            drawn_KC = torch.randn(len(self.directions_KS), min(AT_ONCE, count - first), generator=random)
             drawn_KC = to_device(drawn_KC, bits_LS.device) * self.mean_length
             real_CS, imaginary_CS = (bits_LS.new_zeros(drawn_KC.shape[1], bits_LS.shape[1]) for _ in range(2))
             for places, bits in zip(self.places_LK.split(2048), bits_LS.split(2048), strict=True):
