@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from backbone_families import FAMILIES
+from engines import FLAG, STAGE, STEPS, deepspeed
 from ranks import finish, start_ranks
-from test_engines import FLAG, STAGE, STEPS, assert_close, deepspeed
 from torch import Tensor
-from training_runs import last, run
+from training_runs import assert_close, last, run
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.extractor import Extractor, ExtractorConfig

@@ -1,8 +1,6 @@
 """Every engine plays the same game: against one process, over stops, and one after another in the same run."""
 
-import importlib.util
 import json
-import math
 import os
 import shutil
 import signal
@@ -14,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from engines import deepspeed
 from ranks import finish, start_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from training_runs import assert_same, last, run
+from training_runs import assert_close, assert_same, last, run
 
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
 from ppreid_dist.experiment import Config, train
@@ -26,7 +25,6 @@ from ppreid_dist.training import engine as engine_module
 from ppreid_dist.training.zero import name_locks, zero_optimization
 
 pytestmark = pytest.mark.engines
-deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 KINDS = ["ddp", *(pytest.param(kind, marks=deepspeed) for kind in ("zero1", "zero2", "zero3"))]
 FEW = ["ddp", pytest.param("zero3", marks=deepspeed)]
 FEW += [pytest.param(kind, marks=[deepspeed, pytest.mark.slow]) for kind in ("zero1", "zero2")]
@@ -71,26 +69,6 @@ def cut(whole: Path, step: int, folder: Path) -> Path:
     return folder
 
 
-def errors(a: dict[str, Tensor], b: dict[str, Tensor], norm: float) -> dict[str, float]:
-    """By part of the game: a tensor's difference over its size, the largest; by norm 2, of all tensors at once."""
-    assert a.keys() == b.keys()
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        if not a[name].is_floating_point():
-            assert torch.equal(a[name], b[name]), name
-            continue
-        part = name.split("/")[-1 if name.startswith("/optimisers") else 2].split(".")[-1]
-        x, y = a[name].double().flatten(), b[name].double().flatten()
-        found.setdefault(part, []).append((float((x - y).norm(norm)), max(float(x.norm(norm)), 1e-6)))
-    if norm != 2:
-        return {part: max(difference / size for difference, size in each) for part, each in found.items()}
-    return {
-        part: math.hypot(*(d for d, _ in each)) / math.hypot(*(size for _, size in each))
-        for part, each in found.items()
-    }
-
-
 # Five times what was measured in fp32: extractor 1.7e-4, average 1.4e-4, lagged 1.7e-4, snapshot and generator 2.3e-6,
 # critic 2.4e-6, moments 9.0e-6 and 6.9e-6. All engines alike: it is the order of sums. The largest are those of the
 # identity head, whose weights begin near 0. ZeRO 1, 2 and 3 gave the same figures here.
@@ -106,15 +84,6 @@ ROUNDED = {
     "extractor": 1.4e-2, "ema": 1.1e-2, "lagged": 1.1e-2, "snapshot": 1.5e-2, "generator": 1.6e-2, "critic": 2.2e-2,
     "step": 0.0, "exp_avg": 1.0, "exp_avg_sq": 0.5,
 }  # fmt: skip
-
-
-def assert_close(
-    a: dict[str, Tensor], b: dict[str, Tensor], tolerance: dict[str, float], norm: float = math.inf
-) -> None:
-    found = errors(a, b, norm)
-    print(" ".join(f"{part} {error:.1e}" for part, error in found.items()))  # seen by pytest -s
-    assert found.keys() == tolerance.keys()
-    assert all(found[part] <= tolerance[part] for part in found), found
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from engines import FILE, FLAG, STAGE, STEPS
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.training.launcher import Launched
-
-FLAG, FILE, STAGE, STEPS = (
-    f"ACCELERATE_{name}"
-    for name in ("USE_DEEPSPEED", "DEEPSPEED_CONFIG_FILE", "DEEPSPEED_ZERO_STAGE", "GRADIENT_ACCUMULATION_STEPS")
-)
 
 
 @pytest.mark.parametrize(
