@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,16 @@ def change(sweep_file: Path, **keys: Any) -> None:
     sweep_file.write_text(yaml.safe_dump(yaml.safe_load(sweep_file.read_text()) | keys))
 
 
-def array(sweep_file: Path, *settings: str, task: int = 0, tasks: int = 1, **how: Any) -> dict[str, Any]:
+def array(
+    sweep_file: Path,
+    *settings: str,
+    task: int = 0,
+    tasks: int = 1,
+    say: Callable[[str], None] = lambda text: None,
+    **how: Any,
+) -> dict[str, Any]:
     found = load_settings(SweepConfig, sweep_file, settings)
-    return sweep_in_array(found, task, tasks, say=lambda text: None, programs=stand_ins(), **how)
+    return sweep_in_array(found, task, tasks, say=say, programs=stand_ins(), **how)
 
 
 def trainings(out: Path) -> list[Path]:

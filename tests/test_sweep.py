@@ -19,7 +19,7 @@ from sweeps import Driver, array, assert_whole, change, kill_half_way_and_resume
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError
 from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import load_settings
-from ppreid_dist.sweep import driver
+from ppreid_dist.sweep import driver, progress
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import write_again
@@ -215,6 +215,20 @@ def test_tasks_that_open_a_new_sweep_together_do_not_refuse_each_other(
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_array_that_is_killed_goes_on(sweep_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     kill_half_way_and_resume("array", sweep_file, tmp_path / "out", number)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_array_says_what_it_does_while_it_does_it(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOOK", 0.01)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    change(sweep_file, seeds=[0])
+    said: list[str] = []
+    assert array(sweep_file, say=said.append)["complete"]
+    assert "0 of 2 done, 1 running" in said[0] and "running  " in said[0]
+    assert any("attack" in text for text in said)  # a stage, seen while the trial goes on
+    assert "2 of 2 done, 0 running" in said[-1]
 
 
 @pytest.mark.usefixtures("undrawn")

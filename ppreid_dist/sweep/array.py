@@ -20,10 +20,11 @@ def run_task(worker: Worker, task: int, tasks: int, say: Callable[[str], None]) 
     order = sorted(range(len(trials)), key=lambda i: (i % tasks != task, i))
     first_seen: dict[str, float] = {}
     while missing := [trial for i in order if folder.row(trial := trials[i]) is None]:
-        progress.look()
         if (found := _take(folder, missing)) is not None:
-            worker.do(*found)
+            with progress.kept_up():
+                worker.do(*found)
             continue
+        progress.look()
         if _others_live(folder, missing, first_seen):
             say(f"{folder.path.name}: other tasks do the rest, {len(missing)} trials")
             return

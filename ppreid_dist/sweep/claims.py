@@ -13,6 +13,7 @@ Standard library only: the guard must start at once.
 import json
 import os
 import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class Claims:
         return Claim(file).given_back() or self._now() - file.stat().st_mtime > STALE
 
     def _now(self) -> float:
-        clock = self.folder / f".{socket.gethostname()}.{os.getpid()}.clock"
+        clock = self.folder / f".{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.clock"
         clock.touch()
         now = clock.stat().st_mtime
         clock.unlink()

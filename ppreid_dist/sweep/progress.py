@@ -1,8 +1,10 @@
 """A table of a sweep while it runs, made from its folder alone."""
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +14,7 @@ from ppreid_dist.sweep.space import Trial
 from ppreid_dist.training.tracking import read_metrics
 
 EVERY = 60.0  # seconds between tables while nothing begins or ends
+LOOK = 5.0  # seconds between looks at the folder
 
 
 class Progress:
@@ -29,6 +32,24 @@ class Progress:
         if states != self._seen or time.monotonic() - self._said > EVERY:
             self._seen, self._said = states, time.monotonic()
             self.say(table(self.folder, [(t, row, state) for (t, row), state in zip(rows, states, strict=True)]))
+
+    @contextmanager
+    def kept_up(self) -> Iterator[None]:
+        """Look now, and on while this process does something else."""
+        self.look()
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(LOOK):
+                self.look()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def table(folder: Folder, trials: list[tuple[Trial, dict[str, Any] | None, str]]) -> str:
