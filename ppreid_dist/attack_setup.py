@@ -4,6 +4,7 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, S stored dim
 pixels.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from ppreid_dist.attacks.adaptive import TURNED, for_stored, trained_generator
 from ppreid_dist.attacks.auxiliary import Auxiliary, same_people
 from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.config import AttackConfig
+from ppreid_dist.attacks.enrolled import DIRECTIONS, read
 from ppreid_dist.attacks.judging import Judge
-from ppreid_dist.attacks.kept import Kept
+from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception
+from ppreid_dist.attacks.victims import leaked_by
 from ppreid_dist.data.dataset import load_split, open_split, open_training
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures
@@ -34,7 +37,7 @@ from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import KEYED, Store, StoreConfig
+from ppreid_dist.models.store import HIDDEN, KEYED, Store, StoreConfig
 from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.transfer import default_device
@@ -107,6 +110,8 @@ def set_up(
         auxiliaries.append(_strangers(*other, size, extractors, device, progress))
     if "same_people" in config.attack.auxiliary.variants:
         auxiliaries.append(same_people(gallery, query, galleries_GD))
+    if "extractor" in config.attack.auxiliary.variants:
+        auxiliaries += _with_extractor(config.attack, extractor, known["aux"], aux, victims, Kept(kept))
     bench = partial(
         Bench,
         aux=aux,
@@ -143,9 +148,53 @@ def _reversal(
     generator = generator.to(stored_NS.device)
     if config.model.store.kind not in TURNED:
         return generator
+    return for_stored(generator, stored_NS, _plain(extractor, aux), aux.pids_N, seed=config.seed)
+
+
+def _plain(extractor: Extractor, pictures: Pictures) -> Tensor:
+    """(N, D): the features as they are before anything else is made of them."""
     with _storing(extractor, Store(StoreConfig(), extractor.feature_dim)):
-        plain_ND = stored_features(extractor, aux.images_N3HW)
-    return for_stored(generator, stored_NS, plain_ND, aux.pids_N, seed=config.seed)
+        return stored_features(extractor, pictures.images_N3HW)
+
+
+def _with_extractor(
+    config: AttackConfig,
+    extractor: Extractor,
+    seen: Pictures,
+    aux: Pictures,
+    victims: Mapping[str, Victim],
+    kept: Kept,
+) -> list[Auxiliary]:
+    """What the database reads like by the extractor and few people enrolled, for each of their numbers; nothing where
+    no key hides it. ``seen`` are the auxiliary pictures as the extractor sees them, ``aux`` as attackers do."""
+    store, stolen_LS, people = extractor.store.config, leaked_by(victims["protected"]), np.unique(aux.pids_N)
+    if store.kind not in HIDDEN:
+        return []
+    if (most := max(config.auxiliary.enrolled)) > len(people):
+        raise ConfigError(f"attack.auxiliary.enrolled: {most}, but there are {len(people)} auxiliary people")
+    order, found = np.random.default_rng([config.seed, 0xE1]).permutation(people), []
+    plain_ND, stored_NS = _plain(extractor, seen), victims["protected"].aux_ND
+    for count in config.auxiliary.enrolled:
+        rows_E = np.flatnonzero(np.isin(aux.pids_N, order[:count]))
+        parts, directions = (stolen_LS, stored_NS[torch.from_numpy(rows_E)], plain_ND, rows_E), store.axes or DIRECTIONS
+        key = digest(source_digest(), "enrolled", *parts, directions, config.seed, to_dict(config.unfolded))
+        # Once, whatever the processes: on a GPU it isn't the same to the bit.
+        with kept.alone(key, wait=True):
+            if (before := kept.weights(key)) is None:
+                started = time.monotonic()
+                own_NK, read_LK = read(*parts, directions=directions, config=config.unfolded, seed=config.seed)
+                before = {"own": own_NK.cpu(), "stolen": read_LK.cpu()}, time.monotonic() - started
+                kept.put_weights(key, *before)
+        of = {name: part.to(stolen_LS.device) for name, part in before[0].items()}
+        found.append(
+            Auxiliary(
+                variant=f"extractor, {count} enrolled",
+                pictures=aux,
+                features_ND={"control": victims["control"].aux_ND, "protected": of["own"]},
+                stolen_LD={"protected": of["stolen"]},
+            )
+        )
+    return found
 
 
 def _rekeyed(extractor: Extractor, aux: Pictures, query: Pictures) -> Stored | None:

@@ -1,4 +1,4 @@
-"""Attackers with other pictures than those of the domain's other people, and attackers trained several times."""
+"""Attackers who know something else than what is stored of the domain's other people; attackers trained several times."""
 
 import re
 from dataclasses import replace
@@ -105,6 +105,21 @@ def test_what_tells_nothing_leaks_nothing_even_with_pictures_of_the_same_people(
     for row in suite(known(blind=True), blind=True).auxiliary:
         for axis in row["axes"].values():
             assert axis["r"]["low"] <= 0.1 and axis["r"]["value"] < 0.15
+
+
+def test_a_database_that_is_read_otherwise_is_attacked_as_it_reads() -> None:
+    """As it is stored it tells nothing."""
+    reading = Auxiliary(
+        variant="extractor, 2 enrolled",
+        pictures=AUX[0],
+        features_ND={"control": AUX[1], "protected": AUX[1]},
+        stolen_LD={"protected": MET_FEATURES[FIRST]},
+    )
+    result = suite(reading, blind=True)
+    assert [(row["variant"], row["people"]) for row in result.auxiliary] == [(reading.variant, n) for n in (20, 60)]
+    assert result.axes["pixel"]["leak"]["value"] < 0.15
+    for row in result.auxiliary:
+        assert all(axis["r"]["value"] == pytest.approx(1) for axis in row["axes"].values())
 
 
 def test_held_out_by_people_it_would_be_no_upper_bound_and_permuted_by_people_no_floor() -> None:

@@ -277,9 +277,17 @@ def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: 
     assert "note:" not in said and "3402823" not in said  # a secret doesn't belong into a log
     assert f"key: {2**128 - 1}" in (tmp_path / "own" / "config.yaml").read_text()
     ppreid("evaluate", str(tmp_path / "own"))
-    attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0",
-           "attack.attackers=[ridge,adaptive]", "attack.people=[0]", protected=str(kept))  # fmt: skip
+    asked = [
+        "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0", "attack.attackers=[ridge,adaptive]",
+        "attack.people=[0]", "attack.auxiliary.variants=[extractor]", "attack.unfolded.layout_steps=20",
+    ]  # fmt: skip
+    said = attack(runs, tmp_path / "attack", *asked, "attack.auxiliary.enrolled=[2,99]", protected=str(kept), expect=2)
+    assert "attack.auxiliary.enrolled: 99, but there are 24 auxiliary people" in said.stderr
+    attack(runs, tmp_path / "attack", *asked, protected=str(kept))
+    ppreid("report", str(tmp_path / "attack"))
+    assert "24 of their own, with the extractor, 2 enrolled" in (tmp_path / "attack" / "card.md").read_text()
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
+    assert [row["variant"] for row in found["auxiliary"]] == ["extractor, 2 enrolled"]
     assert set(found["axes"]["pixel"]["attackers"]) == {"ridge", "adaptive"}
     assert not any("left out" in note for note in found["attack"]["notes"])
 

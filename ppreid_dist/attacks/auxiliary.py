@@ -1,9 +1,12 @@
-"""What else an attacker may learn on than other people of the same domain: the settings, and the pictures.
+"""What else an attacker may know than what the gallery stores of other people of the same domain.
 
 ``other_domain``: people of another data set, with other cameras. A lower bound of a kind: who has no pictures of this
 domain. ``same_people``: the gallery's pictures of the very people whose query pictures are reconstructed, never a
 query picture itself. An upper bound: whoever has pictures of the enrolled people needs matching alone, and features
 that still match people give it to him; its r says how far the features still match, and is near 1 where they do.
+``extractor``: the attackers' own people again, as the extractor sees them, by somebody who has it, and not the key, and
+has enrolled few of them (``attacks.enrolled``). Only where a key hides what is stored: without one he makes himself
+what the gallery would store of his people, which is what the axes measure.
 
 **How ``same_people`` chooses its capacity.** Attackers hold out people, as it is strangers whom they will be tested
 on. Here they are tested on new pictures of people they know: held out by people, they would choose to draw what is
@@ -14,7 +17,7 @@ Shapes: N auxiliary pictures, G gallery pictures, D feature dim.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -23,18 +26,22 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import Settings, option
 
-VARIANTS = ("other_domain", "same_people")
+VARIANTS = ("other_domain", "same_people", "extractor")
 
 
 @dataclass(kw_only=True)
 class AuxiliaryConfig(Settings):
     variants: list[str] = option(
         [],
-        "what else attackers learn on: people of another data set, or the gallery's pictures of the tested people",
+        "who else attacks: who learns on people of another data set, or on the gallery's pictures of the tested "
+        "people, or who has the extractor, and few people under the key",
         choices=VARIANTS,
     )
     data: str = option(
         "", "other_domain's data set: a configuration whose `data` is read; its aux people, or its train"
+    )
+    enrolled: list[int] = option(
+        [2], "extractor's: numbers of their people whom they have enrolled under the key", at_least=1
     )
     attackers: list[str] = option(["ridge"], "who learns on it: any attacker but adaptive")
 
@@ -49,11 +56,13 @@ class AuxiliaryConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Auxiliary:
     """What attackers of a ``variant`` learn on: pictures of the attackers' size, and what each victim, by its role
-    "control" or "protected", stores of them."""
+    "control" or "protected", stores of them, or what they know of them instead. ``stolen_LD`` is, where they read a
+    victim's database otherwise than it is stored, what they read, the queries' first."""
 
     variant: str
     pictures: Pictures
     features_ND: Mapping[str, Tensor]
+    stolen_LD: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def same_people(gallery: Pictures, query: Pictures, features_GD: Mapping[str, Tensor]) -> Auxiliary:

@@ -1,4 +1,4 @@
-"""Attackers who learn on other pictures than those of the domain's other people (:mod:`.auxiliary`).
+"""Attackers who know something else than what is stored of the domain's other people (:mod:`.auxiliary`).
 
 For every variant, with the fewest and the most people of ``attack.people``, as far as there are so many: ceiling,
 protected and floor by the same trainings as the main attack's, and the leak by the same measure. None of it enters the
@@ -33,9 +33,15 @@ def variant_bench(bench: Bench, auxiliary: Auxiliary) -> Bench:
 
 
 def _learnt(auxiliary: Auxiliary, victims: Mapping[str, Victim]) -> dict[str, Victim]:
-    return {
-        role: replace(victim, aux_ND=auxiliary.features_ND[role], reversal=None) for role, victim in victims.items()
-    }
+    return {role: _met(auxiliary, role, victim) for role, victim in victims.items()}
+
+
+def _met(auxiliary: Auxiliary, role: str, victim: Victim) -> Victim:
+    met = replace(victim, aux_ND=auxiliary.features_ND[role], reversal=None)
+    if (stolen_LD := auxiliary.stolen_LD.get(role)) is None:
+        return met
+    asked = len(victim.query_QD)
+    return replace(met, query_QD=stolen_LD[:asked], leaked_LD=stolen_LD[asked:])
 
 
 def variant_trainings(variants: Sequence[tuple[Auxiliary, Bench]], victims: Mapping[str, Victim]) -> list[Training]:

@@ -40,7 +40,9 @@ def percent(value: float | None) -> str:
 
 
 def learnt_from(variant: str) -> str:
-    """Whom attackers with other pictures learn from."""
+    """Whom attackers who know something else learn from."""
+    if variant.startswith("extractor"):
+        return f"of their own, with the {variant}"
     return LEARNT_FROM.get(variant, variant.replace("_", " "))
 
 
