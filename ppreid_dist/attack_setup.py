@@ -39,6 +39,7 @@ from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.store import HIDDEN, KEYED, Store, StoreConfig
 from ppreid_dist.pixels import resize, to_float
+from ppreid_dist.progress import say
 from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.transfer import default_device
 
@@ -111,7 +112,7 @@ def set_up(
     if "same_people" in config.attack.auxiliary.variants:
         auxiliaries.append(same_people(gallery, query, galleries_GD))
     if "extractor" in config.attack.auxiliary.variants:
-        auxiliaries += _with_extractor(config.attack, extractor, known["aux"], aux, victims, Kept(kept))
+        auxiliaries += _with_extractor(config.attack, extractor, known["aux"], aux, victims, Kept(kept), progress)
     bench = partial(
         Bench,
         aux=aux,
@@ -164,6 +165,7 @@ def _with_extractor(
     aux: Pictures,
     victims: Mapping[str, Victim],
     kept: Kept,
+    progress: bool,
 ) -> list[Auxiliary]:
     """What the database reads like by the extractor and few people enrolled, for each of their numbers; nothing where
     no key hides it. ``seen`` are the auxiliary pictures as the extractor sees them, ``aux`` as attackers do."""
@@ -182,6 +184,8 @@ def _with_extractor(
         with kept.alone(key, wait=True):
             if (before := kept.weights(key)) is None:
                 started = time.monotonic()
+                if progress:
+                    say(f"attack: the database is read by the extractor and {count} people enrolled under its key")
                 own_NK, read_LK = read(*parts, directions=directions, config=config.unfolded, seed=config.seed)
                 before = {"own": own_NK.cpu(), "stolen": read_LK.cpu()}, time.monotonic() - started
                 kept.put_weights(key, *before)

@@ -1,4 +1,4 @@
-"""Attackers who know something else than what is stored of the domain's other people; attackers trained several times."""
+"""Attackers who know something else than what is stored of other people, and attackers trained several times."""
 
 import re
 from dataclasses import replace
