@@ -12,7 +12,7 @@ from ppreid_dist.attacks.waves import WavesConfig
 from ppreid_dist.models.store import Store, StoreConfig
 
 CONFIG = UnfoldedConfig(
-    neighbours=[12], layout_steps=500, waves=WavesConfig(candidates=2000, bits=512, rounds=2, steps=150)
+    neighbours=[12], layout_steps=300, waves=WavesConfig(candidates=1000, bits=300, rounds=1, steps=100)
 )
 DIMS = 6
 
@@ -71,18 +71,18 @@ def test_places_of_fewer_directions_than_the_cloud_are_laid_onto_it_too() -> Non
     ("store", "most"),
     [
         (StoreConfig(kind="rotation", key=9), 0.02),
-        (StoreConfig(kind="codes", dim=700, width=0.3, key=9), 0.05),
+        (StoreConfig(kind="codes", dim=700, width=0.3, key=9), 0.1),
         (StoreConfig(kind="signs", dim=700, key=9), 0.15),
     ],
     ids=lambda of: getattr(of, "kind", ""),
 )
 def test_few_enrolled_open_a_database_whose_key_is_secret(store: StoreConfig, most: float) -> None:
-    own, stolen = looks(500, 1), looks(400, 2)
+    own, stolen = looks(300, 1), looks(300, 2)
     keep = Store(store, DIMS)
-    rows = np.arange(0, 500, 100)
+    rows = np.arange(0, 300, 60)
     settings = {"directions": DIMS, "config": CONFIG, "seed": 0}
     terms, found = read(keep(stolen), keep(own[rows]), own, rows, **settings)
-    assert terms.shape == (500, DIMS) and found.shape == (400, DIMS) and found.dtype == torch.float32
+    assert terms.shape == (300, DIMS) and found.shape == (300, DIMS) and found.dtype == torch.float32
     # His own terms are his own features, turned: what turns one turns the truth, too.
     turn = torch.linalg.lstsq(own, terms).solution
     assert off(terms, own @ turn) < 1e-6
