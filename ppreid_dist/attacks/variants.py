@@ -37,7 +37,8 @@ def _learnt(auxiliary: Auxiliary, victims: Mapping[str, Victim]) -> dict[str, Vi
 
 
 def _met(auxiliary: Auxiliary, role: str, victim: Victim) -> Victim:
-    met = replace(victim, aux_ND=auxiliary.features_ND[role], reversal=None)
+    name = f"{victim.name}, {auxiliary.variant}"
+    met = replace(victim, name=name, aux_ND=auxiliary.features_ND[role], reversal=None)
     if (stolen_LD := auxiliary.stolen_LD.get(role)) is None:
         return met
     asked = len(victim.query_QD)

@@ -32,7 +32,7 @@ def roles_of(bench: Bench, control: Victim, protected: Victim) -> dict[str, Role
     return {
         "control": bare,
         "floor": replace(bare, name="prior only", reversal=fresh, permuted=True),
-        "protected": replace(_role("protected", protected), reversal=reversal),
+        "protected": replace(_role(protected.name, protected), reversal=reversal),
     }
 
 
