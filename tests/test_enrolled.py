@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppreid_dist.attacks import enrolled
 from ppreid_dist.attacks.enrolled import laid_onto, read, transport
 from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.attacks.waves import WavesConfig
@@ -58,6 +59,17 @@ def test_one_cloud_is_laid_onto_another_by_few_and_then_by_all() -> None:
     assert off(alone, other) > 0.2
     again, _ = laid_onto(places, own, known, own[:3], seed=0)
     assert torch.equal(found, again)
+
+
+def test_who_is_enrolled_tells_how_the_cloud_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without drawn starts, which find as few directions as these by themselves."""
+    monkeypatch.setattr(enrolled, "STARTS", 1)
+    own, other = looks(600, 1).double(), looks(500, 2).double()
+    turn, rows = turned(3), torch.arange(8)
+    places, known = other @ turn, own[rows] @ turn
+    right, wrong = (laid_onto(places, own, known, own[rows + more], seed=0) for more in (0, 300))
+    assert off(right[0], other) < 0.05
+    assert off(wrong[0], other) > 0.3 and wrong[1] > right[1]
 
 
 def test_places_of_fewer_directions_than_the_cloud_are_laid_onto_it_too() -> None:

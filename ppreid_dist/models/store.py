@@ -45,7 +45,6 @@ USES = {
 }
 """The settings, beside ``quantise``, that each kind has."""
 KEYED = ("noise", "rotation", "signs", "codes")  # the key is all of their secret; adversarial's trains a decoder too
-HIDDEN = ("rotation", "signs", "codes")  # whose numbers mean nothing without the key; noise leaves them as they are
 PUBLIC_KEY = 0  # for measurements; a gallery takes its own
 NOISE_WAVES = 64.0  # of noise, per unit of distance
 INT8_MAX = 127
