@@ -147,6 +147,21 @@ def test_methods_are_trained_or_put_on_the_control_and_make_a_table(sweep_file: 
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_table_gets_another_row_and_loses_one(sweep_file: Path, tmp_path: Path) -> None:
+    out, noise = tmp_path / "out", {"model.store.kind": "noise", "model.store.strength": 0.7}
+    change(sweep_file, grid={}, methods={"strong": {"privacy.weight": 3}, "noise": noise}, seeds=[0])
+    array(sweep_file)
+    noisy = next(out.glob("trials/noise-*/trial.json"))
+    before = {file: file.stat().st_mtime_ns for file in (noisy, *(run / "steps.txt" for run in trainings(out)))}
+    change(sweep_file, methods={"noise": noise, "weak": {"privacy.weight": 1}})
+    array(sweep_file, resume=True)
+    rows = read_json(out / "table.json")["rows"]
+    assert [row["method"] for row in rows] == ["unprotected", "noise", "weak"]
+    assert len(trainings(out)) == 4 and before == {file: file.stat().st_mtime_ns for file in before}
+    assert list(read_json(out / "sweep.json")["sweep"]["methods"]) == ["noise", "weak"]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_failed_trial_is_a_row_and_can_be_tried_again(sweep_file: Path, tmp_path: Path) -> None:
     change(sweep_file, grid={"training.ema": [0.25, 0.5]}, seeds=[0])
     front = array(sweep_file)
@@ -175,8 +190,7 @@ def test_a_folder_that_holds_something_is_not_touched(sweep_file: Path, tmp_path
     open_folder(load_settings(SweepConfig, sweep_file), resume=True)
     refused(ConfigError, "^trials: is 3 but .*sweep.json was begun with 20", "trials=3", resume=True)
     refused(RunError, "out: holds a sweep already; continue it by --resume")
-    refused(ConfigError, r"^grid.privacy.weight: is \[1\] but .*sweep.json was begun with \[1, 3\]",
-            "grid.privacy.weight=[1]", resume=True)  # fmt: skip
+    refused(ConfigError, r"^seeds: is \[3\] but .*sweep.json was begun with \[0, 1\]", "seeds=[3]", resume=True)
     refused(ConfigError, "^optimiser.lrr:", "grid.optimiser.lrr=[1]", f"output={tmp_path / 'other'}")
     refused(ConfigError, "^judge: its seed 1 is one of seeds", 'judge=["seed=1"]', f"output={tmp_path / 'other'}")
     refused(ConfigError, r"^judges: none\.onnx: no such file", "judges=[none.onnx]", f"output={tmp_path / 'other'}")

@@ -1,7 +1,7 @@
 """A sweep's folder, which is all that its processes share: whoever can read it can go on with it.
 
 OUT/
-    sweep.json              what it was asked: the sweep's settings and the whole configuration of its base
+    sweep.json              what it was last asked: the sweep's settings and the whole configuration of its base
     shared/NAME/            runs that several trials want: the judge, each control, what is stored in several ways;
                             NAME.json beside it: why it failed
     trained/                trainings of attackers, kept for all trials, each made by whoever comes first
@@ -34,8 +34,8 @@ from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
 
-# What may differ when a sweep goes on: nothing of it is in a trial's figures.
-_FREE = ("output", "concurrent", "resources.", "min_utility", "axis")
+# What may differ when a sweep goes on: nothing of it is in the figures of a trial, whose name says its own point.
+_FREE = ("output", "concurrent", "resources.", "min_utility", "axis", "grid", "methods")
 _ATTACKERS = ("attack.", "judges")  # may differ where trials are attacked again
 _PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
@@ -147,8 +147,8 @@ def _load(base: str, settings: tuple[str, ...]) -> Config:
 
 
 def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) -> Folder:
-    """The sweep's folder, made where there is none, with the space checked. With ``reattack`` it may have been begun
-    with other attackers and judges.
+    """The sweep's folder, made where there is none, with the space checked. It may have been begun with other points of
+    a grid or other methods, and with ``reattack`` with other attackers and judges.
 
     ConfigError for a run key that doesn't exist or a value that it can't have; RunError where the folder holds a sweep
     and ``resume`` is false, or another sweep; DataError where it can't be written.
@@ -173,10 +173,10 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) ->
             raise RunError(f"{config.output}: holds a sweep already; continue it by --resume or choose another output")
         before = read_json(file)
         _check_same(before, asked, file, but=_ATTACKERS)
-        if reattack:
-            write_json(file, asked)
-        else:
+        if not reattack:
             _check_same(before, asked, file, "; --reattack attacks what is trained again")
+        if asked != before:
+            write_json(file, asked)
     elif used:
         raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
     else:
