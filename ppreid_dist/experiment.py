@@ -84,6 +84,8 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.output = os.path.expanduser(self.output)  # no shell does it behind output=
+        if self.reversal.gradient == "full_gan" and "gan" not in [each.kind for each in self.privacy.adversaries]:
+            raise ConfigError("reversal.gradient: full_gan is of the adversary gan, which isn't in privacy.adversaries")
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.

@@ -13,6 +13,7 @@ from training_runs import assert_same, first_part, run
 
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.data.stream import open_stream
+from ppreid_dist.errors import ConfigError
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.adversary import Metrics
@@ -113,6 +114,56 @@ def test_a_pool_of_snapshots(world: list[str], tmp_path: Path) -> None:
     assert not any(any(same[: count - 1]) for count, same, _ in seen)
     first_part(settings, tmp_path / "stopped", 7)
     assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+
+
+def test_the_full_gradient_hears_the_critic_too(world: list[str], tmp_path: Path) -> None:
+    """The extractor's loss by hand; the critic is as old as the opponent; it resumes; without one it is refused."""
+    settings = [*world, "reversal={gradient: full_gan, lazy: {period: 2}}", "privacy.adversaries=[{kind: gan}]"]
+    judges, gave = [], ReversalAdversary.loss
+
+    def by_hand(self: ReversalAdversary, shown: Any) -> float:
+        stored, pids = shown.stored_BD.detach(), shown.labels_B.tolist()
+        noise = self._noise((33, self._step), len(stored), stored.device)  # type: ignore[attr-defined]
+        drawn, weight = self.opponent(stored, noise), self.config.adversarial.weight
+
+        def leak(row: int, of: int) -> float:
+            score = self.judge(drawn[row][None], stored[of][None])  # type: ignore[misc]
+            seen = float(self._distance(drawn[row][None], shown.clean_B3hw[of][None]))
+            return seen + weight * float(torch.log1p(torch.exp(-score)))
+
+        rows = range(len(pids))
+        others = [next(j for k in rows if pids[j := (i + len(pids) // 2 + k) % len(pids)] != pids[i]) for i in rows]
+        floor = float(np.mean([leak(i, j) for i, j in zip(rows, others, strict=True)]))
+        return float(np.mean([max(0.0, floor - leak(i, i)) for i in rows])) / floor
+
+    def watching(self: ReversalAdversary, shown: Any, step: int) -> Tensor:
+        self._step = step  # type: ignore[attr-defined]
+        lost = gave(self, shown, step)
+        with torch.no_grad():
+            assert float(lost) == pytest.approx(by_hand(self, shown), rel=1e-4)
+        judge, critic = (
+            torch.cat([p.flatten().clone() for p in of.parameters()])
+            for of in (self.judge, self.critic.module)  # type: ignore[union-attr]
+        )
+        judges.append((self.snapshots, judge, torch.equal(judge, critic)))
+        return lost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReversalAdversary, "loss", watching)
+        alone = run(settings, tmp_path / "whole")
+    for (before, judge, _), (now, after, as_it_is) in itertools.pairwise(judges):
+        assert torch.equal(judge, after) == (before == now) and as_it_is == (before != now)
+    assert judges[-1][0] > judges[0][0]
+    first_part(settings, tmp_path / "stopped", 7)
+    assert_same(alone, run(settings, tmp_path / "stopped", resume=True))
+    plain = run([*settings, "reversal.gradient=rec"], tmp_path / "rec")
+    assert not all(torch.equal(alone[key], plain[key]) for key in plain if key.startswith("/modules/extractor"))
+    for wrong, words in (
+        ("privacy.adversaries=[{kind: ridge}]", "^reversal.gradient: full_gan is of the adversary gan"),
+        ("reversal.adversarial.kind=hinge", "^reversal.gradient: full_gan needs adversarial.kind=non_saturating"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_settings(Config, None, [*settings, wrong])
 
 
 def test_a_reversal_that_begins_anew(world: list[str], tmp_path: Path) -> None:

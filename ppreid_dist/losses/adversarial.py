@@ -40,9 +40,15 @@ def critic_loss(real_B: Tensor, fake_B: Tensor, config: AdversarialConfig) -> Te
 
 
 def generator_loss(fake_B: Tensor, config: AdversarialConfig) -> Tensor:
-    """What the generator minimises, times ``config.weight``: softplus(-fake), or -fake under hinge; a scalar mean."""
+    """What the generator minimises, a scalar mean of :func:`found_out`."""
+    return found_out(fake_B, config).mean()
+
+
+def found_out(fake_B: Tensor, config: AdversarialConfig) -> Tensor:
+    """How surely the critic takes drawn rows for drawn, (B,): ``config.weight`` times softplus(-fake), or times -fake
+    under hinge."""
     fake_B = fake_B.float()
-    return config.weight * (-fake_B.mean() if config.kind == "hinge" else F.softplus(-fake_B).mean())
+    return config.weight * (-fake_B if config.kind == "hinge" else F.softplus(-fake_B))
 
 
 def r1_due(critic_step: int, config: AdversarialConfig) -> bool:

@@ -36,17 +36,18 @@ def _constant(floor: Tensor | float, like: Tensor) -> Tensor:
 @torch.no_grad()
 def wrong_person_floor(
     recon_B3hw: Tensor,
-    target_B3hw: Tensor,
+    target_B: Tensor,
     pids_B: Tensor,
     distance: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """What a wrong person's feature gives: the mean distance of row i's reconstruction to another person's picture.
+    """What a wrong person's feature gives: the mean distance of row i's reconstruction to another person's target.
 
-    ``distance`` maps two (B,3,h,w) to (B,), e.g. ``per_picture_distance``. The other picture is sought from half the
-    global batch further on, so equal identity blocks are paired one to one. Rows without another person are left
-    out; the floor is 0 if all are. Averaged over processes (which need equal B), the same for any number of them.
+    Targets are pictures (B,3,h,w), or whatever ``distance`` compares reconstructions with; it maps both to (B,), e.g.
+    ``per_picture_distance``. The other target is sought from half the global batch further on, so equal identity blocks
+    are paired one to one. Rows without another person are left out; the floor is 0 if all are. Averaged over processes
+    (which need equal B), the same for any number of them.
     """
-    all_N3hw, all_pids_N = gather(target_B3hw), gather(pids_B)
+    all_N, all_pids_N = gather(target_B), gather(pids_B)
     batch, total = len(pids_B), len(all_pids_N)
     columns_N = torch.arange(total, device=pids_B.device)
     rows_B = columns_N[:batch] + rank() * batch
@@ -54,5 +55,5 @@ def wrong_person_floor(
     other_BN = pids_B[:, None] != all_pids_N[None, :]
     partner_B = ahead_BN.masked_fill(~other_BN, total).argmin(1)
     usable_B = other_BN.any(1).float()
-    total_distance = mean_over_ranks((distance(recon_B3hw, all_N3hw[partner_B]) * usable_B).sum())
+    total_distance = mean_over_ranks((distance(recon_B3hw, all_N[partner_B]) * usable_B).sum())
     return total_distance / mean_over_ranks(usable_B.sum()).clamp_min(_TINY)

@@ -1,8 +1,9 @@
 """The reversal module: a generator that learns to draw the person behind a stored feature, with or without a critic.
 
 ``gan`` is our reading of the paper's adversary (only its abstract is known to us): reconstruction and a conditional
-critic, alternating with the extractor in two steps, the extractor playing a lazily updated copy. ``regression`` is
-the same without critic and noise. Every random draw derives from (seed, turn), so a resumed game repeats it.
+critic, alternating with the extractor in two steps, the extractor playing a lazily updated copy: against what it draws
+alone, or against the critic's judgement of it, too (``gradient``). ``regression`` is the same without critic and noise.
+Every random draw derives from (seed, turn), so a resumed game repeats it.
 
 Shapes: B this rank's rows, D feature, h×w the reversal's picture, z noise.
 """
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.losses.adversarial import AdversarialConfig, critic_loss, generator_loss, r1_due, r1_penalty
+from ppreid_dist.losses.adversarial import (
+    AdversarialConfig,
+    critic_loss,
+    found_out,
+    generator_loss,
+    r1_due,
+    r1_penalty,
+)
 from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
 from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
 from ppreid_dist.models.critic import Critic, CriticConfig
@@ -84,6 +92,12 @@ class ReversalConfig(Settings):
     critic: CriticConfig = option(CriticConfig(), "")
     adversarial: AdversarialConfig = option(AdversarialConfig(), "")
     reconstruction: ReconstructionConfig = option(ReconstructionConfig(), "")
+    gradient: str = option(
+        "rec",
+        "what the extractor works against: the reconstruction alone, or all that the generator of gan minimises, which "
+        "is how surely the critic finds it out, too",
+        choices=("rec", "full_gan"),
+    )
     generator_optimiser: OptimiserConfig = option(OptimiserConfig(lr=1e-3, beta2=0.99, weight_decay=0.0), "")
     critic_optimiser: OptimiserConfig = option(OptimiserConfig(lr=1e-3, beta1=0.0, beta2=0.99, weight_decay=0.0), "")
     lazy: LazyConfig = option(LazyConfig(), "")
@@ -94,6 +108,8 @@ class ReversalConfig(Settings):
             schedule = getattr(self, key)
             if schedule.warmup or schedule.decay != "none":
                 raise ConfigError(f"{key}: warmup and decay aren't for the reversal, whose learning rate is constant")
+        if self.gradient == "full_gan" and self.adversarial.kind != "non_saturating":
+            raise ConfigError("gradient: full_gan needs adversarial.kind=non_saturating, whose loss is never negative")
 
 
 class ReversalAdversary(Adversary):
@@ -124,6 +140,8 @@ class ReversalAdversary(Adversary):
         lazy = config.lazy.mode
         self.snapshot = self.generator.held.copy() if lazy == "snapshot" else None
         self.pool = [self.generator.held.copy() for _ in range(config.lazy.pool)]
+        judged = self.critic is not None and config.gradient == "full_gan"
+        self.judge = self.critic.held.copy() if self.critic is not None and judged and lazy == "snapshot" else None
         self.lagged = extractor.held.copy() if lazy == "snapshot" else None
         self.ema = Ema(self.generator.held.copy(), config.lazy.ema_decay) if lazy == "ema" else None
         self.met: tuple[Tensor, Tensor] | None = None  # of the mode one_step: features and pictures of the last loss
@@ -197,6 +215,8 @@ class ReversalAdversary(Adversary):
             if self.pool and self.snapshots:
                 self.pool[(self.snapshots - 1) % len(self.pool)].load_state_dict(self.snapshot.state_dict())
             self.snapshot.load_state_dict(self.generator.held.weights())
+            if self.judge is not None and self.critic is not None:
+                self.judge.load_state_dict(self.critic.held.weights())
             self.snapshots += 1
 
     def _until_plateau(self, extractor: nn.Module, most: int) -> Metrics:
@@ -278,6 +298,9 @@ class ReversalAdversary(Adversary):
         drawn = self._strongest(shown, noise)(shown.stored_BD, noise)
         distance = self._distance(drawn, shown.clean_B3hw)
         floor = wrong_person_floor(drawn, shown.clean_B3hw, shown.labels_B, self._distance)
+        if self.critic is not None and self.config.gradient == "full_gan":
+            distance = distance + self._found_out(drawn, shown.stored_BD)
+            floor = floor + wrong_person_floor(drawn, shown.stored_BD.detach(), shown.labels_B, self._found_out)
         return bounded(distance, floor) if self.bounded_loss else unbounded(distance, floor)
 
     def _strongest(self, shown: Exposure, noise: Tensor | None) -> nn.Module:
@@ -288,6 +311,11 @@ class ReversalAdversary(Adversary):
         with torch.no_grad():
             errors = [self._distance(each(shown.stored_BD, noise), shown.clean_B3hw).mean() for each in known]
             return known[int(distributed.mean_over_ranks(torch.stack(errors)).argmin())]
+
+    def _found_out(self, drawn: Tensor, stored: Tensor) -> Tensor:
+        """By the critic as it was when the opponent was taken, or is; of a wrong person's feature it is the floor."""
+        assert self.critic is not None
+        return found_out((self.judge or self.critic.module)(drawn, stored), self.config.adversarial)
 
     def _distance(self, drawn: Tensor, target: Tensor) -> Tensor:
         return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
@@ -303,7 +331,8 @@ class ReversalAdversary(Adversary):
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
-        modules = {"snapshot": self.snapshot, "lagged": self.lagged, "ema": self.ema.module if self.ema else None}
+        averaged = self.ema.module if self.ema else None
+        modules = {"snapshot": self.snapshot, "judge": self.judge, "lagged": self.lagged, "ema": averaged}
         modules |= {f"pool{place}": module for place, module in enumerate(self.pool)}
         return {name: module for name, module in modules.items() if module is not None}
 
