@@ -149,7 +149,11 @@ def _features(arguments: Sequence[str]) -> int:
         help="a person each, cropped as the training's; or a folder",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.safetensors", help="and the files' names in FILE.keys.txt"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.safetensors",
+        help="where features go; files' names go to FILE.keys.txt",
     )
     options = parser.parse_args(arguments)
     from ppreid_dist.features import write_features
@@ -165,7 +169,7 @@ def _attack(arguments: Sequence[str]) -> int:
         "Train fresh attackers on the stored features of two runs and compare: the unprotected control is the ceiling, "
         "permuted pairs are the floor, independent extractors judge who is recognised.",
         True,
-        over="the defaults below, for the protected run's config.yaml, which else gives the settings",
+        over="the defaults below, used instead of the protected run's config.yaml",
     )
     parser.add_argument("--control", type=Path, required=True, metavar="RUN", help="the unprotected run")
     parser.add_argument("--protected", type=Path, required=True, metavar="RUN", help="the run under test")
@@ -175,7 +179,7 @@ def _attack(arguments: Sequence[str]) -> int:
         required=True,
         action="append",
         metavar="RUN|FILE",
-        help="another run, of its own backbone and seed, or an .onnx file; an axis for each that is given",
+        help="another run, with a seed of its own, or an .onnx file; an axis for each that is given",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
@@ -305,7 +309,7 @@ def _doctor(arguments: Sequence[str]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "shards": (_shards, "pictures to shards, or check shards"),
     "train": (_train, "train one extractor (many processes: accelerate launch train.py)"),
-    "store": (_store, "a finished run whose gallery keeps something else than plain features"),
+    "store": (_store, "put a protection that needs no training on a finished run"),
     "evaluate": (_evaluate, "mAP, CMC, mINP of runs"),
     "features": (_features, "what a run stores of new pictures"),
     "attack": (_attack, "fresh attackers on a control and a protected run"),
