@@ -47,4 +47,4 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf runs data .venv
+	rm -rf .venv runs/demo data/demo data/demo-shards

@@ -122,7 +122,8 @@ def _help(config: Config, control: Path, protected: Path, judges: Sequence[Path]
 def _write_found(
     out: Path, figures: Mapping[str, Any], result: SuiteResult, query: Pictures, beside: Mapping[str, Any]
 ) -> None:
-    """attack.json last: where it is, the others are."""
+    """attack.json last: where it is, the others are, of the same attack."""
+    (out / "attack.json").unlink(missing_ok=True)
     pictures = {f"{victim}/{name}": drawn for (victim, name), drawn in result.reconstructions.items()}
     pictures["real"] = query.images_N3HW[torch.from_numpy(result.shown)]
     per_query = {"/".join(key): torch.from_numpy(values) for key, values in result.per_query.items()}

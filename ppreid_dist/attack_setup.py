@@ -302,8 +302,8 @@ def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) ->
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
     if settings[control]["privacy.weight"]:
         raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")
-    if (kind := settings[control]["model.store.kind"]) != "plain":
-        raise RunError(f"{control}: not a control: its features are stored as {kind}")
+    if (how := load_run(control).model.store.in_words) != "plain":
+        raise RunError(f"{control}: not a control: its features are stored as {how}")
     for run in (control, protected):
         if "aux" in settings[run]["data.train_splits"]:
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")

@@ -290,9 +290,10 @@ def _task(task: int | None, tasks: int | None) -> tuple[int, int]:
     """This task's number from 0 and the number of tasks, as given or as Slurm says; alone where neither does."""
     slurm = {key: int(os.environ.get(f"SLURM_ARRAY_TASK_{key}", default)) for key, default in
              (("ID", "0"), ("MIN", "0"), ("COUNT", "1"), ("STEP", "1"))}  # fmt: skip
-    if task is None:
-        task = (slurm["ID"] - slurm["MIN"]) // slurm["STEP"]
-    return task, slurm["COUNT"] if tasks is None else tasks
+    tasks = slurm["COUNT"] if tasks is None else tasks
+    if task is None:  # numbers may lie anywhere, as in --array=0,1,5
+        task = (slurm["ID"] - slurm["MIN"]) // slurm["STEP"] % max(1, tasks)
+    return task, tasks
 
 
 def _doctor(arguments: Sequence[str]) -> int:

@@ -129,5 +129,15 @@ def chosen_by_main(value: Any) -> Any:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because another process died or hangs: torch's own errors, or gloo's plain ones."""
+    """Whether a collective failed: torch's own errors, or gloo's plain ones."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def reason(error: BaseException) -> str:
+    """In a line, why a collective failed. NCCL says last what matters, behind its versions and codes; a mistake of this
+    process's own is told from another's end."""
+    said = " ".join(str(error).split())
+    what = said.rpartition("Last error:")[2].strip() or said
+    own = ("ncclInvalidUsage", "ncclSystemError", "ncclInvalidArgument", "out of memory")
+    whose = "NCCL failed" if any(word in said for word in own) else "another process died, hangs or can't be reached"
+    return f"{whose}: {what[:200]}"

@@ -14,6 +14,10 @@ class DataError(PPReIDError):
     or features and scores don't fit each other. The message names the file or the series."""
 
 
+class TakenError(DataError):
+    """A folder came to be in the place where one was to be put: another process made it meanwhile."""
+
+
 class RunError(PPReIDError):
     """A run folder or checkpoint can't be used, or training met a value it must not go on from."""
 

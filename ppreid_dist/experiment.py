@@ -17,7 +17,7 @@ from ppreid_dist import distributed
 from ppreid_dist.attacks.adaptive import LEARNED
 from ppreid_dist.attacks.base import ATTACKERS, SHOWN, Attacker
 from ppreid_dist.attacks.config import AttackConfig
-from ppreid_dist.attacks.probe import Probe, ProbeConfig
+from ppreid_dist.attacks.probe import LEAST, Probe, ProbeConfig
 from ppreid_dist.attacks.recogniser import by_pixels
 from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
@@ -155,8 +155,7 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         engine.forget()
         if not lost:
             raise
-        what = " ".join(str(error).split())[:200]
-        raise LostError(f"{folder}: another process died, hangs or can't be reached: {what}") from error
+        raise LostError(f"{folder}: {distributed.reason(error)}") from error
     except BaseException:
         engine.forget()
         raise
@@ -185,11 +184,14 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
     kinds = [adversary.kind for adversary in config.privacy.adversaries] if private else []
     strangers = None
     strangers_fingerprint = ""
+    if "ridge" in kinds and config.privacy.ridge.labelled_weight:
+        _check_cameras(config, split, plan.total)
     if "ridge" in kinds and config.privacy.ridge.strangers:
         people, people_source = split, source
         if config.data.strangers_split != "train":
             people = open_split(config.data, config.data.strangers_split, streamed=True)
             people_source = open_source(people, config=config.data.stream, size=config.data.size, device=engine.device)
+        _check_cameras(config, people, config.privacy.ridge.strangers)
         strangers_fingerprint = people.fingerprint
         crowd = StrangersPlan(people.pids, config.privacy.ridge.strangers, config.seed)
         strangers = _feed(config, people, people_source, crowd, people.pids, engine, _STRANGERS)
@@ -263,6 +265,15 @@ def _check_world(config: Config) -> None:
             raise ConfigError(f"{key}: {rows} can't be shared evenly by {ranks} processes")
 
 
+def _check_cameras(config: Config, people: ShardedSplit, rows: int) -> None:
+    """A picture that is its camera's only one in a batch tells the best response nothing: it would be off, unseen."""
+    if config.privacy.ridge.centre == "camera" and (cameras := len(np.unique(people.camids))) >= max(rows, 2):
+        raise ConfigError(
+            f"privacy.ridge.centre: camera takes off each camera's mean picture, but there are {cameras} cameras and "
+            f"{rows} pictures a step; take batch, or give pictures of one camera one camid"
+        )
+
+
 def _feed(
     config: Config,
     split: ShardedSplit,
@@ -318,6 +329,8 @@ def _perceiver(config: Config, engine: Engine) -> Any:
 def _probe(config: Config, engine: Engine) -> Probe | None:
     """The main process's, who probes alone; all others look for the same mistakes, and decode nothing."""
     people = open_split(config.data, "aux")
+    if (there := min(len(np.unique(people.pids)), config.probe.people)) < LEAST:
+        raise ConfigError(f"probe.every: {there} auxiliary people are too few for a probe, it needs {LEAST}")
 
     def fresh(name: str) -> Attacker:
         return ATTACKERS[name](by_pixels(getattr(config.attack, name)))

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written beside their place, synced, then renamed into it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ppreid_dist.errors import DataError
+from ppreid_dist.errors import DataError, TakenError
 
 
 def check_writable(folder: Path) -> None:
@@ -33,7 +34,8 @@ def atomic(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; on success it becomes ``target``, on any error it is removed.
 
     The caller creates a file or a folder at the yielded path. An existing file is replaced; an existing folder
-    must not be in the way. A full disk or another OSError ends in a DataError that names ``target``.
+    must not be in the way. A full disk or another OSError ends in a DataError that names ``target``, TakenError where a
+    folder is in the way after all.
     """
     target = Path(target)
     temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -45,7 +47,8 @@ def atomic(target: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
         _sync(target.parent)
     except OSError as error:
-        raise DataError(f"{target}: could not be written: {error.strerror or error}") from error
+        kind = TakenError if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and target.is_dir() else DataError
+        raise kind(f"{target}: could not be written: {error.strerror or error}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

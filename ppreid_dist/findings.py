@@ -133,7 +133,7 @@ def _training(run: Path) -> dict[str, Any]:
     if config.neighbourhood.weight:
         method += f", neighbourhood × {config.neighbourhood.weight:g}"
     if (kept := config.model.store) != StoreConfig():
-        method += f", stored as {kept.kind}" + (", int8" if kept.quantise == "int8" else "")
+        method += f", stored as {kept.in_words}"
     wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")
     return {**{key: result[key] for key in wanted}, "method": method}
 

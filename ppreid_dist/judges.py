@@ -41,8 +41,8 @@ def check_judges(judges: Sequence[Path], protected: Path) -> None:
     the seed of ``protected``, or has seed and backbone of another judge."""
     runs = {judge: load_run(judge) for judge in judges if not is_onnx(judge)}
     for judge, config in runs.items():
-        if (kind := config.model.store.kind) != "plain":
-            raise RunError(f"{judge}: not a judge: its features are stored as {kind}")
+        if (how := config.model.store.in_words) != "plain":
+            raise RunError(f"{judge}: not a judge: its features are stored as {how}")
         check_unseen(judge)
         if config.seed == load_run(protected).seed:
             raise ConfigError(f"seed: {judge} has the seed of {protected}; a judge of its own mind needs another")

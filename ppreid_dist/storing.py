@@ -37,8 +37,8 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     if out.exists():
         raise RunError(f"{out}: is there already; choose another --out")
     before = load_run(run)
-    if before.model.store.kind != "plain":
-        raise RunError(f"{run}: its features are stored as {before.model.store.kind} already; store the plain run")
+    if (how := before.model.store.in_words) != "plain":
+        raise RunError(f"{run}: its features are stored as {how} already; store the plain run")
     config = load_settings(Config, run / "config.yaml", [*settings, f"output={out}"])
     chosen = config.model.store
     for key in (setting.partition("=")[0].removeprefix(STORED).partition(".")[0] for setting in settings):

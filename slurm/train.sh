@@ -40,11 +40,20 @@ for setting in "$@"; do
     if [[ $setting == output=* ]]; then output=${setting#output=}; fi
 done
 if [[ -z $output ]]; then
-    read_output='import sys, yaml; print(yaml.safe_load(open(sys.argv[1], encoding="utf-8"))["output"])'
-    output=$(python -c "$read_output" "$config" 2>/dev/null) || fail "$config: no output in it: give output=FOLDER"
+    given=$config
+else
+    given=output=$output
 fi
-# As train.py does: no shell expands a ~ in a file or behind output=.
-output=$(python -c 'import os, sys; print(os.path.expanduser(sys.argv[1]))' "$output")
+# As train.py does: what it interpolates (${oc.env:SCRATCH}), and a ~, which no shell expands there.
+read_output='
+import os, sys
+from omegaconf import OmegaConf
+given = sys.argv[1]
+read = OmegaConf.from_dotlist([given]) if given.startswith("output=") else OmegaConf.load(given)
+if not read.get("output"):
+    sys.exit(1)
+print(os.path.expanduser(read.output))'
+output=$(python -c "$read_output" "$given" 2>/dev/null) || fail "$given: no output in it: give output=FOLDER"
 if [[ -v SLURM_ARRAY_TASK_ID ]]; then
     output=$output/seed_$SLURM_ARRAY_TASK_ID
     set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$output"

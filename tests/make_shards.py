@@ -13,8 +13,13 @@ from ppreid_dist.data.shards import ShardedSplit
 
 
 def encode(pixels: np.ndarray, form: str = "JPEG", **options: object) -> bytes:
+    """Of MPO two pictures, one behind the other."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, form, **options)
+    if form == "MPO":
+        first, second = map(Image.fromarray, pixels)
+        first.save(stream, form, save_all=True, append_images=[second], **options)
+    else:
+        Image.fromarray(pixels).save(stream, form, **options)
     return stream.getvalue()
 
 

@@ -108,7 +108,7 @@ def test_what_tells_nothing_leaks_nothing_even_with_pictures_of_the_same_people(
 
 
 def test_a_database_that_is_read_otherwise_is_attacked_as_it_reads() -> None:
-    """As it is stored it tells nothing."""
+    """As it is stored it tells nothing. It was read by the pictures of all, so there is no row with fewer people."""
     reading = Auxiliary(
         variant="extractor, 2 enrolled",
         pictures=AUX[0],
@@ -116,7 +116,7 @@ def test_a_database_that_is_read_otherwise_is_attacked_as_it_reads() -> None:
         stolen_LD={"protected": MET_FEATURES[FIRST]},
     )
     result = suite(reading, blind=True)
-    assert [(row["variant"], row["people"]) for row in result.auxiliary] == [(reading.variant, n) for n in (20, 60)]
+    assert [(row["variant"], row["people"]) for row in result.auxiliary] == [(reading.variant, 60)]
     assert result.axes["pixel"]["leak"]["value"] < 0.15
     for row in result.auxiliary:
         assert all(axis["r"]["value"] == pytest.approx(1) for axis in row["axes"].values())

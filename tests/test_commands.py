@@ -308,6 +308,8 @@ def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) 
         ),
         ({"judge": "judge judge"}, [], "judge: named twice"),
         ({"judge": "judge twin"}, [], "twin has seed and backbone of"),
+        ({"judge": "rounded"}, [], "rounded: not a judge: its features are stored as int8"),
+        ({"control": "rounded"}, [], "rounded: not a control: its features are stored as int8"),
         ({"judge": "judge protected"}, [], "protected: named twice"),
         ({"judge": "judge none.onnx"}, [], "none.onnx: can't be read"),
         ({}, ["attack.perceptual.lpips=none"], "attack.perceptual.lpips: none: no such file"),
@@ -324,6 +326,12 @@ def test_runs_that_can_not_be_compared(
     if "twin" in other.get("judge", ""):
         shutil.copytree(runs / "judge", tmp_path / "twin")
         other = {"judge": f"judge {tmp_path / 'twin'}"}
+    if "rounded" in other.values():
+        (role,) = other
+        shutil.copytree(runs / role, tmp_path / "rounded")
+        config = load_settings(Config, runs / role / "config.yaml", ["model.store.quantise=int8"])
+        save_settings(config, tmp_path / "rounded" / "config.yaml")
+        other = {role: str(tmp_path / "rounded")}
     done = attack(runs, tmp_path / "out", *settings, expect=2, **other)
     assert message in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -10,7 +10,7 @@ from make_shards import encode, smooth
 from PIL import Image
 
 from ppreid_dist.data import decode
-from ppreid_dist.data.decode import Decoder, choose_backend, decode_masks
+from ppreid_dist.data.decode import Decoder, available_threads, choose_backend, decode_masks
 from ppreid_dist.errors import ConfigError, DataError, MissingExtra
 
 DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -32,6 +32,14 @@ def test_a_decoder_gives_the_pictures_pixels(backend):
     assert x.dtype == torch.uint8
     assert x.is_contiguous()
     assert np.array_equal(x.permute(0, 2, 3, 1), pixels)
+
+
+@backends
+def test_of_a_jpeg_with_a_second_picture_behind_it_the_first_is_taken(backend):
+    rng = np.random.default_rng(1)
+    both = np.stack([smooth(rng, 20, 10), smooth(rng, 20, 10)])
+    first = Decoder(backend, (20, 10), CPU).decode([encode(both[0], "JPEG")], "a")
+    assert torch.equal(Decoder(backend, (20, 10), CPU).decode([encode(both, "MPO")], "a"), first)
 
 
 @needs_dali
@@ -75,6 +83,16 @@ def test_a_damaged_picture_is_named(backend):
             decoder.decode([good, good, bad, good], ["000000_a", "000001_x", "000002_b", "000003_c"])
         assert "\n" not in str(caught.value)
     assert decoder.decode([good], ["a"]).shape == (1, 3, 64, 32)  # and it goes on working
+
+
+def test_threads_are_those_that_slurm_gives_a_task(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert available_threads() == 16
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert available_threads() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert available_threads() == 2
 
 
 def test_auto_is_decided_by_what_there_is_and_said(monkeypatch, caplog):

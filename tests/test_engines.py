@@ -331,7 +331,24 @@ def test_processes_that_would_share_a_gpu_are_refused(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(ConfigError, match=r"^LOCAL_WORLD_SIZE: 2 processes on a machine where 1 GPUs are visible$"):
+    with pytest.raises(ConfigError, match=r"^LOCAL_WORLD_SIZE: 2 processes on a machine where 1 GPUs are visible; say"):
         run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # each process's own
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of a launcher, whose GPU it is")
+    with pytest.raises(ConfigError, match=r"where 1 GPUs are visible; say --num_processes 1$"):
+        run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # each process's own
     run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
+
+
+def test_a_taken_port_is_told_from_a_missing_process(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(timeout: float) -> None:
+        raise torch.distributed.DistNetworkError("the server socket has failed to listen, code: -98, name: EADDRINUSE")
+
+    monkeypatch.setattr("ppreid_dist.training.engine.meet_again", fail)
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(RunError, match=r"^MASTER_PORT: something else listens at here:29500; choose another port$"):
+        run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")

@@ -223,6 +223,15 @@ def test_minimising_it_leaves_less_to_a_fresh_attacker() -> None:
     assert after < 0.5 * before
 
 
+def test_where_nothing_is_to_be_told_all_adversaries_weigh_alike() -> None:
+    """Targets that are the same for all: a floor of 0, which softmin divides by."""
+    config = RidgeConfig(select="softmin", widths=[1.0], ridges=[0.1])
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = ridge_best_response(features, torch.zeros(12, 6), np.arange(12), config, seed=0, step=0)
+    found.loss.backward()
+    assert float(found.loss.detach()) == 0 and torch.isfinite(features.grad).all()
+
+
 def test_centring_by_camera_takes_off_each_camera_s_mean() -> None:
     rng = np.random.default_rng(0)
     targets_NM, cameras_N = torch.from_numpy(rng.normal(size=(9, 4))), torch.tensor([3, 1, 3, 7, 1, 1, 3, 7, 9])

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import webdataset
 from make_shards import encode, make_catalog, part_of
 from PIL import Image
 
+from ppreid_dist.data import shards as shards_module
 from ppreid_dist.data.index import read_index
 from ppreid_dist.data.shards import ShardedSplit, check_shards, join_splits, write_shards
 from ppreid_dist.errors import DataError
@@ -56,6 +58,47 @@ def test_every_picture_comes_back_with_its_labels(catalog, shards):
         assert split.has_masks
         assert split.pids.dtype == split.camids.dtype == np.int64
     assert check_shards(shards, progress=False) == []
+
+
+def test_a_jpeg_with_a_second_picture_behind_it_is_a_jpeg(tmp_path):
+    """MPO, as phones and stereo cameras write."""
+    catalog = make_catalog(tmp_path / "raw")
+    file = catalog.records[0].path
+    file.write_bytes(encode(np.zeros((2, 32, 16, 3), np.uint8), "MPO"))
+    write_shards(catalog, tmp_path / "shards", progress=False)
+    names = []
+    for tar in (tmp_path / "shards").glob("*.tar"):
+        with tarfile.open(tar) as opened:
+            names += opened.getnames()
+    jpegs = sum(record.path.suffix == ".jpg" for record in catalog.records[1:])
+    assert sum(name.endswith(".jpg") for name in names) == 1 + jpegs < len(catalog.records)
+    assert check_shards(tmp_path / "shards", progress=False) == []
+
+
+def test_two_writers_at_once_leave_one_folder(catalog, tmp_path, monkeypatch):
+    """The other one was sooner; what it wrote is taken, if it is the same."""
+    write, folder = shards_module._write, tmp_path / "shards"
+
+    def late(its, *rest):
+        write(its, folder, *rest[1:])
+        write(catalog, *rest)
+
+    monkeypatch.setattr(shards_module, "_write", late)
+    write_shards(catalog, folder, images_per_shard=6, progress=False)
+    assert (
+        check_shards(folder, progress=False) == [] and [item.name for item in tmp_path.iterdir()].count("shards") == 1
+    )
+    assert not list(tmp_path.glob(".shards.*"))
+    shutil.rmtree(folder)
+    other = make_catalog(tmp_path / "other")
+
+    def another_s(its, where, fingerprint, *rest):
+        write(other, where, "another's", *rest)
+        write(its, where, fingerprint, *rest)
+
+    monkeypatch.setattr(shards_module, "_write", another_s)
+    with pytest.raises(DataError, match="shards: could not be written: Directory not empty"):
+        write_shards(catalog, folder, images_per_shard=6, progress=False)
 
 
 def test_pictures_are_shuffled_over_shards_by_the_seed(catalog, shards, tmp_path):

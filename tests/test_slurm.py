@@ -104,10 +104,14 @@ def test_a_crash_after_a_checkpoint_comes_back(door: Door, status: int) -> None:
     assert len(door.requeued()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["home.yaml"], ["a run.yaml", "output=~/a run"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["home.yaml"], ["a run.yaml", "output=~/a run"], ["set.yaml"], ["a run.yaml", "output=${oc.env:HOME}/a run"]],
+)
 def test_a_checkpoint_in_the_home_folder_is_found(door: Door, arguments: list[str]) -> None:
-    """No shell expands a ~ behind output=, and none one in a file."""
+    """No shell expands a ~ or a variable behind output=, and none one in a file."""
     (door.root / "home.yaml").write_text("output: ~/a run\n")
+    (door.root / "set.yaml").write_text("output: ${oc.env:HOME}/a run\n")
     home = door.root / "home"
     door.run(*arguments, STATUS="1", HOME=str(home), SAVES=f"{home}/a run/checkpoints")
     assert door.requeued() == ["70001"]

@@ -33,7 +33,7 @@ from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.errors import ConfigError, MissingExtra, RunError
+from ppreid_dist.errors import ConfigError, DataError, MissingExtra, RunError
 from ppreid_dist.files import write_json
 from ppreid_dist.settings import load_settings
 
@@ -200,9 +200,33 @@ def test_with_fewer_people_training_can_be_shorter(
     monkeypatch.setattr(
         "ppreid_dist.attacks.estimate.seconds", lambda name, its, *_: most_steps(getattr(its, name)) / 2
     )
-    line = estimate(few, few_only, features, known.images_N3HW, known.pids_N)
+    line = estimate(few, few_only, features, known.images_N3HW, known.pids_N, numbers=2)
     assert most_steps(start.regression) == 100
-    assert "regression with fewer people 2 of 0 s, regression 1 of 50 s, recogniser" in line
+    assert "regression with fewer people 2 of 0 s, regression 1 of 50 s, recogniser 2 of" in line
+
+
+def test_attackers_with_fewer_people_than_there_are(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    """20 of 60: what they learn from is what the curve's learn from who have as many."""
+    asked = ["retrieval", "ridge", "regression"]
+    few = suite(*aux, *strangers, people=[20], attackers=asked)
+    curve = suite(*aux, *strangers, people=[20, 0], attackers=asked, curve_attackers=asked)
+    assert few.people == [20] and curve.people == [20, 60]
+    for axis in ("pixel", "identity"):
+        found = few.axes[axis]["attackers"]
+        assert [found[name]["status"] for name in asked] == ["ok"] * 3
+        assert few.axes[axis]["leak"]["value"] == curve.axes[axis]["curve"][0]["r"]["value"] == pytest.approx(1)
+    assert few.axes["identity"]["attackers"]["ridge"]["control"] > 0.9
+
+
+def test_a_single_person_s_pictures_are_no_test(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    met, features = strangers
+    alone = met.pids_N == met.pids_N[0]
+    with pytest.raises(DataError, match=r"^query: 1 person; an interval over people needs at least 2$"):
+        suite(*aux, met.only(alone), features[alone])
 
 
 def test_the_same_features_leak_all(

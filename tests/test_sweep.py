@@ -16,6 +16,7 @@ from report_examples import good_report
 from sweep_stand_ins import until
 from sweeps import Driver, array, assert_whole, change, kill_half_way_and_resume, needs_ray, trainings
 
+from ppreid_dist.cli import _task
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError
 from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import load_settings
@@ -25,6 +26,7 @@ from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import write_again
 from ppreid_dist.sweep.folder import open_folder
 from ppreid_dist.sweep.programs import Programs
+from ppreid_dist.sweep.space import Trial
 from ppreid_dist.training.launcher import Launched
 
 
@@ -159,6 +161,75 @@ def test_a_table_gets_another_row_and_loses_one(sweep_file: Path, tmp_path: Path
     assert [row["method"] for row in rows] == ["unprotected", "noise", "weak"]
     assert len(trainings(out)) == 4 and before == {file: file.stat().st_mtime_ns for file in before}
     assert list(read_json(out / "sweep.json")["sweep"]["methods"]) == ["noise", "weak"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_trained_stays_where_it_is_when_the_rows_change(sweep_file: Path, tmp_path: Path) -> None:
+    """A row that is stored otherwise takes the training of one that isn't; without it that one keeps what there was."""
+    out, strong = tmp_path / "out", {"privacy.weight": 3}
+    rounded = strong | {"model.store.quantise": "int8"}
+    change(sweep_file, grid={}, methods={"strong": strong}, seeds=[0], settings=["attack.people=[0]"])
+    array(sweep_file)
+    before = trainings(out)
+    change(sweep_file, methods={"strong": strong, "rounded": rounded})
+    array(sweep_file, resume=True)
+    assert trainings(out) == before and len(read_json(out / "table.json")["rows"]) == 3
+    stored = next(out.glob("trials/rounded-*/run/settings.json"))
+    assert read_json(stored)["privacy.weight"] == "3"
+    change(sweep_file, methods={"rounded": rounded}, settings=["attack.people=[0]", "attack.seeds=2"])
+    said: list[str] = []
+    array(sweep_file, resume=True, reattack=True, say=said.append)
+    assert "out: 1 trials are attacked again" in said and trainings(out) == before
+    assert next(out.glob("trials/strong-*/trial.json"))  # no longer asked for, and not lost
+    # The other way round: begun with both, so the training is both's.
+    change(sweep_file, methods={"strong": strong, "rounded": rounded}, output=str(tmp_path / "both"))
+    array(sweep_file)
+    before = trainings(tmp_path / "both")
+    change(sweep_file, methods={"strong": strong}, settings=["attack.people=[0]", "attack.seeds=3"])
+    array(sweep_file, resume=True, reattack=True)
+    assert trainings(tmp_path / "both") == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_front_is_of_what_was_asked_last(sweep_file: Path, tmp_path: Path) -> None:
+    """A task that was started before with fewer points leaves it alone, and to look at it changes nothing."""
+    change(sweep_file, grid={"privacy.weight": [1, 3]}, seeds=[0])
+    array(sweep_file)
+    asked = read_json(tmp_path / "out" / "sweep.json")
+    fewer = load_settings(SweepConfig, sweep_file, ["grid.privacy.weight=[1]"])
+    with pytest.raises(ConfigError, match=r"^grid\.privacy\.weight: is \[1\] but .* with \[1, 3\]; --resume goes on"):
+        write_again(fewer)
+    said: list[str] = []
+    took = driver._open
+
+    def before_the_others(*arguments: Any, **how: Any) -> Any:
+        worker = took(*arguments, **how)
+        write_json(tmp_path / "out" / "sweep.json", asked)
+        return worker
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_open", before_the_others)
+        array(sweep_file, "grid.privacy.weight=[1]", resume=True, say=said.append)
+    assert f"{tmp_path / 'out'}: was asked for other points meanwhile; whoever does these writes the front" in said
+    assert len(read_json(tmp_path / "out" / "front.json")["trials"]) == 2
+    assert len(write_again(load_settings(SweepConfig, sweep_file))["trials"]) == 2
+
+
+def test_points_are_named_by_what_they_are() -> None:
+    """Not by the order of their keys, nor by how a number is written."""
+    one, other = {"optimiser.lr": 0.001, "privacy.weight": 2.0}, {"privacy.weight": 2, "optimiser.lr": 1e-3}
+    assert Trial(one, 0).name == Trial(other, 0).name != Trial(other, 1).name
+    assert Trial(one | {"privacy.weight": 2.5}, 0).name != Trial(one, 0).name
+    assert Trial(one, 0).overrides == ["optimiser.lr=0.001", "privacy.weight=2.0", "seed=0"]
+
+
+@pytest.mark.parametrize("number", ["0", "1", "5"])
+def test_tasks_of_an_array_may_have_any_numbers(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    """As after `--array=0,1,5`, of what failed."""
+    for key, value in {"ID": number, "MIN": "0", "COUNT": "3", "STEP": "1"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    task, tasks = _task(None, None)
+    assert tasks == 3 and 0 <= task < 3
 
 
 @pytest.mark.usefixtures("undrawn")

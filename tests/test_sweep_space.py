@@ -223,6 +223,25 @@ def test_what_a_broken_attack_measured_is_not_drawn(monkeypatch: pytest.MonkeyPa
     assert "cost_identity" not in draw_front(front)
 
 
+@pytest.mark.parametrize("value", ["0.5", True])
+def test_a_weight_that_is_no_number_is_refused(value: Any) -> None:
+    asked = ["base=configs/demo.yaml", f"grid={{privacy.weight: [{json.dumps(value)}]}}"]
+    with pytest.raises(ConfigError, match=r"^grid\.privacy\.weight: .* is not a number$"):
+        load_settings(SweepConfig, None, asked)
+
+
+def test_a_row_that_the_network_s_file_system_hides_for_a_while_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS remembers that a file wasn't there; a look into its folder asks again."""
+    asked = ["base=configs/demo.yaml", "grid={privacy.weight: [1]}", "seeds=[0]"]
+    folder = Folder(tmp_path, load_settings(SweepConfig, None, asked))
+    (trial,) = folder.known()
+    write_json(folder.of(trial) / "trial.json", {"status": "done"})
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    assert folder.row(trial) == {"status": "done"}
+
+
 def test_masking_is_unknown_where_no_probe_ran() -> None:
     for seen, told in (([None, None], None), ([None, True], True), ([None, False], False)):
         [point] = make_points([row(1, seed, masking=masking) for seed, masking in enumerate(seen)])
@@ -232,9 +251,10 @@ def test_masking_is_unknown_where_no_probe_ran() -> None:
 def test_rows_that_another_task_takes_away_are_nobody_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the tasks of an array may be told to forget what failed, or what others attacked."""
     folder = Folder(
-        tmp_path, load_settings(SweepConfig, None, ["base=configs/demo.yaml", "grid={privacy.weight: [1]}"])
+        tmp_path,
+        load_settings(SweepConfig, None, ["base=configs/demo.yaml", "grid={privacy.weight: [1, 2]}", "seeds=[0]"]),
     )
-    files = [tmp_path / "trials" / name / "trial.json" for name in "ab"]
+    files = [folder.of(trial) / "trial.json" for trial in folder.known()]
     for file in files:
         write_json(file, {"status": "failed"})
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from training_runs import assert_same, identity_losses, last, run
 from transformers import AutoConfig, AutoModel
 
+from ppreid_dist import distributed
+from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.data.stream import load_pictures
 from ppreid_dist.errors import ConfigError, DataError, LostError
-from ppreid_dist.experiment import Config, _check_world, _probe
+from ppreid_dist.experiment import Config, _check_cameras, _check_world, _probe
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.engine import _Whole
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
@@ -202,3 +204,40 @@ def test_a_process_that_was_lost_before_or_after_the_loop_is_one_line(
     )
     with pytest.raises(LostError, match=r"run: another process died, .*: \[gloo\] Connection closed by peer$"):
         run(world, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("word", "last", "said"),
+    [
+        ("ncclInvalidUsage", "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000", "NCCL failed"),
+        ("ncclUnhandledCudaError", "Cuda failure 2 'out of memory'", "NCCL failed"),
+        ("ncclRemoteError", "socketProgress: Connection closed by remote peer", "another process died, hangs or can't"),
+    ],
+)
+def test_nccl_s_reason_is_told(word: str, last: str, said: str) -> None:
+    """It stands last, behind versions and codes."""
+    error = RuntimeError(
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:268, unhandled cuda error (run with NCCL_DEBUG="
+        f"INFO for details), NCCL version 2.27.5\n{word}: {'an explanation that nobody asked for ' * 5}\n"
+        f"Last error:\n{last}\n"
+    )
+    assert distributed.reason(error).startswith(said) and distributed.reason(error).endswith(last)
+
+
+def test_a_probe_of_too_few_people_is_refused_before_it_trains(world: list[str], tmp_path: Path) -> None:
+    few = [*world, f"data.root={tmp_path / 'p'}", f"data.shards={tmp_path / 's'}", "data.synthetic.aux=10"]
+    prepare_shards(load_settings(Config, None, few).data, progress=False)
+    with pytest.raises(ConfigError, match=r"^probe\.every: 10 auxiliary people are too few for a probe, it needs 12$"):
+        run(few, tmp_path / "run", "probe.every=1")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_best_response_that_would_be_off_is_refused(world: list[str], tmp_path: Path) -> None:
+    """Each picture by a camera of its own: less its camera's mean picture it is nothing."""
+    numbered = SimpleNamespace(camids=np.arange(50))
+    config = load_settings(Config, None, world)
+    with pytest.raises(ConfigError, match=r"^privacy\.ridge\.centre: camera takes off .*50 cameras and 32 pictures"):
+        _check_cameras(config, numbered, 32)  # type: ignore[arg-type]
+    _check_cameras(config, numbered, 51)  # type: ignore[arg-type]
+    config.privacy.ridge.centre = "batch"
+    _check_cameras(config, numbered, 32)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ from ppreid_dist.attacks.recogniser import Recogniser
 from ppreid_dist.attacks.recognisers import Recognisers, asked_widths
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.errors import ConfigError
+from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.settings import to_dict
@@ -126,10 +126,13 @@ class Bench:
         kept: Kept | None = None,
     ):
         """The pids and camids are those of the gallery that the ``judges`` know. ``progress`` hears how trainings go,
-        ``found`` what each one that is over has found. ConfigError naming ``attack.people`` where there are too few."""
+        ``found`` what each one that is over has found. ConfigError naming ``attack.people`` where there are too few,
+        DataError where a single person is tested."""
         self.kept, self.found = kept, found or progress
         self._outcomes: dict[str, Outcome] = {}  # by key, of all benches that learn on other pictures too
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
+        if len(tested := np.unique(query.pids_N)) < 2:
+            raise DataError(f"query: {len(tested)} person; an interval over people needs at least 2")
         self.perception = perception or Perception(PerceptualConfig(), query.images_N3HW.device)
         self.gallery, self.judges = (gallery_pids, gallery_camids), identity_axes(judges)
         self.chance_Q = chance_of(query, *self.gallery)
@@ -287,7 +290,8 @@ class Bench:
             few = n < self.people[-1]
             rows = np.flatnonzero(np.isin(self.aux.pids_N, self.order[:n]))
             pairs = permute_people(self.groups_N[rows], self.config.seed) if role.permuted else np.arange(len(rows))
-            features_ND = role.aux_ND[rows] if few else role.aux_ND  # once for all attackers: they may be large
+            whole = len(rows) == len(self.aux.pids_N)
+            features_ND = role.aux_ND if whole else role.aux_ND[rows]  # once for all attackers: they may be large
             parts = (features_ND, rows, rows[pairs], role.query_QD, role.leaked_LD)
             made_of = digest(self.world, *parts)
             for name in self.config.curve_attackers if few else self.config.attackers:

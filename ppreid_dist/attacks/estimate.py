@@ -129,10 +129,11 @@ def estimate(
     pids_N: np.ndarray,
     leaked_LD: Tensor | None = None,
     *,
+    numbers: int,
     processes: int = 1,
 ) -> str:
     """A line on so many trainings of each attacker that are still to be made by so many processes, and whether by
-    ``config.on_curve()``; empty where there are none."""
+    ``config.on_curve()``, of so many ``numbers`` of people; empty where there are none."""
     several: Counter[str] = Counter()
     known: dict[str, float] = {}
     asked = False
@@ -147,7 +148,7 @@ def estimate(
     if asked:
         # One for each number of people, and on more of them it takes longer.
         curve = any(ATTACKERS[name](getattr(config, name)).asks_recogniser for name in config.curve_attackers)
-        times = len(config.people) if curve else 1
+        times = numbers if curve else 1
         several.update(recogniser=times, inverse=times * len(asked_widths(config, config.attackers)))
         known["recogniser"] = recogniser_seconds(config, pictures_N3hw, pids_N)
         known["inverse"] = inverse_seconds(config, pictures_N3hw, pids_N)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from ppreid_dist.attacks.base import Attacker, split_people
+from ppreid_dist.attacks.base import HELD_OUT_PEOPLE, Attacker, split_people
 from ppreid_dist.attacks.config import ALONE
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.export import stored_features
@@ -37,6 +37,9 @@ class ProbeConfig(Settings):
     people: int = option(200, "auxiliary people at the most", at_least=16)
 
 
+LEAST = 3 * HELD_OUT_PEOPLE  # people: some are held out, and of the others a fresh attacker holds some out
+
+
 class Probe:
     """Called with the extractor, its adversaries' views and the step; gives the errors and whether they part.
 
@@ -55,7 +58,7 @@ class Probe:
     ):
         self.config, self.fresh, self.seed = config, fresh, seed
         self.unit = "L1 on the person" if masks_N1hw is not None else "L1"
-        people = np.unique(pictures.pids_N)
+        people = np.unique(pictures.pids_N)  # at least LEAST
         chosen = np.random.default_rng([seed, 41]).permutation(people)[: config.people]
         rows = np.flatnonzero(np.isin(pictures.pids_N, chosen))
         self.images, self.pids = pictures.images_N3HW[rows], pictures.pids_N[rows]

@@ -29,7 +29,10 @@ class RidgeConfig(Settings):
         [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0], "ridges to try, per picture", more_than=0
     )
     components: int = option(256, "principal components of the pictures that are predicted", at_least=1)
-    search_pictures: int = option(2000, "at most this many pictures choose the capacity; all are fitted", at_least=16)
+    search_pictures: int = option(2000, "at most this many pictures choose the capacity", at_least=16)
+    pictures: int = option(
+        20000, "at most this many are fitted, by a system of as many equations (13 GB for 20,000)", at_least=16
+    )
 
 
 @register
@@ -42,7 +45,10 @@ class Ridge(Attacker):
     def effort(self, pictures: int) -> float:
         """An eigendecomposition of some pictures for each view and width, and a solution of all."""
         tried = len(VIEWS) * len(self.config.widths)
-        return 20.0 * tried * min(pictures, self.config.search_pictures) ** 3 + pictures**3 / 3
+        return (
+            20.0 * tried * min(pictures, self.config.search_pictures) ** 3
+            + min(pictures, self.config.pictures) ** 3 / 3
+        )
 
     def fit(
         self,
@@ -54,7 +60,8 @@ class Ridge(Attacker):
         progress: Progress | None = None,
     ) -> None:
         config = self.config
-        some = np.random.default_rng([seed, 0x41D6E]).permutation(len(pids_N))[: config.search_pictures]
+        order = np.random.default_rng([seed, 0x41D6E]).permutation(len(pids_N))
+        some = order[: config.search_pictures]
         fit, held = (torch.from_numpy(some[rows]) for rows in split_people(pids_N[some], seed))
         self._learn_components(pictures_N3hw[fit])
         target_FC, target_HC = self._encode(pictures_N3hw[fit]), self._encode(pictures_N3hw[held])
@@ -71,6 +78,9 @@ class Ridge(Attacker):
         name, width, ridge = chosen
         self.view = fit_view(name, features_ND)
         self._learn_components(pictures_N3hw[torch.from_numpy(some)])
+        if len(order) > config.pictures:
+            most = torch.from_numpy(np.sort(order[: config.pictures]))
+            features_ND, pictures_N3hw = features_ND[most], pictures_N3hw[most]
         targets_NC = torch.cat([self._encode(part) for part in pictures_N3hw.split(1024)])
         self.model = kernel_ridge.fit(self.view(features_ND), targets_NC, width=width, ridge=ridge)
         if progress is not None:

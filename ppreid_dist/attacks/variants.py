@@ -1,8 +1,9 @@
 """Attackers who know something else than what is stored of the domain's other people (:mod:`.auxiliary`).
 
-For every variant, with the fewest and the most people of ``attack.people``, as far as there are so many: ceiling,
-protected and floor by the same trainings as the main attack's, and the leak by the same measure. None of it enters the
-axes. Attackers who know n of the tested people are tested on those n.
+For every variant, with the fewest and the most people of ``attack.people``, as far as there are so many (with all where
+the stolen database was read by the pictures of all): ceiling, protected and floor by the same trainings as the main
+attack's, and the leak by the same measure. None of it enters the axes. Attackers who know n of the tested people are
+tested on those n.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ def variant_bench(bench: Bench, auxiliary: Auxiliary) -> Bench:
     config, wanted = bench.config, bench.config.people
     names, most = config.auxiliary.attackers, len(np.unique(auxiliary.pictures.pids_N))
     ends = {min(wanted, key=lambda n: n or most), max(wanted, key=lambda n: n or most)}
+    if auxiliary.stolen_LD:
+        ends = {0}
     return bench.learning_on(
         auxiliary.pictures,
         replace(config, attackers=names, curve_attackers=names, people=sorted(ends)),

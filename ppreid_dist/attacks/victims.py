@@ -61,7 +61,7 @@ def expected(bench: Bench, control: Victim, protected: Victim, processes: int) -
     none."""
     missing = bench.missing(list(roles_of(bench, control, protected).values()))
     of = control.aux_ND, bench.aux.images_N3HW, bench.aux.pids_N, leaked_by(control)
-    return estimate(missing, bench.config, *of, processes=processes)
+    return estimate(missing, bench.config, *of, numbers=len(bench.people), processes=processes)
 
 
 def scores_of(roles: Roles, axis: str, name: str, n: int) -> AttackScores:

@@ -52,8 +52,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def available_threads() -> int:
-    """This process's share of the CPU cores it may run on."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """This process's share of the CPU cores it may run on. Slurm says a task's, even where it doesn't bind them."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(share, int(os.environ.get("SLURM_CPUS_PER_TASK", share))))
 
 
 class Decoder:

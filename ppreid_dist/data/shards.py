@@ -38,7 +38,7 @@ from tqdm import tqdm
 from ppreid_dist.data.catalog import Catalog
 from ppreid_dist.data.index import FORMAT, ROW, Index, join, load_index, read_meta, write_index
 from ppreid_dist.data.records import SPLITS, Record
-from ppreid_dist.errors import DataError
+from ppreid_dist.errors import DataError, TakenError
 from ppreid_dist.files import atomic, write_json
 from ppreid_dist.progress import progress_bar
 
@@ -93,6 +93,22 @@ def write_shards(
         return
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
         _log.warning("%s: another writer's, or the remains of a killed one, which may be deleted", leftover)
+    try:
+        _write(catalog, folder, fingerprint, images_per_shard, seed, settings or {}, progress)
+    except TakenError:  # by another writer, who was sooner
+        if read_meta(folder).get("catalogue") != fingerprint:
+            raise
+
+
+def _write(
+    catalog: Catalog,
+    folder: Path,
+    fingerprint: str,
+    images_per_shard: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    progress: bool,
+) -> None:
     splits: dict[str, Any] = {}
     total = len(catalog.records)
     with atomic(folder) as temporary, progress_bar(total=total, desc="shards", unit="img", shown=progress) as bar:
@@ -110,7 +126,7 @@ def write_shards(
             sizes = {name: (temporary / name).stat().st_size for name in index.shards}
             splits[split] = dict(rows=len(index), fingerprint=index.fingerprint(), shards=sizes)
         meta = dict(format=FORMAT, kind=catalog.kind, notes=list(catalog.notes), counts=catalog.counts())
-        meta["settings"] = dict(settings or {})
+        meta["settings"] = dict(settings)
         write_json(temporary / "meta.json", dict(**meta, catalogue=fingerprint, splits=splits))
 
 
@@ -188,7 +204,8 @@ def _read_picture(file: Path) -> tuple[bytes, str, tuple[int, int], bool]:
         raise DataError(f"{file}: not a whole JPEG, PNG or BMP picture: {error}") from None
     if mode[0] in "IF":  # Pillow clips 16 bits where DALI scales them
         raise DataError(f"{file}: has more than 8 bits a channel (mode {mode}); convert it first")
-    return data, EXTENSIONS[str(picture.format)], picture.size, turned
+    # MPO: a JPEG with a second picture behind it, as some cameras write; what reads it reads the first.
+    return data, EXTENSIONS["JPEG" if picture.format == "MPO" else str(picture.format)], picture.size, turned
 
 
 def _append(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:

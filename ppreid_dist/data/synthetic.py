@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from ppreid_dist.data.pedestrian import STATURE, VIEWS, Colour, Pen, Person, Pose, draw_figure, draw_person, shade
-from ppreid_dist.errors import DataError
+from ppreid_dist.errors import DataError, TakenError
 from ppreid_dist.files import atomic
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, load_settings, option, save_settings
@@ -71,10 +71,22 @@ def render(folder: Path, config: SyntheticConfig, *, progress: bool = True) -> N
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        saved = folder / "synthetic.yaml"
-        if saved.is_file() and load_settings(SyntheticConfig, saved) == config:
+        if _rendered(folder, config):
             return
         raise DataError(f"{folder}: exists and was not rendered with these settings; name another folder")
+    try:
+        _render(folder, config, progress)
+    except TakenError:  # by another process, which was sooner
+        if not _rendered(folder, config):
+            raise
+
+
+def _rendered(folder: Path, config: SyntheticConfig) -> bool:
+    saved = folder / "synthetic.yaml"
+    return saved.is_file() and load_settings(SyntheticConfig, saved) == config
+
+
+def _render(folder: Path, config: SyntheticConfig, progress: bool) -> None:
     shots = list(_shots(config))
     cameras = {camid: Camera(config, camid) for camid in range(1, config.cameras + 1)}
     people = {pid: draw_person(_random(config, _PERSON, pid)) for pid in {s.pid for s in shots}}

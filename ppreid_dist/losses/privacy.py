@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppreid_dist.distributed import gather, mean_over_ranks, rank
 
-_TINY = 1e-12  # a floor of 0 means that there is nothing to hide: the bounded loss is then 0, not 0/0
+TINY = 1e-12  # a floor of 0 means that there is nothing to hide: the bounded loss is then 0, not 0/0
 
 
 def bounded(distance_B: Tensor, floor: Tensor | float) -> Tensor:
@@ -21,12 +21,12 @@ def bounded(distance_B: Tensor, floor: Tensor | float) -> Tensor:
     extractor would gain by confusing this very adversary further, which is masking and not protection.
     """
     floor = _constant(floor, distance_B)
-    return (floor - distance_B).relu().mean() / floor.mean().clamp_min(_TINY)
+    return (floor - distance_B).relu().mean() / floor.mean().clamp_min(TINY)
 
 
 def unbounded(distance_B: Tensor, floor: Tensor | float) -> Tensor:
     """-mean(distance) / mean(floor), for the ablation only: it rewards confusing the adversary without end."""
-    return -distance_B.mean() / _constant(floor, distance_B).mean().clamp_min(_TINY)
+    return -distance_B.mean() / _constant(floor, distance_B).mean().clamp_min(TINY)
 
 
 def _constant(floor: Tensor | float, like: Tensor) -> Tensor:
@@ -56,4 +56,4 @@ def wrong_person_floor(
     partner_B = ahead_BN.masked_fill(~other_BN, total).argmin(1)
     usable_B = other_BN.any(1).float()
     total_distance = mean_over_ranks((distance(recon_B3hw, all_N[partner_B]) * usable_B).sum())
-    return total_distance / mean_over_ranks(usable_B.sum()).clamp_min(_TINY)
+    return total_distance / mean_over_ranks(usable_B.sum()).clamp_min(TINY)

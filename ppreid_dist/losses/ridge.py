@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve, whitening
-from ppreid_dist.losses.privacy import bounded, unbounded
+from ppreid_dist.losses.privacy import TINY, bounded, unbounded
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.transfer import to_device
 
@@ -147,7 +147,7 @@ def ridge_best_response(
     count = len(config.ridges)
     best = torch.cat((place // (len(config.widths) * count), place // count % len(config.widths), place % count))
     if config.select == "softmin":
-        weights_X = torch.softmax(-mean_X / (config.temperature * floor_T.mean()), 0)
+        weights_X = torch.softmax(-mean_X / (config.temperature * floor_T.mean()).clamp_min(TINY), 0)
     else:
         view_ND = views_VND.index_select(0, best[:1])[0]
         width_W, ridge_R = widths_W.index_select(0, best[1:2]), ridges_R.index_select(0, best[2:])

@@ -85,6 +85,12 @@ class StoreConfig(Settings):
     )
     quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))
 
+    @property
+    def in_words(self) -> str:
+        """``plain``, ``pca``, ``int8``, ``pca, int8``."""
+        parts = [self.kind] * (self.kind != "plain") + [self.quantise] * (self.quantise != "none")
+        return ", ".join(parts) or "plain"
+
 
 class Store(nn.Module):
     """Embeddings (B, D) to stored features (B, S), fp32. What :meth:`fit` learns must be there before it is used.

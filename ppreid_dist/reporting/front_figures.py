@@ -4,6 +4,7 @@ Blue is a protected point, full on the front and faint where it is dominated; ve
 leaks 1 by definition; the ring the recommended point.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -14,6 +15,7 @@ import numpy as np
 from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, legend
 
 _FAINT = 0.3
+_LONGEST = 44  # characters of a name in the plane
 Ends = tuple[float, float]
 
 
@@ -65,18 +67,23 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
 
 
 def _name(axes: Axes, axis: str, points: Sequence[dict[str, Any]], theme: Theme) -> None:
-    """Each point's name beside it, where it covers no other name; the first ones choose first."""
+    """Each point's name beside it, within the plane, where it covers no other name; the first ones choose first."""
+    assert isinstance(axes.figure, Figure)
+    axes.figure.draw_without_rendering()  # else the plane isn't yet where it will be
     taken: list[Any] = []
     for point in points:
+        method = point["method"] or f"λ {point['weight']:g}"
         name = axes.annotate(
-            point["method"] or f"λ {point['weight']:g}",
+            textwrap.shorten(method, _LONGEST, placeholder=" …"),
             (_clip(point["axes"][axis]["leak"]["value"]), point["mAP"]["value"]),
             xytext=(0, 0), textcoords="offset points", fontsize=8, color=theme.muted,
         )  # fmt: skip
+        name.set_in_layout(False)  # or the plane would shrink for it
         for away, right, up in product((5, 16, 27), (1, -1), (1, -1)):
             name.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
             name.set_position((5 * right, up * away))
-            if not any(name.get_window_extent().overlaps(other) for other in taken):
+            box = name.get_window_extent()
+            if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(name.get_window_extent())
 

@@ -146,6 +146,8 @@ def _check_range(where: str, key: str, values: Any) -> None:
 
 
 def _check_weight(where: str, key: str, value: Any) -> None:
-    if key == WEIGHT and isinstance(value, (int, float)) and value <= 0:
+    if key == WEIGHT and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ConfigError(f"{where}: {value!r} is not a number")
+    if key == WEIGHT and value <= 0:
         what = "is negative" if value < 0 else "is the control, which the sweep trains by itself"
         raise ConfigError(f"{where}: λ {value} {what}; give more than 0")

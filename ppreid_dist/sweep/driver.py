@@ -85,7 +85,7 @@ def sweep_on_ray(
         if heard.wanted:
             _wait_for_guards(folder)
             raise Stopped(f"{folder.path}: asked to stop; what is done is kept")
-    return write(folder)
+    return _write_if_asked(folder, say)
 
 
 def sweep_in_array(
@@ -113,7 +113,7 @@ def sweep_in_array(
         except Stopped as stopped:
             raise Stopped(f"{worker.folder.path}: {stopped}; what is done is kept") from None
     front = front_of(worker.folder)
-    return write(worker.folder) if front["complete"] else front
+    return _write_if_asked(worker.folder, say) if front["complete"] else front
 
 
 def _open(
@@ -148,6 +148,13 @@ def _wait_for_guards(folder: Folder) -> None:
         time.sleep(0.5)
 
 
+def _write_if_asked(folder: Folder, say: Say) -> dict[str, Any]:
+    if not folder.asked_for_other_points():
+        return write(folder)
+    say(f"{folder.path}: was asked for other points meanwhile; whoever does these writes the front")
+    return front_of(folder)
+
+
 def write(folder: Folder) -> dict[str, Any]:
     """The front of what is done, written and returned."""
     front = front_of(folder)
@@ -161,4 +168,4 @@ def write_again(config: SweepConfig) -> dict[str, Any]:
     """The front of a sweep's folder as it is now. RunError where there is none."""
     if not (Path(config.output) / "sweep.json").is_file():
         raise RunError(f"{config.output}: holds no sweep")
-    return write(open_folder(config, resume=True))
+    return write(open_folder(config, resume=True, only_look=True))

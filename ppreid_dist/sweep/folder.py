@@ -19,7 +19,7 @@ OUT/
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,8 @@ from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
 
 # What may differ when a sweep goes on: nothing of it is in the figures of a trial, whose name says its own point.
-_FREE = ("output", "concurrent", "resources.", "min_utility", "axis", "grid", "methods")
+_POINTS = ("grid", "methods")
+_FREE = ("output", "concurrent", "resources.", "min_utility", "axis", *_POINTS)
 _ATTACKERS = ("attack.", "judges")  # may differ where trials are attacked again
 _PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
@@ -56,15 +57,21 @@ class Folder:
 
     def row(self, trial: Trial) -> dict[str, Any] | None:
         """The row of a finished trial."""
-        file = self.of(trial) / "trial.json"
-        return read_json(file) if file.is_file() else None
+        return _row(self.of(trial) / "trial.json")
 
     def known(self) -> list[Trial]:
         """All trials of a grid or of methods; of a search, those that were begun, in the order of their beginning."""
         if not self.config.search:
             return listed_trials(self.config)
-        begun = sorted((self.path / "trials").glob("*/settings.json"), key=lambda file: file.stat().st_mtime_ns)
-        return [Trial(**read_json(file)) for file in begun]
+        return self._all_begun()
+
+    def begun(self, settings: Mapping[str, Any], seed: int) -> list[Trial]:
+        """The trials of exactly these, asked for still or not."""
+        return [trial for trial in self._all_begun() if (trial.settings, trial.seed) == (dict(settings), seed)]
+
+    def _all_begun(self) -> list[Trial]:
+        files = sorted((self.path / "trials").glob("*/settings.json"), key=lambda file: file.stat().st_mtime_ns)
+        return [Trial(**read_json(file)) for file in files]
 
     def expected(self) -> int:
         """How many trials there will be; a search's are fewer by the points that it proposed again."""
@@ -104,9 +111,10 @@ class Folder:
     def forget_other_attackers(self) -> int:
         """Let what others than the present :attr:`attackers` attacked be attacked again; how many trials these are."""
         now, count = self.attackers, 0
-        for file, row in self._rows():
-            if row["status"] == "done" and row.get("attackers_source") != now:
-                file.unlink(missing_ok=True)
+        for trial in self.known():
+            row = self.row(trial)
+            if row is not None and row["status"] == "done" and row.get("attackers_source") != now:
+                (self.of(trial) / "trial.json").unlink(missing_ok=True)
                 count += 1
         return count
 
@@ -114,20 +122,28 @@ class Folder:
         """Let what failed be tried again."""
         for file in (self.path / "shared").glob("*.json"):
             file.unlink(missing_ok=True)
-        for file, row in self._rows():
-            if row["status"] == "failed":
-                file.unlink(missing_ok=True)
+        for trial in self.known():
+            row = self.row(trial)
+            if row is not None and row["status"] == "failed":
+                (self.of(trial) / "trial.json").unlink(missing_ok=True)
 
-    def _rows(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The finished trials' files, without those that another task takes away meanwhile."""
-        for file in (self.path / "trials").glob("*/trial.json"):
-            try:
-                row = read_json(file)
-            except DataError:
-                if file.is_file():
-                    raise
-                continue
-            yield file, row
+    def asked_for_other_points(self) -> bool:
+        """Whether somebody has since gone on with the sweep with another grid or other methods."""
+        now = read_json(self.path / "sweep.json")["sweep"]
+        return any(now[key] != to_dict(self.config)[key] for key in _POINTS)
+
+
+def _row(file: Path) -> dict[str, Any] | None:
+    # The folder is listed, since NFS remembers for a while that a file of another node wasn't there yet.
+    if not (file.parent.is_dir() and file.name in os.listdir(file.parent)):
+        return None
+    try:
+        found: dict[str, Any] = read_json(file)
+        return found
+    except DataError:
+        if file.is_file():
+            raise
+        return None  # another task took it away meanwhile, to attack or try again
 
 
 def _digest_of(judge: Path) -> str:
@@ -146,9 +162,10 @@ def _load(base: str, settings: tuple[str, ...]) -> Config:
     return load_settings(Config, base, settings)
 
 
-def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) -> Folder:
+def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, only_look: bool = False) -> Folder:
     """The sweep's folder, made where there is none, with the space checked. It may have been begun with other points of
-    a grid or other methods, and with ``reattack`` with other attackers and judges.
+    a grid or other methods, which it then has from now on (not with ``only_look``, which refuses them), and with
+    ``reattack`` with other attackers and judges.
 
     ConfigError for a run key that doesn't exist or a value that it can't have; RunError where the folder holds a sweep
     and ``resume`` is false, or another sweep; DataError where it can't be written.
@@ -175,7 +192,9 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) ->
         _check_same(before, asked, file, but=_ATTACKERS)
         if not reattack:
             _check_same(before, asked, file, "; --reattack attacks what is trained again")
-        if asked != before:
+        if only_look:
+            _check_same(before, asked, file, "; --resume goes on with other points", free=_FREE[: -len(_POINTS)])
+        elif asked != before:
             write_json(file, asked)
     elif used:
         raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
@@ -193,7 +212,13 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False) ->
 
 
 def _check_same(
-    before: Mapping[str, Any], now: Mapping[str, Any], file: Path, hint: str = "", *, but: tuple[str, ...] = ()
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    file: Path,
+    hint: str = "",
+    *,
+    but: tuple[str, ...] = (),
+    free: tuple[str, ...] = _FREE,
 ) -> None:
     for part, schema in (("sweep", SweepConfig), ("base", Config)):
         old, new = (dict(flat(asked[part])) for asked in (before, now))
@@ -204,7 +229,7 @@ def _check_same(
         for key in sorted(old.keys() | new.keys()):
             if key.startswith(but):
                 continue
-            if old.get(key) != new.get(key) and not (part == "sweep" and key.startswith(_FREE)):
+            if old.get(key) != new.get(key) and not (part == "sweep" and key.startswith(free)):
                 where = key if part == "sweep" else f"base, {key}"
                 raise ConfigError(f"{where}: is {new.get(key)!r} but {file} was begun with {old.get(key)!r}{hint}")
 

@@ -99,12 +99,17 @@ def main(claim: Claim, owner: int, started: str) -> None:
     beaten = 0.0
     try:
         while _started(owner) == started:
-            if claim.given_back():
-                return
-            if time.monotonic() - beaten > BEAT:
-                if not claim.beat():
-                    break
-                beaten = time.monotonic()
+            try:
+                if claim.given_back():
+                    return
+                if time.monotonic() - beaten > BEAT:
+                    if not claim.beat():
+                        break
+                    beaten = time.monotonic()
+            except FileNotFoundError:
+                raise
+            except OSError:
+                pass  # of a network's file system it passes, and without its guard the claim would soon be another's
             time.sleep(0.5)
         end(str(claim.file))
         claim.give_back()

@@ -244,7 +244,8 @@ def _watcher(worker: Worker, progress: Progress, stopped: Callable[[], bool]) ->
                 raise _Asked
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._note(trial, {"status": "stopped", "reason": "asha: its training loss was in the worse half"})
+            if worker.folder.config.asha:  # else it wrote its row, which NFS may show to other nodes late
+                self._note(trial, {"status": "stopped", "reason": "asha: its training loss was in the worse half"})
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             lines = (str(trial.get_error() or "") or "its Ray worker died").strip().splitlines()

@@ -27,9 +27,11 @@ class Trial:
     @property
     def point(self) -> str:
         """The same for the same settings, in whatever sweep and order they come."""
-        words = "_".join(f"{key.rpartition('.')[2]}_{_text(value)}" for key, value in self.settings.items())
+        # 2 is 2.0, which a list of both kinds of numbers may well become.
+        items = sorted((key, _text(_number(value))) for key, value in self.settings.items())
+        words = "_".join(f"{key.rpartition('.')[2]}_{value}" for key, value in items)
         readable = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.method or words).strip("_")[:_NAME]
-        whole = json.dumps(sorted((key, _text(value)) for key, value in self.settings.items()))
+        whole = json.dumps(items)
         return f"{readable}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
 
     @property
@@ -45,6 +47,10 @@ class Trial:
 def as_overrides(settings: Mapping[str, Any]) -> list[str]:
     """``key=value`` for each; what isn't a number or text is YAML's flow style, which JSON is."""
     return [f"{key}={_text(value)}" for key, value in settings.items()]
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 The trial trains first, and only then needs the control and the judge. Of several trials that come to that point, one
 trains the control, the next one the judge, and the others wait. So it is with a training that several trials store in
-ways of their own.
+ways of their own. What is trained stays where it is when the sweep goes on with more or fewer trials.
 """
 
 import hashlib
@@ -45,6 +45,10 @@ class Training:
     def finished(self) -> Path:
         """The last file that a training writes."""
         return self.run / "model" / "extractor.json"
+
+    @property
+    def begun(self) -> bool:
+        return self.run.is_dir()
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,13 @@ class Worker:
     def _measure(self, trial: Trial, claim: Claim, environment: dict[str, str], look: Look) -> dict[str, Any]:
         place = self.folder.of(trial)
         control, judge = self._control(trial), self._judge()
-        protected = Training("training", trial.name, place / "run", trial.overrides, place / "log.txt")
+        protected = self._own(trial)
         trained, stored = _parts(trial)
-        source = control if stored and not trained else protected
-        if source is protected and (stored or self._wanted_by_others(trial)):
-            source = self._shared("training", [*as_overrides(trained), f"seed={trial.seed}"], but=FREE)
-            self._see_to([source], look)
-        elif source is protected:
+        source = control if stored and not trained else self._source(trial, trained)
+        if source == protected:
             self._train(source, claim, environment, look)
+        elif source is not control:
+            self._see_to([source], look)
         self._see_to([control, judge])
         if not stored:
             protected = source
@@ -151,12 +154,21 @@ class Worker:
     def _judge(self) -> Training:
         return self._shared("judge", [f"seed={judge_seed(self.folder)}", f"{WEIGHT}=0", *self.folder.config.judge])
 
-    def _wanted_by_others(self, trial: Trial) -> bool:
-        """Whether another trial stores what this one trains in a way of its own."""
+    def _own(self, trial: Trial) -> Training:
+        place = self.folder.of(trial)
+        return Training("training", trial.name, place / "run", trial.overrides, place / "log.txt")
+
+    def _source(self, trial: Trial, trained: dict[str, Any]) -> Training:
+        """Where the trial's training is, or is to be: with others', if another stores it in a way of its own."""
+        shared = self._shared("training", [*as_overrides(trained), f"seed={trial.seed}"], but=FREE)
+        if shared.begun:
+            return shared
+        if begun := [own for other in self.folder.begun(trained, trial.seed) if (own := self._own(other)).begun]:
+            return begun[0]
         if self.folder.config.search:
-            return False
+            return self._own(trial)
         wanted = [(_parts(other)[0], other.seed) for other in self.folder.known()]
-        return wanted.count((dict(trial.settings), trial.seed)) > 1
+        return shared if wanted.count((trained, trial.seed)) > 1 or trained != trial.settings else self._own(trial)
 
     def _shared(self, role: str, overrides: list[str], but: tuple[str, ...] = (*METHOD, *FREE)) -> Training:
         """Found by all that it is made of, ``but`` these keys: data, backbone, schedule, seed."""

@@ -277,10 +277,13 @@ class Engine:
             self.accelerator = Accelerator(log_with=list(loggers) or None, project_dir=str(run_folder), **options)
         except dist.DistError as error:
             self.forget()
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             what = " ".join(str(error).split())[:200]
+            if "EADDRINUSE" in what:
+                raise RunError(f"MASTER_PORT: something else listens at {where}; choose another port") from error
             raise RunError(
-                f"WORLD_SIZE: not all of the {expected} processes met within {timeout:g} s (engine.timeout), at "
-                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {what}"
+                f"WORLD_SIZE: the {expected} processes didn't meet at {where} within {timeout:g} s (engine.timeout): "
+                f"{what}"
             ) from error
         seen = self.accelerator.num_processes
         if seen != expected or distributed.world_size() != expected:
@@ -290,10 +293,15 @@ class Engine:
                 "use `accelerate launch --multi_gpu --num_processes N`"
             )
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # each process's, as Slurm binds them
+        # Each process's own, as Slurm binds them; those of accelerate and torchrun have their launcher's.
+        bound = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+        own = gpus == 1 and bound
         if 0 < gpus < here and not own:
             self.forget()
-            raise ConfigError(f"LOCAL_WORLD_SIZE: {here} processes on a machine where {gpus} GPUs are visible")
+            raise ConfigError(
+                f"LOCAL_WORLD_SIZE: {here} processes on a machine where {gpus} GPUs are visible; say --num_processes "
+                f"{gpus}"
+            )
         if gpus < here and own and kind != "ddp":
             self.forget()
             raise ConfigError(

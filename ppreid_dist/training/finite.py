@@ -15,7 +15,8 @@ from torch import Tensor
 
 class NotFinite(Exception):
     """A gradient of extractor step ``step`` is NaN or infinite; raised on all ranks alike. No weight and no moment of
-    any player was changed by it, nor since. ``fed`` is what it came from, this process's rows."""
+    any player was changed by it, nor since (BatchNorm's statistics and averages were, where the answer is late).
+    ``fed`` is what it came from, this process's rows."""
 
     def __init__(self, player: str, step: int, fed: Mapping[str, Any]):
         super().__init__(f"the gradient of the {player}")

@@ -159,8 +159,7 @@ class Runner:
         except RuntimeError as error:
             if not distributed.lost_contact(error):
                 raise
-            what = " ".join(str(error).split())[:200]
-            raise LostError(f"{self.folder}: step {self.step}: another process died or hangs: {what}") from error
+            raise LostError(f"{self.folder}: step {self.step}: {distributed.reason(error)}") from error
         finally:
             self.requests.close()
             bar.close()
