@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from matplotlib.text import Text
 
 from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, legend
 
@@ -67,7 +68,8 @@ def _cost(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
 
 
 def _name(axes: Axes, axis: str, points: Sequence[dict[str, Any]], theme: Theme) -> None:
-    """Each point's name beside it, within the plane, where it covers no other name; the first ones choose first."""
+    """Each point's name near it, within the plane, where it covers no other name; the first ones choose first, and who
+    finds no place goes without."""
     assert isinstance(axes.figure, Figure)
     axes.figure.draw_without_rendering()  # else the plane isn't yet where it will be
     taken: list[Any] = []
@@ -77,15 +79,20 @@ def _name(axes: Axes, axis: str, points: Sequence[dict[str, Any]], theme: Theme)
             textwrap.shorten(method, _LONGEST, placeholder=" …"),
             (_clip(point["axes"][axis]["leak"]["value"]), point["mAP"]["value"]),
             xytext=(0, 0), textcoords="offset points", fontsize=8, color=theme.muted,
+            arrowprops={"arrowstyle": "-", "color": theme.muted, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3},
         )  # fmt: skip
         name.set_in_layout(False)  # or the plane would shrink for it
-        for away, right, up in product((5, 16, 27), (1, -1), (1, -1)):
+        for away, right, up in product((5, 16, 27, 38, 49, 60, 71, 82), (1, -1), (1, -1)):
             name.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
             name.set_position((5 * right, up * away))
-            box = name.get_window_extent()
-            if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not any(box.overlaps(other) for other in taken):
+            name.get_window_extent()  # moves it there
+            box = Text.get_window_extent(name)  # without its line
+            inside = all(axes.bbox.contains(*corner) for corner in box.corners())
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
                 break
-        taken.append(name.get_window_extent())
+        else:
+            name.remove()
 
 
 def _urr(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
