@@ -8,7 +8,9 @@
 - **The floor is at chance**, where an axis ranks and chance is known. A floor learns from pictures of strangers, so it
   can name nobody. It fails where the interval of (floor − chance) lies above 0 and that is more than ``LIFT`` of the
   reach (ceiling − chance). Cameras and light lift a judge's ranking a little without anybody being shown: by at most
-  0.03 of the reach in the runs it was measured on, synthetic and real. A lift of ``LIFT`` lowers r by that at most:
+  0.03 of the reach in the runs it was measured on, synthetic and real. With few people in the gallery and little reach
+  a judge that ranks a person's pictures together lifts it further: then a sound attack may be called broken. A lift of
+  ``LIFT`` lowers r by that at most:
   (P − c)/(C − c) − (P − F)/(C − F) ≤ (F − c)/(C − c) for a chance c ≤ floor F ≤ protected P ≤ ceiling C.
 
 The reach is what the strongest attacker with the most people has on unprotected features, beyond its floor or beyond
