@@ -170,6 +170,19 @@ def test_too_few_people_is_one_line_about_the_setting() -> None:
         small_config(attackers=["ridge"], curve_attackers=["gan"])
 
 
+def test_ridge_solves_no_more_equations_than_it_may(aux: tuple[Pictures, Tensor]) -> None:
+    """Of a whole gallery, as with pictures of the same people, they would not fit into memory."""
+    known, features = aux
+    asked = RidgeConfig(widths=[1.0], ridges=[0.01], search_pictures=60)
+    some, every = Ridge(replace(asked, pictures=100)), Ridge(asked)
+    for ridge in (some, every):
+        ridge.fit(features, known.images_N3HW, known.pids_N, seed=0)
+    assert [len(ridge.model.features_ND) for ridge in (some, every)] == [100, len(features)]
+    assert some.effort(10**6) == some.effort(100) < every.effort(10**6)
+    drawn, whole = some.reconstruct(features), every.reconstruct(features)
+    assert float((drawn - whole).abs().mean()) < 0.05
+
+
 def test_permuted_pairs_show_other_people_one_for_one() -> None:
     pids = np.array([5, 5, 5, 9, 2, 2, 7, 7, 7, 7])
     pairs = permute_people(pids, seed=1)

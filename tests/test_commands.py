@@ -11,10 +11,14 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
+from ppreid_dist import assessment
 from ppreid_dist.cli import main
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.errors import DataError
@@ -114,6 +118,18 @@ def attack(runs: Path, out: Path, *settings: str, expect: int = 0, **other: str)
     roles = {"control": "control", "protected": "protected", "judge": "judge"} | other
     flags = [word for role, of in roles.items() for run in of.split() for word in (f"--{role}", str(runs / run))]
     return ppreid("attack", *flags, "--out", str(out), *settings, expect=expect)
+
+
+def test_a_repeated_attack_that_ends_half_way_leaves_no_figures_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "attack.json").write_text("{}")
+    monkeypatch.setattr(assessment, "write_tensors", None)  # as if it were killed there
+    shown = SimpleNamespace(reconstructions={}, shown=np.arange(1), per_query={})
+    pictures = SimpleNamespace(images_N3HW=torch.zeros(1, 3, 4, 2))
+    with pytest.raises(TypeError):
+        assessment._write_found(tmp_path, {}, shown, pictures, {})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_from_pictures_to_the_report(runs: Path, tmp_path: Path) -> None:
