@@ -106,6 +106,16 @@ def test_the_whole_game_in_pieces(
     assert_close(moved(alone), moved(last(tmp_path / "two")), CLOSE, norm=2)
 
 
+def test_the_launcher_s_word_reaches_the_extractor(
+    world: list[str], small_vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Extractor, "accumulate", lambda self, pieces: asked.append(pieces))
+    monkeypatch.setenv(STEPS, "3")
+    run(world, tmp_path / "run", f"model.backbone={small_vit}", "privacy.weight=0", "training.images=32")
+    assert asked == [3]
+
+
 def test_bad_input(world: list[str], small_vit: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.accumulate: .*backbone has batch norm"):
         run(world, tmp_path / "run", "engine.accumulate=2")

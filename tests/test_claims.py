@@ -15,7 +15,8 @@ from sweep_stand_ins import until
 
 from ppreid_dist.files import atomic
 from ppreid_dist.sweep import claims as claims_module
-from ppreid_dist.sweep.claims import Claims
+from ppreid_dist.sweep import guard as guard_module
+from ppreid_dist.sweep.claims import Claim, Claims
 from ppreid_dist.sweep.guard import MARK, guarded, marked
 
 # --- who does what ----------------------------------------------------------------------------------------------
@@ -53,6 +54,46 @@ def test_a_claim_is_free_when_given_back_or_silent_and_its_old_owner_learns_it(t
     second.beat()  # a guard's, come too late
     assert claims.held() == {}
     assert claims.take("x") is not None
+
+
+def test_a_guard_beats_and_ends_what_runs_when_the_claim_is_another_s(tmp_path: Path) -> None:
+    """Not when its owner leaves: while it works."""
+    claim = Claims(tmp_path).take("x")
+    assert claim is not None
+    long_ago = time.time() - 2 * claims_module.STALE
+    with guarded(claim) as environment:
+        os.utime(claim.file, (long_ago, long_ago))
+        until(lambda: time.time() - claim.file.stat().st_mtime < claims_module.STALE, 60)
+        with subprocess.Popen(["sleep", "300"], env=environment) as child:
+
+            def taken() -> bool:
+                os.utime(claim.file, (long_ago, long_ago))  # again, where it beat just then
+                return Claims(tmp_path).take("x") is not None
+
+            until(taken, 60)
+            assert child.wait(timeout=120) == -signal.SIGTERM
+
+
+def test_a_passing_failure_of_the_file_system_does_not_end_a_guard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = Claims(tmp_path).take("x")
+    assert claim is not None
+    beats: list[OSError | None] = [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), None]
+    monkeypatch.setattr(guard_module, "BEAT", 0.0)
+    monkeypatch.setattr(guard_module.time, "sleep", lambda seconds: None)
+    ended: list[str] = []
+    monkeypatch.setattr(guard_module, "end", ended.append)
+
+    def beat(self: Claim) -> bool:
+        failure = beats.pop(0) if beats else None
+        if failure is not None:
+            raise failure
+        return bool(beats)  # at last it is another's
+
+    monkeypatch.setattr(Claim, "beat", beat)
+    guard_module.main(claim, os.getpid(), guard_module._started(os.getpid()))
+    assert not beats and ended == [str(claim.file)] and claim.given_back()
 
 
 OWNER = """

@@ -8,10 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from ppreid_dist import assessment
 from ppreid_dist.cli import main
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.errors import DataError
-from ppreid_dist.experiment import Config
+from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import read_tensors
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings, save_settings
@@ -324,6 +326,7 @@ def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) 
         ),
         ({"judge": "judge judge"}, [], "judge: named twice"),
         ({"judge": "judge twin"}, [], "twin has seed and backbone of"),
+        ({"judge": "reseeded"}, [], "reseeded has the seed of"),
         ({"judge": "rounded"}, [], "rounded: not a judge: its features are stored as int8"),
         ({"control": "rounded"}, [], "rounded: not a control: its features are stored as int8"),
         ({"judge": "judge protected"}, [], "protected: named twice"),
@@ -342,12 +345,13 @@ def test_runs_that_can_not_be_compared(
     if "twin" in other.get("judge", ""):
         shutil.copytree(runs / "judge", tmp_path / "twin")
         other = {"judge": f"judge {tmp_path / 'twin'}"}
-    if "rounded" in other.values():
+    changed = {"rounded": "model.store.quantise=int8", "reseeded": f"seed={load_run(runs / 'protected').seed}"}
+    if (word := next(iter(other.values()), "")) in changed:
         (role,) = other
-        shutil.copytree(runs / role, tmp_path / "rounded")
-        config = load_settings(Config, runs / role / "config.yaml", ["model.store.quantise=int8"])
-        save_settings(config, tmp_path / "rounded" / "config.yaml")
-        other = {role: str(tmp_path / "rounded")}
+        shutil.copytree(runs / role, tmp_path / word)
+        config = load_settings(Config, runs / role / "config.yaml", [changed[word]])
+        save_settings(config, tmp_path / word / "config.yaml")
+        other = {role: str(tmp_path / word)}
     done = attack(runs, tmp_path / "out", *settings, expect=2, **other)
     assert message in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -432,6 +436,59 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "does", "given"),
+    [
+        (["--address", "head:1", "--nodes", "3", "--resume"], "sweep_on_ray",
+         {"address": "head:1", "nodes": 3, "resume": True, "retry": False, "reattack": False}),
+        (["--backend", "array", "--task", "1", "--tasks", "4", "--retry"], "sweep_in_array",
+         {"1": 1, "2": 4, "resume": False, "retry": True, "reattack": False}),
+        (["--backend", "array", "--reattack"], "sweep_in_array", {"1": 0, "2": 1, "reattack": True}),
+        (["--front"], "write_again", {}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("command", "file"), [("sweep", "sweep_demo"), ("bench-privacy", "privacy_bench_small")])
+def test_a_sweep_s_words_reach_what_does_it(
+    monkeypatch: pytest.MonkeyPatch, command: str, file: str, words: list[str], does: str, given: dict[str, Any]
+) -> None:
+    """The command stops where the sweep begins, which tests/test_sweep.py is about."""
+    heard: dict[str, Any] = {}
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        def called(*arguments: Any, **how: Any) -> dict[str, Any]:
+            heard.update({"name": name} | {str(place): value for place, value in enumerate(arguments)} | how)
+            trials = [{"status": "failed"}, {"status": "done"}]
+            return {"trials": trials, "expected": 2, "recommended": None, "complete": True}
+
+        return called
+
+    for name in ("sweep_on_ray", "sweep_in_array", "write_again"):
+        monkeypatch.setattr(f"ppreid_dist.sweep.driver.{name}", stand_in(name))
+    done = ppreid(command, "--config", f"configs/{file}.yaml", *words)
+    assert "2 of 2 trials, 1 failed; recommended: none" in done.stdout
+    assert heard["name"] == does and heard["0"].output == f"runs/{file}"
+    assert {key: heard[key] for key in given} == given
+
+
+def test_a_sweep_of_failures_alone_fails_and_methods_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = {"trials": [{"status": "failed"}], "expected": 1, "recommended": None, "complete": True}
+    monkeypatch.setattr("ppreid_dist.sweep.driver.write_again", lambda config: front)
+    ppreid("sweep", "--config", "configs/sweep_demo.yaml", "--front", expect=1)
+    said = ppreid("bench-privacy", "--config", "configs/sweep_demo.yaml", "--front", expect=2).stderr
+    assert said.startswith("error: methods: name the methods to compare")
+
+
+def test_what_helps_an_attack_makes_its_trainings(runs: Path, tmp_path: Path) -> None:
+    """What `--processes` starts, in this process: the attack itself then finds all of them."""
+    config = load_settings(Config, runs / "protected" / "config.yaml", ATTACK)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    assessment._help(config, runs / "control", runs / "protected", [runs / "judge"], kept)
+    made = set(kept.glob("*.safetensors"))
+    attack(runs, tmp_path / "out", "--trained", str(kept), "--no-estimate", *ATTACK)
+    assert made and set(kept.glob("*.safetensors")) == made
+
+
 # --- the README -------------------------------------------------------------------------------------------------
 
 # Which test runs a command of the README: the command's first words, and the test that has them run for real.
@@ -448,8 +505,8 @@ PROVEN = {
     "cp slurm/site.example.sh": "tests/test_slurm.py",
     "source slurm/site.sh": "tests/test_slurm.py",
     "sbatch slurm/train.sh": "tests/test_slurm_jobs.py",
-    "ppreid sweep": "tests/test_sweep.py",
-    "ppreid bench-privacy": "tests/test_sweep.py",
+    "ppreid sweep": "test_a_sweep_s_words_reach_what_does_it",
+    "ppreid bench-privacy": "test_a_sweep_s_words_reach_what_does_it",
     "ppreid store": "test_a_finished_run_is_stored_otherwise_and_attacked",
     "sbatch --": "tests/test_slurm_jobs.py",
 }

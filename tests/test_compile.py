@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import finish, start_ranks
+from torch._dynamo.utils import counters
 from training_runs import assert_same, last, run
 
 from ppreid_dist.errors import ConfigError, RunError
@@ -23,7 +24,10 @@ SLOW = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("inductor"
 @pytest.mark.parametrize("backend", ["aot_eager", *SLOW])
 def test_a_compiled_game_is_the_plain_one(world: list[str], tmp_path: Path, backend: str) -> None:
     plain = run(world, tmp_path / "plain")
+    torch._dynamo.reset()
+    counters.clear()
     compiled = run([*world, f"engine.compile={backend}"], tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] >= 3  # extractor, with and without strangers, and generator
     assert_same(without_moments(plain), without_moments(compiled), tolerance=2e-4)
 
 

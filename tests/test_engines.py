@@ -82,7 +82,7 @@ EXACT = {
 # under autocast, too: since it doesn't, both have a third of it, up to 2.8e-3, and of the moments 0.16 and 0.10.
 ROUNDED = {
     "extractor": 1.4e-2, "ema": 1.1e-2, "lagged": 1.1e-2, "snapshot": 1.5e-2, "generator": 1.6e-2, "critic": 2.2e-2,
-    "step": 0.0, "exp_avg": 1.0, "exp_avg_sq": 0.5,
+    "step": 0.0, "exp_avg": 0.8, "exp_avg_sq": 0.5,
 }  # fmt: skip
 
 
@@ -249,6 +249,7 @@ def killed(folder: Path, *settings: str) -> Path:
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
     finish(ranks)
+    assert not (folder / "result.json").exists()  # else nothing was killed
     return folder
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_commands import ATTACK, demo, ppreid
 from torch import nn
+from torch._dynamo.utils import counters
 
 from ppreid_dist.data.augment import AugmentConfig, augment
 from ppreid_dist.data.decode import Decoder
@@ -95,19 +96,22 @@ def test_the_whole_game_trains(world: list[str], tmp_path: Path, precision: str)
     settings = [*world, f"output={tmp_path / 'run'}", f"engine.precision={precision}", "data.stream.backend=auto"]
     train(load_settings(Config, None, settings), progress=False)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert all(np.isfinite(row["loss/identity"]) for row in rows if "loss/identity" in row)
+    losses = [row["loss/identity"] for row in rows if "loss/identity" in row]
+    assert losses and np.isfinite(losses).all()
 
 
 @pytest.mark.parametrize("mode", ["snapshot", "one_step"])
 def test_the_game_by_cuda_graphs_is_the_plain_one(world: list[str], tmp_path: Path, mode: str) -> None:
     losses = []
+    torch._dynamo.reset()
+    counters.clear()
     for compile in ("no", "reduce-overhead"):
         game = [f"engine.compile={compile}", "privacy.every=2", f"reversal.lazy.mode={mode}"]
         settings = [*world, f"output={tmp_path / compile}", *game]
         train(load_settings(Config, None, settings), progress=False)
         rows = read_metrics(tmp_path / compile / "metrics.jsonl")
         losses.append([row["loss/identity"] for row in rows if "loss/identity" in row])
-    assert len(losses[0]) > 2
+    assert len(losses[0]) > 2 and counters["stats"]["unique_graphs"] > 0
     np.testing.assert_allclose(*losses, rtol=2e-2)
 
 
@@ -214,6 +218,8 @@ def test_steps_of_any_form_are_the_cpu_s(form: str) -> None:
         with using(KernelsConfig(adam=form, **apex, strict=True), torch.device("cuda")):
             ways.append(("cuda", KernelsConfig(adam=form, **apex)))
     except ConfigError as error:
+        if form != "apex":
+            raise
         pytest.skip(str(error))
     saved: dict[str, dict[str, torch.Tensor]] = {}
     for device, kernels in ways:
@@ -235,12 +241,15 @@ def test_steps_of_any_form_are_the_cpu_s(form: str) -> None:
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
-def test_an_attack_by_two_processes_is_that_of_one(world: list[str], tmp_path: Path) -> None:
+def test_an_attack_by_two_processes_is_that_of_one(
+    world: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Each on a GPU of its own where there are two, both on one where there is one."""
     one, two = tmp_path / "one", tmp_path / "two"
     demo(world, one)
     runs = [word for role in ("control", "protected", "judge") for word in (f"--{role}", str(one / role))]
     ppreid("attack", *runs, "--out", str(two), "--processes", "2", "--no-estimate", *world, *ATTACK)
+    assert "helper 1 ended" not in capfd.readouterr().err
     ppreid("report", str(two))
     found, again = (load_report(folder / "report.json")["axes"] for folder in (one, two))
     for axis, of in found.items():

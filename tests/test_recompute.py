@@ -75,6 +75,17 @@ def test_the_whole_game_is_the_same(world: list[str], tmp_path: Path) -> None:
     assert_same(*found)
 
 
+@pytest.mark.parametrize("switch", [True, False])
+def test_it_is_done_where_it_is_asked_for(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: bool
+) -> None:
+    done: list[nn.Module] = []
+    monkeypatch.setattr("ppreid_dist.experiment.recompute_blocks", done.append)
+    asked = f"engine.gradient_checkpointing={str(switch).lower()}"
+    run(world, tmp_path / "run", asked, "privacy.weight=0", "training.images=32")
+    assert len(done) == switch
+
+
 def test_bad_input(world: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.gradient_checkpointing: isn't compiled"):
         run(world, tmp_path / "run", "engine.gradient_checkpointing=true", "engine.compile=inductor")

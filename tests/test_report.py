@@ -15,8 +15,10 @@ from PIL import Image
 from report_examples import attacker, good_report, interval, ugly_report
 
 from ppreid_dist.errors import DataError
+from ppreid_dist.files import write_json, write_tensors
 from ppreid_dist.reporting.figures import ranked
 from ppreid_dist.reporting.page import Panel, load_report, write_report
+from ppreid_dist.reporting.report import report as write
 from ppreid_dist.reporting.schema import SHAPE, Maybe, Named, check_report
 from ppreid_dist.reporting.verdict import write_verdict
 
@@ -289,6 +291,26 @@ def test_pictures_only_with_a_panel_and_old_ones_are_removed(tmp_path: Path, goo
     assert "No other pictures were tried" in html
     assert "Masking" not in html
     assert list((tmp_path / "figures").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("synthetic", "settings", "asked", "shown"),
+    [
+        (True, "synthetic", None, True), (False, "synthetic", None, False), (False, "always", None, True),
+        (False, "synthetic", "always", True), (True, "never", None, False), (True, "synthetic", "never", False),
+    ],
+)  # fmt: skip
+def test_pictures_of_real_people_stay_out_unless_somebody_asks(
+    tmp_path: Path, synthetic: bool, settings: str, asked: str | None, shown: bool
+) -> None:
+    pictures = torch.randint(0, 256, (3, 4, 3, 16, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    names = ("real", "control/ridge", "protected/ridge")
+    write_tensors(tmp_path / "pictures.safetensors", dict(zip(names, pictures, strict=True)))
+    chosen = {"settings": {"pictures": settings, "people": 2}, "strongest": {"protected": "ridge"}}
+    write_json(tmp_path / "attack.json", {"report": good_report(), "synthetic": synthetic, **chosen})
+    write(tmp_path, pictures=asked)
+    assert len(list(tmp_path.glob("figures/panel_*.png"))) == 3 * shown
+    assert ("all synthetic" in html_of(tmp_path)) == (shown and synthetic)
 
 
 def test_figures_are_files_that_name_their_protocol(good: Path) -> None:

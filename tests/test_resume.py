@@ -52,9 +52,18 @@ def test_stochastic_depth_resumes_too(world: list[str], tmp_path: Path, monkeypa
 
 
 def test_a_finished_run_is_left_alone(world: list[str], whole: Path, tmp_path: Path) -> None:
-    """…and one whose process was killed before it could point to its first checkpoint is nothing to begin anew in."""
-    before = last(whole)
-    assert_same(before, run(world, whole, resume=True))
+    """…and one whose process was killed before it could point to its first checkpoint is nothing to begin anew in.
+    Of checkpoints no more are kept than asked for."""
+    done, kept = tmp_path / "done", load_settings(Config, None, world).training.keep
+    shutil.copytree(whole, done)
+    assert [place.name for place in CheckpointFolder(done, kept).steps()] == sorted(
+        place.name for place in done.glob("checkpoints/step_*")
+    )
+    assert len(list(done.glob("checkpoints/step_*"))) == kept
+    files = {file: file.stat().st_mtime_ns for file in done.glob("checkpoints/**/*")}
+    before = last(done)
+    assert_same(before, run(world, done, resume=True))
+    assert files == {file: file.stat().st_mtime_ns for file in done.glob("checkpoints/**/*")}
     shutil.copytree(whole, tmp_path / "killed")
     (tmp_path / "killed" / "checkpoints" / "latest").unlink()
     for folder in (whole, tmp_path / "killed"):

@@ -272,6 +272,9 @@ def test_it_works_ahead_but_not_further_than_asked():
     done = []
     ahead = Prefetcher(lambda x: done.append(x) or x, itertools.count(), 3)
     next(ahead)
+    deadline = time.monotonic() + 10
+    while len(done) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(0.3)
     assert len(done) == 5  # one taken, three waiting, one in hand
     ahead.close()

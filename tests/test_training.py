@@ -21,6 +21,7 @@ from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.data.stream import load_pictures
 from ppreid_dist.errors import ConfigError, DataError, LostError
 from ppreid_dist.experiment import Config, _check_cameras, _check_world, _probe
+from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.engine import _Whole
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
@@ -99,7 +100,17 @@ def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
         return norm(self)
 
     monkeypatch.setattr(_Whole, "_norm", watching)
+    kinds: set[torch.dtype] = set()
+    pool = Extractor._pool
+
+    def pooling(self: Extractor, found: Any) -> Tensor:
+        kinds.add(found.map_BChw.dtype)
+        return pool(self, found)
+
+    if compiled == "no":  # traced, it would be seen once
+        monkeypatch.setattr(Extractor, "_pool", pooling)
     run(world, tmp_path / "run", "engine.precision=bf16", f"engine.compile={compiled}", "training.images=96")
+    assert compiled != "no" or torch.bfloat16 in kinds  # what is to be rounded is
     assert len(seen) == 6
     assert all(float((g == g.bfloat16().float()).float().mean()) < 0.1 for g in seen)
 
