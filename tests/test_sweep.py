@@ -215,6 +215,12 @@ def test_the_front_is_of_what_was_asked_last(sweep_file: Path, tmp_path: Path) -
     assert len(write_again(load_settings(SweepConfig, sweep_file))["trials"]) == 2
 
 
+def test_a_front_of_nothing_is_one_line(sweep_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"out: holds no sweep$"):
+        write_again(load_settings(SweepConfig, sweep_file))
+    assert not (tmp_path / "out").exists()
+
+
 def test_points_are_named_by_what_they_are() -> None:
     """Not by the order of their keys, nor by how a number is written."""
     one, other = {"optimiser.lr": 0.001, "privacy.weight": 2.0}, {"privacy.weight": 2, "optimiser.lr": 1e-3}

@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoModel
 from ppreid_dist import distributed
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.data.stream import load_pictures
-from ppreid_dist.errors import ConfigError, DataError, LostError
+from ppreid_dist.errors import ConfigError, DataError, LostError, RunError
 from ppreid_dist.experiment import Config, _check_cameras, _check_world, _probe
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.settings import load_settings
 from ppreid_dist.training.engine import _Whole
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
+from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
 
 
@@ -190,6 +191,17 @@ def test_learning_rate(progress: float, warmup: float, decay: str) -> None:
         assert lr == 1
     else:
         assert lr == pytest.approx(0.5 * (1 + np.cos(np.pi * (progress - warmup) / (1 - warmup))), abs=1e-6)
+
+
+def test_a_full_gpu_is_one_line_that_says_what_needs_less(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Runner) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Runner, "_round", fail)
+    with pytest.raises(RunError, match=r"run: step 0: the GPU's memory is full; engine.gradient_checkpointing=true"):
+        run(world, tmp_path / "run")
 
 
 def test_a_failed_run_leaves_the_process_as_it_was(world: list[str], tmp_path: Path) -> None:
