@@ -173,7 +173,7 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     assert any("differ in the neighbourhood loss" in note for note in found["notes"])
     for arguments, message in (
         ([str(runs / "control"), "--out", str(kept), *words], "is there already"),
-        ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca already"),
+        ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca, int8 already"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), "seed=4"], "seed: can't be changed after training"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), words[0], "model.store.dim=99"], "model.store.dim: 99"),
         (

@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
 
 WIDTH, ROW, DPI = 4.9, 0.36, 200  # inches, inches, dots an inch: legible at 330 CSS pixels, sharp at 980
 R_SHOWN = (-0.6, 2.5)  # an attacker of hardly any reach has intervals that would flatten the others
@@ -144,6 +146,12 @@ def legend(figure: Figure, axes: Axes) -> None:
     """Above the axes, in a row."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+
+
+def extent(name: Annotation) -> Bbox:
+    """Where an annotation's text is, without the line to its point, in pixels."""
+    name.get_window_extent()  # moves it to its place
+    return Text.get_window_extent(name)
 
 
 def _attacker_rows(axes: Axes, names: Sequence[str]) -> None:

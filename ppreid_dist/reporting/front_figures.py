@@ -11,9 +11,8 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from matplotlib.text import Text
 
-from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, legend
+from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, extent, legend
 
 _FAINT = 0.3
 _LONGEST = 44  # characters of a name in the plane
@@ -85,8 +84,7 @@ def _name(axes: Axes, axis: str, points: Sequence[dict[str, Any]], theme: Theme)
         for away, right, up in product((5, 16, 27, 38, 49, 60, 71, 82), (1, -1), (1, -1)):
             name.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top")
             name.set_position((5 * right, up * away))
-            name.get_window_extent()  # moves it there
-            box = Text.get_window_extent(name)  # without its line
+            box = extent(name)
             inside = all(axes.bbox.contains(*corner) for corner in box.corners())
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
