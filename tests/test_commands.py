@@ -501,7 +501,7 @@ PROVEN = {
     "ppreid attack": "test_from_pictures_to_the_report",
     "ppreid report": "test_from_pictures_to_the_report",
     "ppreid doctor": "test_doctor_finds_this_installation_sound",
-    "accelerate launch": "test_from_pictures_to_the_report",
+    "accelerate launch": "test_the_demo_starts_its_commands",
     "cp slurm/site.example.sh": "tests/test_slurm.py",
     "source slurm/site.sh": "tests/test_slurm.py",
     "sbatch slurm/train.sh": "tests/test_slurm_jobs.py",

@@ -27,6 +27,7 @@ from ppreid_dist.sweep.driver import write_again
 from ppreid_dist.sweep.folder import open_folder
 from ppreid_dist.sweep.programs import Programs
 from ppreid_dist.sweep.space import Trial
+from ppreid_dist.sweep.trial import Worker
 from ppreid_dist.training.launcher import Launched
 
 
@@ -188,6 +189,22 @@ def test_what_is_trained_stays_where_it_is_when_the_rows_change(sweep_file: Path
     change(sweep_file, methods={"strong": strong}, settings=["attack.people=[0]", "attack.seeds=3"])
     array(sweep_file, resume=True, reattack=True)
     assert trainings(tmp_path / "both") == before
+
+
+@pytest.mark.parametrize("space", ["grid", "search"])
+def test_what_is_stored_otherwise_is_never_trained_so(sweep_file: Path, tmp_path: Path, space: str) -> None:
+    """A training takes plain features only, whatever the sweep's space."""
+    settings = {"privacy.weight": 1, "model.store.quantise": "int8"}
+    spaces: dict[str, Any] = {
+        "grid": {key: [value] for key, value in settings.items()},
+        "search": {"privacy.weight": {"low": 1, "high": 2}, "model.store.quantise": {"choices": ["int8"]}},
+    }
+    change(sweep_file, **{"grid": {}, space: spaces[space]})
+    worker = Worker(open_folder(load_settings(SweepConfig, sweep_file), resume=False))
+    worker.see_to_shards()
+    source = worker._source(Trial(settings, 0), {"privacy.weight": 1})
+    assert source.run.parent.name == "shared" and not any("store" in word for word in source.overrides)
+    assert worker._source(Trial({"privacy.weight": 1}, 0), {"privacy.weight": 1}).run.parent.parent.name == "trials"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -31,7 +31,7 @@ class RidgeConfig(Settings):
     components: int = option(256, "principal components of the pictures that are predicted", at_least=1)
     search_pictures: int = option(2000, "at most this many pictures choose the capacity", at_least=16)
     pictures: int = option(
-        20000, "at most this many are fitted, by a system of as many equations (13 GB for 20,000)", at_least=16
+        20000, "at most this many are fitted, by a system of as many equations (about 14 GB for 20,000)", at_least=16
     )
 
 

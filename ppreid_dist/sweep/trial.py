@@ -165,10 +165,10 @@ class Worker:
             return shared
         if begun := [own for other in self.folder.begun(trained, trial.seed) if (own := self._own(other)).begun]:
             return begun[0]
-        if self.folder.config.search:
-            return self._own(trial)
-        wanted = [(_parts(other)[0], other.seed) for other in self.folder.known()]
-        return shared if wanted.count((trained, trial.seed)) > 1 or trained != trial.settings else self._own(trial)
+        if trained != trial.settings:
+            return shared
+        wanted = [] if self.folder.config.search else [(_parts(other)[0], other.seed) for other in self.folder.known()]
+        return shared if wanted.count((trained, trial.seed)) > 1 else self._own(trial)
 
     def _shared(self, role: str, overrides: list[str], but: tuple[str, ...] = (*METHOD, *FREE)) -> Training:
         """Found by all that it is made of, ``but`` these keys: data, backbone, schedule, seed."""

@@ -140,8 +140,8 @@ class ReversalAdversary(Adversary):
         lazy = config.lazy.mode
         self.snapshot = self.generator.held.copy() if lazy == "snapshot" else None
         self.pool = [self.generator.held.copy() for _ in range(config.lazy.pool)]
-        judged = self.critic is not None and config.gradient == "full_gan"
-        self.judge = self.critic.held.copy() if self.critic is not None and judged and lazy == "snapshot" else None
+        self.judging = self.critic if config.gradient == "full_gan" else None
+        self.judge = self.judging.held.copy() if self.judging is not None and lazy == "snapshot" else None
         self.lagged = extractor.held.copy() if lazy == "snapshot" else None
         self.ema = Ema(self.generator.held.copy(), config.lazy.ema_decay) if lazy == "ema" else None
         self.met: tuple[Tensor, Tensor] | None = None  # of the mode one_step: features and pictures of the last loss
@@ -215,8 +215,8 @@ class ReversalAdversary(Adversary):
             if self.pool and self.snapshots:
                 self.pool[(self.snapshots - 1) % len(self.pool)].load_state_dict(self.snapshot.state_dict())
             self.snapshot.load_state_dict(self.generator.held.weights())
-            if self.judge is not None and self.critic is not None:
-                self.judge.load_state_dict(self.critic.held.weights())
+            if self.judging is not None and self.judge is not None:
+                self.judge.load_state_dict(self.judging.held.weights())
             self.snapshots += 1
 
     def _until_plateau(self, extractor: nn.Module, most: int) -> Metrics:
@@ -298,7 +298,7 @@ class ReversalAdversary(Adversary):
         drawn = self._strongest(shown, noise)(shown.stored_BD, noise)
         distance = self._distance(drawn, shown.clean_B3hw)
         floor = wrong_person_floor(drawn, shown.clean_B3hw, shown.labels_B, self._distance)
-        if self.critic is not None and self.config.gradient == "full_gan":
+        if self.judging is not None:
             distance = distance + self._found_out(drawn, shown.stored_BD)
             floor = floor + wrong_person_floor(drawn, shown.stored_BD.detach(), shown.labels_B, self._found_out)
         return bounded(distance, floor) if self.bounded_loss else unbounded(distance, floor)
@@ -314,8 +314,8 @@ class ReversalAdversary(Adversary):
 
     def _found_out(self, drawn: Tensor, stored: Tensor) -> Tensor:
         """By the critic as it was when the opponent was taken, or is; of a wrong person's feature it is the floor."""
-        assert self.critic is not None
-        return found_out((self.judge or self.critic.module)(drawn, stored), self.config.adversarial)
+        assert self.judging is not None
+        return found_out((self.judge or self.judging.module)(drawn, stored), self.config.adversarial)
 
     def _distance(self, drawn: Tensor, target: Tensor) -> Tensor:
         return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
