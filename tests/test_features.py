@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_commands import ppreid
+from commands import ppreid
 
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.files import read_tensors

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import test_devices
 import torch
+from commands import ATTACK, demo, ppreid
 from PIL import Image
-from test_commands import ATTACK, demo, ppreid
 from torch import nn
 from torch._dynamo.utils import counters
 
