@@ -84,7 +84,7 @@ def _shards(arguments: Sequence[str]) -> int:
     _explain_settings(arguments, parser)
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.data.dataset import prepare_shards
-    from ppreid_dist.data.shards import check_shards
+    from ppreid_dist.data.shard_check import check_shards
     from ppreid_dist.experiment import Config
     from ppreid_dist.settings import load_settings
 

@@ -14,10 +14,13 @@ import pytest
 import torch
 import yaml
 from attack_world import make_people
+from make_shards import make_catalog
 from torch import Tensor
 from training_runs import run
 
+from ppreid_dist.data.catalog import Catalog
 from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.data.shard_writer import write_shards
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.experiment import Config
 from ppreid_dist.files import write_json
@@ -66,6 +69,19 @@ def aux() -> tuple[Pictures, Tensor]:
 def strangers() -> tuple[Pictures, Tensor]:
     """Those who are attacked."""
     return make_people(0, 40)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    """Of 30 small pictures with masks, half of them train, half query."""
+    return make_catalog(tmp_path / "raw")
+
+
+@pytest.fixture
+def shards(catalog: Catalog, tmp_path: Path) -> Path:
+    """The folder in which that catalogue was written."""
+    write_shards(catalog, tmp_path / "shards", images_per_shard=6, progress=False)
+    return tmp_path / "shards"
 
 
 @pytest.fixture(scope="session")

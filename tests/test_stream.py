@@ -16,7 +16,8 @@ from ppreid_dist import distributed
 from ppreid_dist.data.decode import Decoder
 from ppreid_dist.data.plan import PKPlan, StrangersPlan
 from ppreid_dist.data.prefetch import Prefetcher
-from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
+from ppreid_dist.data.shard_writer import write_shards
+from ppreid_dist.data.shards import ShardedSplit, join_splits
 from ppreid_dist.data.stream import (
     StreamConfig,
     WebDatasetSource,

@@ -14,7 +14,8 @@ from bench_process import measured
 from ppreid_dist.data.catalog import read_catalog
 from ppreid_dist.data.index import ROW, Index, read_index, write_index
 from ppreid_dist.data.plan import PKPlan, StrangersPlan
-from ppreid_dist.data.shards import check_shards, write_shards
+from ppreid_dist.data.shard_check import check_shards
+from ppreid_dist.data.shard_writer import write_shards
 from ppreid_dist.data.synthetic import SyntheticConfig, render
 
 OF_EACH = 20  # pictures of one identity in the planned index

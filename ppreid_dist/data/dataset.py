@@ -12,7 +12,8 @@ from ppreid_dist.data.augment import AugmentConfig
 from ppreid_dist.data.catalog import KINDS, hold_out, read_catalog
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.records import SPLITS
-from ppreid_dist.data.shards import ShardedSplit, join_splits, write_shards
+from ppreid_dist.data.shard_writer import write_shards
+from ppreid_dist.data.shards import ShardedSplit, join_splits
 from ppreid_dist.data.stream import Pictures, StreamConfig, load_pictures
 from ppreid_dist.data.synthetic import SyntheticConfig, render
 from ppreid_dist.errors import ConfigError, DataError
