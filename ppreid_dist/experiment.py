@@ -303,7 +303,7 @@ def _adversary(kind: str, config: Config, extractor: Player, engine: Engine, rev
     if kind == "ridge":
         return RidgeAdversary(config.privacy.ridge, seed=config.seed, bounded_loss=config.privacy.bounded)
     if kind == "distance_correlation":
-        return DistanceCorrelationAdversary(config.privacy.ridge)
+        return DistanceCorrelationAdversary(config.privacy.ridge.target_size)
     assert reversal is not None
     return ReversalAdversary(
         kind,

@@ -45,14 +45,8 @@ def option(
     filled = isinstance(default, list) and bool(default) and not may_be_empty
     metadata = dict(help=help, choices=choices, filled=filled, **bounds)
     if isinstance(default, (list, dict, Settings)):
-        return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Settings):
-        return dataclasses.replace(value)
-    return type(value)(value)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -21,7 +21,12 @@ from ppreid_dist.losses.distance_correlation import distance_correlation
 from ppreid_dist.losses.identity import IdentityConfig, identity_loss
 from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig, neighbourhood_loss
 from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
-from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance, reconstruction_loss
+from ppreid_dist.losses.reconstruction import (
+    PixelLossConfig,
+    ReconstructionConfig,
+    pixel_distance,
+    reconstruction_distance,
+)
 from ppreid_dist.losses.ridge import RidgeConfig, ridge_best_response
 from ppreid_dist.losses.triplet import TripletConfig, triplet_loss
 
@@ -140,7 +145,7 @@ def test_reconstruction_is_the_configured_mix_per_picture() -> None:
     def perceive(x_B3hw: Tensor) -> Tensor:
         return F.avg_pool2d(x_B3hw, 4) - 0.5
 
-    distance = per_picture_distance(recon, target, config, perceive)
+    distance = reconstruction_distance(recon, target, config, perceive)
     for b in range(3):
         l1, l2 = (recon[b] - target[b]).abs().mean(), (recon[b] - target[b]).pow(2).mean()
         ssim = ssim_map(recon[b : b + 1], target[b : b + 1]).mean()
@@ -149,18 +154,20 @@ def test_reconstruction_is_the_configured_mix_per_picture() -> None:
         assert distance[b].item() == pytest.approx(
             (2 * l1 + 3 * l2 + 0.5 * (1 - ssim) + 0.25 * (1 - cosine)).item(), rel=1e-4
         )
-    assert reconstruction_loss(recon, target, config, perceive).item() == pytest.approx(distance.mean().item())
-    assert per_picture_distance(target, target, config, perceive).abs().max() < 1e-5
+    pixels = PixelLossConfig(l1=2.0, l2=3.0, ssim=0.5)
+    assert torch.all(pixel_distance(recon, target, pixels) < distance)
+    assert reconstruction_distance(target, target, config, perceive).abs().max() < 1e-5
 
 
 def test_reconstruction_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^perceptual_backbone: "):
         ReconstructionConfig(perceptual=1.0)
     with pytest.raises(ConfigError, match=r"^l1: "):
-        ReconstructionConfig(l1=0.0, ssim=0.0)
+        PixelLossConfig(l1=0.0, ssim=0.0)
+    assert ReconstructionConfig(l1=0.0, ssim=0.0, perceptual=1.0, perceptual_backbone="some/backbone")
     x = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ConfigError, match=r"^perceptual: "):
-        per_picture_distance(x, x, ReconstructionConfig(perceptual=1.0, perceptual_backbone="some/backbone"))
+        reconstruction_distance(x, x, ReconstructionConfig(perceptual=1.0, perceptual_backbone="some/backbone"))
 
 
 # --- adversarial

@@ -115,11 +115,6 @@ def test_best_response_equals_numpy_over_all_adversaries() -> None:
     assert result.floor.item() == pytest.approx(floor.mean())
     expected = sum(max(0, f - e) for f, e in zip(floor, errors[best], strict=True)) / sum(floor)
     assert result.loss.item() == pytest.approx(expected)
-    softened = RidgeConfig(widths=config.widths, ridges=config.ridges, select="softmin", temperature=1e-6)
-    assert ridge_best_response(x, y, groups, softened, seed=4, step=9).loss.item() == pytest.approx(expected)
-    # A warm softmin is an average over adversaries, hence below the strongest here.
-    softened.temperature = 10.0
-    assert ridge_best_response(x, y, groups, softened, seed=4, step=9).loss.item() < expected
 
 
 def test_unbounded_it_pays_for_rows_beyond_the_floor() -> None:
@@ -164,12 +159,13 @@ def test_splits_are_by_identity_change_with_the_step_and_repeat_with_the_seed() 
 
 def test_targets_are_area_means_of_the_picture() -> None:
     clean = random(2, 3, 8, 6).float()
-    targets = prepare_targets(clean, RidgeConfig(target_size=[4, 3])).reshape(2, 3, 4, 3)
+    targets = prepare_targets(clean, (4, 3)).reshape(2, 3, 4, 3)
     assert targets[1, 2, 3, 1].item() == pytest.approx(clean[1, 2, 6:8, 2:4].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("widths", []), ("ridges", [0.0]), ("target_size", [32]), ("strangers", 1), ("select", "mean")]
+    ("key", "value"),
+    [("widths", []), ("ridges", [0.0]), ("target_size", (32, 0)), ("strangers", 1), ("centre", "mean")],
 )
 def test_settings_that_cannot_work_are_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: "):
@@ -191,10 +187,8 @@ def test_loss_is_high_for_linear_codes_and_near_zero_for_permuted_pairs() -> Non
     code, pictures = pictures_of_a_code(160)
     features, groups = F.normalize(code @ random(6, 12, seed=2).float()), np.arange(160)
     permuted = features[torch.from_numpy(np.random.default_rng(0).permutation(160))]
-    for select in ("strongest", "softmin"):
-        config = RidgeConfig(select=select)
-        assert ridge_best_response(features, pictures, groups, config, seed=0, step=0).loss > 0.7
-        assert ridge_best_response(permuted, pictures, groups, config, seed=0, step=0).loss < 0.05
+    assert ridge_best_response(features, pictures, groups, RidgeConfig(), seed=0, step=0).loss > 0.7
+    assert ridge_best_response(permuted, pictures, groups, RidgeConfig(), seed=0, step=0).loss < 0.05
 
 
 def test_minimising_it_leaves_less_to_a_fresh_attacker() -> None:
@@ -223,9 +217,9 @@ def test_minimising_it_leaves_less_to_a_fresh_attacker() -> None:
     assert after < 0.5 * before
 
 
-def test_where_nothing_is_to_be_told_all_adversaries_weigh_alike() -> None:
-    """Targets that are the same for all: a floor of 0, which softmin divides by."""
-    config = RidgeConfig(select="softmin", widths=[1.0], ridges=[0.1])
+def test_where_nothing_is_to_be_told_nothing_is_lost() -> None:
+    """Targets that are the same for all: a floor of 0, which the loss divides by."""
+    config = RidgeConfig(widths=[1.0], ridges=[0.1])
     features = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     found = ridge_best_response(features, torch.zeros(12, 6), np.arange(12), config, seed=0, step=0)
     found.loss.backward()

@@ -110,6 +110,11 @@ def test_defaults_are_not_shared_between_instances() -> None:
     first.many.append(Inner())
     first.inner.rate = 0.9
     assert len(second.many) == 1 and second.inner.rate == 0.1
+    deep = Config()
+    deep.data.stream.damaged += 7
+    deep.attack.ridge.widths.append(99.0)
+    assert Config().data.stream.damaged == deep.data.stream.damaged - 7
+    assert 99.0 not in Config().attack.ridge.widths
 
 
 @pytest.mark.parametrize("schema", [Config, SweepConfig])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
+from ppreid_dist.losses.reconstruction import PixelLossConfig, pixel_distance
 from ppreid_dist.pixels import to_float
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 VIEWS = ("raw", "whitened")
 HELD_OUT_SHARE, HELD_OUT_PEOPLE = 0.2, 4
 SHOWN = 16  # tested people whose reconstructions are kept for the report
-ERROR = ReconstructionConfig(l1=1.0, ssim=0.5)
+ERROR = PixelLossConfig(l1=1.0, ssim=0.5)
 
 
 class Attacker(ABC):
@@ -205,7 +205,7 @@ def picture_size(pictures_N3hw: Tensor) -> tuple[int, int]:
 def held_out_error(images_N3hw: Tensor, pictures_N3hw: Tensor) -> float:
     """What attackers choose by: mean of L1 and (1 - SSIM) / 2 between reconstructions and uint8 pictures."""
     distances = [
-        per_picture_distance(image_B3hw, to_float(picture_B3hw), ERROR)
+        pixel_distance(image_B3hw, to_float(picture_B3hw), ERROR)
         for image_B3hw, picture_B3hw in zip(images_N3hw.split(512), pictures_N3hw.split(512), strict=True)
     ]
     return float(torch.cat(distances).mean())

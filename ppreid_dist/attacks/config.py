@@ -101,19 +101,6 @@ class AttackConfig(Settings):
             own = ATTACKERS[name](getattr(self, name))
             if isinstance(own, Learner) and not (own.asks_recogniser or name == Adaptive.name):
                 raise ConfigError(f"curve_steps: 0 leaves {name} untrained")
-        for key, loss in (
-            ("regression", self.regression.loss),
-            ("averaged", self.averaged.loss),
-            ("isomap", self.isomap.loss),
-            ("unfolded", self.unfolded.loss),
-            ("gan.start", self.gan.start.loss),
-            ("adaptive", self.adaptive.loss),
-            ("inverse", self.inverse.loss),
-        ):
-            if loss.perceptual:
-                raise ConfigError(
-                    f"{key}.loss.perceptual: no attacker has it; {key}.likeness asks a network of its own"
-                )
         if unknown := set(self.auxiliary.attackers) - set(ATTACKERS):
             raise ConfigError(f"auxiliary.attackers: {min(unknown)!r} is not one of {', '.join(ATTACKERS)}")
 

@@ -16,7 +16,7 @@ from ppreid_dist.attacks.base import held_out_error, picture_size, register, to_
 from ppreid_dist.attacks.plateau import DescentConfig, Learner, RecipeConfig, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.recogniser import Recogniser, likeness_loss
 from ppreid_dist.kernels import kernel_ridge
-from ppreid_dist.losses.reconstruction import ReconstructionConfig, reconstruction_loss
+from ppreid_dist.losses.reconstruction import PixelLossConfig, pixel_distance
 from ppreid_dist.models.generator import Generator
 from ppreid_dist.models.seeding import seeded
 from ppreid_dist.settings import option
@@ -29,7 +29,7 @@ MAPPED = 2000  # pictures at most that this map is fitted on
 class DrawingConfig(DescentConfig):
     """What a decoder is trained for."""
 
-    loss: ReconstructionConfig = option(ReconstructionConfig(), "")
+    loss: PixelLossConfig = option(PixelLossConfig(), "")
     likeness: float = option(
         0.1,
         "weight of 1 - cosine between what attack.recogniser sees in the reconstruction and in its picture; 0: it is "
@@ -125,7 +125,7 @@ class Decoder(Trainee):
 
     def step(self, x_BK: Tensor, real_B3hw: Tensor) -> None:
         fake_B3hw = self.network(x_BK, self.normal((len(x_BK), self.noise_dim)))
-        loss = reconstruction_loss(fake_B3hw, real_B3hw, self.loss)
+        loss = pixel_distance(fake_B3hw, real_B3hw, self.loss).mean()
         if self.recogniser is not None:
             loss = loss + self.likeness * likeness_loss(self.recogniser(fake_B3hw), self.seen_FD[self.rows_B])
         if self.opponent is not None:

@@ -43,9 +43,9 @@ def wrong_person_floor(
     """What a wrong person's feature gives: the mean distance of row i's reconstruction to another person's target.
 
     Targets are pictures (B,3,h,w), or whatever ``distance`` compares reconstructions with; it maps both to (B,), e.g.
-    ``per_picture_distance``. The other target is sought from half the global batch further on, so equal identity blocks
-    are paired one to one. Rows without another person are left out; the floor is 0 if all are. Averaged over processes
-    (which need equal B), the same for any number of them.
+    ``reconstruction_distance``. The other target is sought from half the global batch further on, so equal identity
+    blocks are paired one to one. Rows without another person are left out; the floor is 0 if all are. Averaged over
+    processes (which need equal B), the same for any number of them.
     """
     all_N, all_pids_N = gather(target_B), gather(pids_B)
     batch, total = len(pids_B), len(all_pids_N)

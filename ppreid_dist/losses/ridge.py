@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels.kernel_ridge import gaussian_kernels, solve, whitening
-from ppreid_dist.losses.privacy import TINY, bounded, unbounded
+from ppreid_dist.losses.privacy import bounded, unbounded
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.transfer import to_device
 
@@ -44,27 +44,24 @@ class RidgeConfig(Settings):
     )
     ridges: list[float] = option([1e-3, 1e-2, 1e-1], "ridges, as a share of the kernel's mean diagonal", more_than=0.0)
     fit_fraction: float = option(0.6, "share of the identities to fit on; the others test", at_least=0.1, at_most=0.9)
-    target_size: list[int] = option([32, 16], "height and width of the pictures aimed at", at_least=1)
+    target_size: tuple[int, int] = option(
+        (32, 16), "height and width of the pictures aimed at, by distance_correlation too", at_least=1
+    )
     centre: str = option(
         "camera",
         "what is taken off the targets: the batch's mean picture, or each camera's, so that the adversary is judged by "
         "what it tells of the person and not of the scene",
         choices=("batch", "camera"),
     )
-    select: str = option("strongest", "which adversary counts", choices=("strongest", "softmin"))
-    temperature: float = option(0.02, "softmin over errors in units of the floor; smaller is harder", more_than=0.0)
     strangers: int = option(512, "unlabelled pictures, of as many people, that a step adds; 0 is none", at_least=0)
     labelled_weight: float = option(1.0, "weight of the labelled batch's loss", at_least=0.0)
-    stranger_weight: float = option(1.0, "weight of the strangers' loss", at_least=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.target_size) != 2:
-            raise ConfigError("target_size: must be a height and a width")
         if self.strangers == 1:
             raise ConfigError("strangers: one person can't be split into fit and test; take 0 or more than 1")
-        if not self.labelled_weight and not (self.strangers and self.stranger_weight):
-            raise ConfigError("labelled_weight: must be more than 0 where strangers don't count either")
+        if not self.labelled_weight and not self.strangers:
+            raise ConfigError("labelled_weight: must be more than 0 where there are no strangers")
 
 
 class RidgeResult(NamedTuple):
@@ -77,10 +74,9 @@ class RidgeResult(NamedTuple):
     best: Tensor  # int64 (3,): the strongest adversary's places in views, widths and ridges
 
 
-def prepare_targets(clean_B3HW: Tensor, config: RidgeConfig) -> Tensor:
-    """The pictures the adversaries aim at, reduced by area to ``target_size`` and flattened: float32 (B, M)."""
-    height, width = config.target_size
-    return F.adaptive_avg_pool2d(clean_B3HW.float(), (height, width)).flatten(1)
+def prepare_targets(clean_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The pictures the adversaries aim at, reduced by area to ``size`` (height, width), flattened: float32 (B, M)."""
+    return F.adaptive_avg_pool2d(clean_B3HW.float(), size).flatten(1)
 
 
 def centre_by_camera(targets_NM: Tensor, cameras_N: Tensor) -> Tensor:
@@ -114,8 +110,8 @@ def ridge_best_response(
     row* (see :func:`bounded`). Choosing by the clamped gain would favour adversaries that are wild: even on features
     without information their lucky rows count and their bad ones don't.
 
-    The gradient is that of the chosen adversary alone, exact for the minimum; ``softmin`` weighs all by their mean
-    errors instead, the weights held constant. Without ``bounded_loss``, an ablation, the loss is :func:`unbounded`.
+    The gradient is that of the chosen adversary alone, exact for the minimum. Without ``bounded_loss``, an ablation,
+    the loss is :func:`unbounded`.
     ConfigError where there are fewer than two groups.
     """
     split = split_groups(groups_N, config.fit_fraction, seed, step)
@@ -140,22 +136,16 @@ def ridge_best_response(
         return (smoother_WRFT.mT @ fit_FM - test_TM).square().mean(-1)
 
     # The choice alone needs no backward, which is what grows with the number of adversaries.
-    with torch.set_grad_enabled(config.select == "softmin" and torch.is_grad_enabled()):
-        errors_XT = torch.cat([errors(view_ND, widths_W, ridges_R).flatten(0, 1) for view_ND in views_VND])
-    mean_X = errors_XT.detach().mean(-1)
+    with torch.no_grad():
+        mean_X = torch.cat([errors(view_ND, widths_W, ridges_R).mean(-1).flatten() for view_ND in views_VND])
     place = mean_X.argmin(keepdim=True)
     count = len(config.ridges)
     best = torch.cat((place // (len(config.widths) * count), place // count % len(config.widths), place % count))
-    if config.select == "softmin":
-        weights_X = torch.softmax(-mean_X / (config.temperature * floor_T.mean()).clamp_min(TINY), 0)
-    else:
-        view_ND = views_VND.index_select(0, best[:1])[0]
-        width_W, ridge_R = widths_W.index_select(0, best[1:2]), ridges_R.index_select(0, best[2:])
-        errors_XT = errors(view_ND, width_W, ridge_R).flatten(0, 1)
-        weights_X = torch.ones_like(errors_XT[:, 0])
+    view_ND = views_VND.index_select(0, best[:1])[0]
+    width_W, ridge_R = widths_W.index_select(0, best[1:2]), ridges_R.index_select(0, best[2:])
+    error_T = errors(view_ND, width_W, ridge_R).flatten()
     lose = bounded if bounded_loss else unbounded
-    loss_X = torch.stack([lose(error_T, floor_T) for error_T in errors_XT])
-    return RidgeResult((weights_X * loss_X).sum().to(dtype), mean_X.min(), floor_T.mean(), best)
+    return RidgeResult(lose(error_T, floor_T).to(dtype), mean_X.min(), floor_T.mean(), best)
 
 
 def seen_as(view: str, features_ND: Tensor) -> Callable[[Tensor], Tensor]:

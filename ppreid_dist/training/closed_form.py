@@ -41,12 +41,12 @@ class RidgeAdversary(Adversary):
         if self.config.labelled_weight:
             loss = loss + self.config.labelled_weight * self._play(shown, step)
         if shown.strangers is not None:
-            loss = loss + self.config.stranger_weight * self._play(shown.strangers, step)
+            loss = loss + self._play(shown.strangers, step)
         return loss
 
     def _play(self, shown: Exposure, step: int) -> Tensor:
         features_ND = distributed.gather(shown.stored_BD.float())
-        targets_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.config))
+        targets_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.config.target_size))
         if self.config.centre == "camera":
             targets_NM = centre_by_camera(targets_NM, distributed.gather(shown.cameras_B))
         return ridge_best_response(
@@ -98,11 +98,11 @@ class DistanceCorrelationAdversary(Adversary):
 
     kind: ClassVar[str] = "distance_correlation"
 
-    def __init__(self, config: RidgeConfig):
-        self.config = config
+    def __init__(self, target_size: tuple[int, int]):
+        self.target_size = target_size
 
     def loss(self, shown: Exposure, step: int) -> Tensor:
-        pictures_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.config))
+        pictures_NM = distributed.gather(prepare_targets(shown.clean_B3hw, self.target_size))
         return distance_correlation(distributed.gather(shown.stored_BD.float()), pictures_NM)
 
     def view(self) -> View | None:

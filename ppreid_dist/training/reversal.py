@@ -27,7 +27,7 @@ from ppreid_dist.losses.adversarial import (
     r1_penalty,
 )
 from ppreid_dist.losses.privacy import bounded, unbounded, wrong_person_floor
-from ppreid_dist.losses.reconstruction import ReconstructionConfig, per_picture_distance
+from ppreid_dist.losses.reconstruction import ReconstructionConfig, reconstruction_distance
 from ppreid_dist.models.critic import Critic, CriticConfig
 from ppreid_dist.models.ema import Ema
 from ppreid_dist.models.generator import Generator, GeneratorConfig
@@ -318,7 +318,7 @@ class ReversalAdversary(Adversary):
         return found_out((self.judge or self.judging.module)(drawn, stored), self.config.adversarial)
 
     def _distance(self, drawn: Tensor, target: Tensor) -> Tensor:
-        return per_picture_distance(drawn, target, self.config.reconstruction, self._perceive)
+        return reconstruction_distance(drawn, target, self.config.reconstruction, self._perceive)
 
     def view(self) -> View | None:
         return _GeneratorView(self.generator.held.alone() if self.opponent is self.generator.module else self.opponent)
