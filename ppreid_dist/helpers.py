@@ -19,7 +19,7 @@ def helping(count: int, work: Callable[[], None]) -> Iterator[None]:
     """``work``, which must pickle, is done by ``count`` further processes too, for as long as this lasts.
 
     They end with this process, however that ends. One that fails says why; what it would have done is then left to the
-    others. On CPUs all share the cores, unless ``OMP_NUM_THREADS`` says how.
+    others. All share the cores, unless ``OMP_NUM_THREADS`` says how.
     """
     before, threads = torch.get_num_threads(), _threads(1 + count)
     torch.set_num_threads(threads)
@@ -41,7 +41,7 @@ def helping(count: int, work: Callable[[], None]) -> Iterator[None]:
 
 
 def _threads(processes: int) -> int:
-    if processes == 1 or torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     return max(1, len(os.sched_getaffinity(0)) // processes)
 

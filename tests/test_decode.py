@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -83,6 +84,25 @@ def test_a_damaged_picture_is_named(backend):
             decoder.decode([good, good, bad, good], ["000000_a", "000001_x", "000002_b", "000003_c"])
         assert "\n" not in str(caught.value)
     assert decoder.decode([good], ["a"]).shape == (1, 3, 64, 32)  # and it goes on working
+
+
+def test_a_device_that_fails_is_not_told_as_a_damaged_picture(monkeypatch):
+    decoder = Decoder("pillow", (64, 32), CPU)
+
+    def fails(data):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(decoder, "_decode", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        decoder.decode([encode(smooth(np.random.default_rng(0), 64, 32))], ["000000_a"])
+
+
+@needs_dali
+def test_dali_works_in_the_thread_that_asks():
+    """In its own it would go back to the first GPU after every operator."""
+    decoder, known = Decoder("dali-cpu", (64, 32), CPU), set(threading.enumerate())
+    decoder.decode([encode(smooth(np.random.default_rng(0), 64, 32))], ["a"])
+    assert set(threading.enumerate()) <= known
 
 
 def test_threads_are_those_that_slurm_gives_a_task(monkeypatch):

@@ -64,6 +64,23 @@ def test_nvjpeg_decodes_as_pillow_does() -> None:
     assert (on_gpu.cpu().float() - on_cpu.float()).abs().mean() < 1.5
 
 
+def test_what_is_decoded_beside_a_busy_stream_is_right_and_the_same_in_any_batch() -> None:
+    """Each batch is decoded while the GPU is still at the one before, whose memory it may get."""
+    pytest.importorskip("nvidia.dali")
+    rng, decoder = np.random.default_rng(1), Decoder("dali-mixed", (64, 32), "cuda")
+    jpegs = []
+    for _ in range(32):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (128, 64, 3), dtype=np.uint8)).save(stream, "JPEG", quality=92)
+        jpegs.append(stream.getvalue())
+    alone = torch.cat([decoder.decode([one], [str(i)]) for i, one in enumerate(jpegs)]).cpu()
+    batches = []
+    for first in [0, 8, 16, 24] * 4:
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
+        batches.append(decoder.decode(jpegs[first : first + 8], [str(i) for i in range(8)]))
+    assert torch.equal(torch.cat(batches).cpu(), alone.repeat(4, 1, 1, 1))
+
+
 def test_augmentation_is_the_cpu_s() -> None:
     images = torch.randint(0, 256, (6, 3, 32, 16), dtype=torch.uint8)
     arguments = {"config": AugmentConfig(), "seed": 3, "step": 5, "first_row": 2, "total_rows": 12}

@@ -118,6 +118,9 @@ class Trainee(ABC):
             self.network.parameters(), lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
         )
         self.random = torch.Generator().manual_seed(seed)
+        self.noise = self.random
+        if features_ND.is_cuda:  # a CPU would draw and copy for longer than a step takes
+            self.noise = torch.Generator(features_ND.device).manual_seed(seed)
         self.weights = copy.deepcopy(self.network.state_dict())
         self.begin_looks()
 
@@ -149,7 +152,8 @@ class Trainee(ABC):
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, on the features' device, from this training's own stream."""
-        return to_device(torch.randn(tuple(shape), generator=self.random), self.x_FK.device).to(self.x_FK.dtype)
+        drawn = torch.randn(tuple(shape), generator=self.noise, device=self.noise.device)
+        return to_device(drawn, self.x_FK.device).to(self.x_FK.dtype)
 
     def descend(self, loss: Tensor) -> None:
         self.optimiser.zero_grad()

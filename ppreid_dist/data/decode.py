@@ -26,6 +26,7 @@ from ppreid_dist.errors import ConfigError, DataError, MissingExtra
 from ppreid_dist.transfer import to_device
 
 BACKENDS = ("auto", "pillow", "dali-cpu", "dali-mixed")
+_MOST_THREADS = 16  # of DALI: each has buffers of its own, in device memory and pinned, of 32 MB an operator
 _log = logging.getLogger(__name__)
 
 
@@ -74,10 +75,13 @@ class Decoder:
             self._decode = _Dali(size, self.device, mixed=self.backend == "dali-mixed")
 
     def decode(self, data: Sequence[bytes], keys: Sequence[str]) -> Tensor:
-        """uint8 (B,3,H,W) on the device. DataError naming the key of a picture that can't be decoded."""
+        """uint8 (B,3,H,W) on the device. DataError naming the key of a picture that can't be decoded, and the
+        backend's own error where it decodes no picture any more."""
         try:
             x_BHW3 = self._decode(data)
         except Exception as error:  # DALI's RuntimeErrors and Pillow's many don't say which picture it was
+            if not self._works():
+                raise
             for one, key in zip(data, keys, strict=True):
                 try:
                     self._decode([one])
@@ -86,6 +90,21 @@ class Decoder:
                     raise DataError(f"{key}: can't be decoded by {self.backend}: {first_line}") from error
             raise
         return to_device(x_BHW3, self.device).permute(0, 3, 1, 2).contiguous()
+
+    def _works(self) -> bool:
+        """Whether a sound picture is decoded: not by a device that failed, or whose memory is full."""
+        try:
+            self._decode([_sound_picture()])
+        except Exception:
+            return False
+        return True
+
+
+@cache
+def _sound_picture() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "JPEG")
+    return stream.getvalue()
 
 
 def _pillow_batch(pool: ThreadPoolExecutor, size: tuple[int, int], data: Sequence[bytes]) -> Tensor:
@@ -101,9 +120,14 @@ def _pillow_one(size: tuple[int, int], data: bytes) -> np.ndarray:
 class _Dali:
     """DALI's dynamic mode, imported (a second or two) when first needed; runs without a driver where ``mixed`` is off.
 
-    An evaluation context must not be active in two threads at once, hence the lock. On CUDA it works on torch's
-    current stream, so that what follows on that stream needs no synchronisation. On the CPU what it gives lies in
-    memory that it takes back, pinned where there is a driver: on its way to a GPU it is copied first.
+    An evaluation context must not be active in two threads at once, hence the lock. Operators run in the thread that
+    asks (``sync_cpu``): DALI's own thread would go back to device 0 after each, and leave a CUDA context there for
+    every process. On CUDA it works on torch's current stream, so that what follows on that stream needs no
+    synchronisation. The JPEG engine of Hopper and Ampere gets nothing (``hw_decoder_load``): it rounds otherwise than
+    the CUDA decoder that takes the rest of a batch, so that a picture's values would depend on its place; and it has
+    been seen to write before what stands before it on the stream has ended (torchcodec, pull request 1634).
+    On the CPU what it gives lies in memory that it takes back, pinned where there is a driver: on its way to a GPU it
+    is copied first.
     """
 
     def __init__(self, size: tuple[int, int], device: torch.device, *, mixed: bool):
@@ -113,23 +137,23 @@ class _Dali:
         self._dynamic, self._size, self._lock = dynamic, size, threading.Lock()
         self._copy = True if device.type == "cuda" and not mixed else None  # None: only where it must
         self._context: Any
+        threads = min(available_threads(), _MOST_THREADS)
         if mixed:
             stream = torch.cuda.current_stream(device)
-            self._context = dynamic.EvalContext(
-                num_threads=available_threads(), device_id=stream.device_index, cuda_stream=stream
-            )
+            self._context = dynamic.EvalContext(num_threads=threads, device_id=stream.device_index, cuda_stream=stream)
         else:
-            self._context = dynamic.EvalContext(num_threads=available_threads())
+            self._context = dynamic.EvalContext(num_threads=threads)
         self._image = partial(
             dynamic.decoders.image,
             device="gpu" if mixed else "cpu",
             output_type=types.RGB,
+            hw_decoder_load=0.0,
             jpeg_fancy_upsampling=True,  # without it nvJPEG's chroma differs from libjpeg's
         )
         self._resize = partial(dynamic.resize, size=size, interp_type=types.INTERP_TRIANGULAR)
 
     def __call__(self, data: Sequence[bytes]) -> Tensor:
-        with self._lock, self._context:
+        with self._lock, self._context, self._dynamic.EvalMode.sync_cpu:
             encoded = self._dynamic.as_batch([np.frombuffer(one, dtype=np.uint8) for one in data])
             return self._resize(self._image(encoded)).torch(copy=self._copy)
 
