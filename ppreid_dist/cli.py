@@ -35,7 +35,7 @@ class _Once(argparse.Action):
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
@@ -190,7 +190,7 @@ def _attack(arguments: Sequence[str]) -> int:
         type=_count,
         default=1,
         metavar="N",
-        help="so many processes of this machine train attackers, each on a GPU of its own where there are several",
+        help="number of processes that train attackers on this machine, each on a GPU of its own if there are several",
     )
     parser.add_argument(
         "--no-estimate",
@@ -248,7 +248,10 @@ def _sweep(
     for flag, what in (
         ("--resume", "go on with the sweep in the folder; every task of an array may say it"),
         ("--retry", "and try what failed again"),
-        ("--reattack", "and attack again what other attackers or judges than those configured now have attacked"),
+        (
+            "--reattack",
+            "go on, and attack again every trial whose attackers or judges differ from those configured now",
+        ),
         ("--front", "do nothing but write the front of what is done so far"),
     ):
         parser.add_argument(flag, action="store_true", help=what)

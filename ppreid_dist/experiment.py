@@ -128,8 +128,8 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     check_writable(folder)
     if config.model.store.kind != "plain":
         raise ConfigError(
-            f"model.store.kind: {config.model.store.kind} is put on a finished extractor: train it plain, then `ppreid "
-            f"store`"
+            f"model.store.kind: {config.model.store.kind} can't be trained with: train with plain, then apply it by "
+            "`ppreid store`"
         )
     kept = bool(CheckpointFolder(folder, config.training.keep).steps())
     if kept and not resume:

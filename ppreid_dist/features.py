@@ -32,7 +32,7 @@ def write_features(run: Path, pictures: Sequence[Path], out: Path, *, progress: 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: {out} must end in .safetensors")
     if out.exists():
-        raise RunError(f"{out}: is there already; choose another --out")
+        raise RunError(f"{out}: already exists; choose another --out")
     files = [file for picture in pictures for file in _files(picture)]
     config, device = load_run(run), default_device()
     saved = load_extractor(run / "model", device)

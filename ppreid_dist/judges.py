@@ -45,10 +45,12 @@ def check_judges(judges: Sequence[Path], protected: Path) -> None:
             raise RunError(f"{judge}: not a judge: its features are stored as {how}")
         check_unseen(judge)
         if config.seed == load_run(protected).seed:
-            raise ConfigError(f"seed: {judge} has the seed of {protected}; a judge of its own mind needs another")
+            raise ConfigError(f"seed: {judge} has the seed of {protected}; an independent judge needs another")
     for (one, its), (other, others) in combinations(runs.items(), 2):
         if (its.seed, its.model.backbone) == (others.seed, others.model.backbone):
-            raise ConfigError(f"seed: {other} has seed and backbone of {one}; a judge of its own mind needs another")
+            raise ConfigError(
+                f"seed: {other} has seed and backbone of {one}; an independent judge needs another of either"
+            )
 
 
 def check_judges_pictures(judges: Sequence[Path], data: DataConfig) -> None:
@@ -73,7 +75,7 @@ def open_judges(judges: Sequence[Path], onnx: OnnxConfig, gallery: Gallery, devi
     models = {judge: OnnxModel(judge, onnx, device) for judge in judges if is_onnx(judge)}
     for (one, its), (other, others) in combinations(models.items(), 2):
         if its.digest == others.digest:
-            raise RunError(f"{other}: the same model as {one}; a judge of its own mind needs another")
+            raise RunError(f"{other}: the same model as {one}; an independent judge is another model")
     return [
         _file_judge(models[judge], gallery) if judge in models else _run_judge(judge, gallery, device)
         for judge in judges

@@ -35,7 +35,7 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
         if not setting.startswith(STORED):
             raise ConfigError(f"{setting.partition('=')[0]}: can't be changed after training; only {STORED}* can")
     if out.exists():
-        raise RunError(f"{out}: is there already; choose another --out")
+        raise RunError(f"{out}: already exists; choose another --out")
     before = load_run(run)
     if (how := before.model.store.in_words) != "plain":
         raise RunError(f"{run}: its features are stored as {how} already; store the plain run")

@@ -102,7 +102,7 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     assert found["training"]["protected"]["method"] == "unprotected, neighbourhood × 0.25, stored as pca, int8"
     assert any("differ in the neighbourhood loss" in note for note in found["notes"])
     for arguments, message in (
-        ([str(runs / "control"), "--out", str(kept), *words], "is there already"),
+        ([str(runs / "control"), "--out", str(kept), *words], "already exists"),
         ([str(kept), "--out", str(tmp_path / "b"), *words], "stored as pca, int8 already"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), "seed=4"], "seed: can't be changed after training"),
         ([str(runs / "control"), "--out", str(tmp_path / "b"), words[0], "model.store.dim=99"], "model.store.dim: 99"),
@@ -178,8 +178,8 @@ def test_judges_of_several_kinds_each_have_their_axis(runs: Path, tmp_path: Path
         "attack.whitebox.people=0",
         "attack.onnx.mean=[0.5,0.5,0.5]",
     ]
-    assert "trainings, at most about" in attack(runs, tmp_path / "both", *few, judge=f"judge {model}").stdout
-    assert "at most about" not in attack(runs, tmp_path / "other", *few, "--no-estimate", judge=str(model)).stdout
+    assert "trainings, roughly" in attack(runs, tmp_path / "both", *few, judge=f"judge {model}").stdout
+    assert "trainings, roughly" not in attack(runs, tmp_path / "other", *few, "--no-estimate", judge=str(model)).stdout
     both, other = (json.loads((tmp_path / n / "attack.json").read_text())["report"] for n in ("both", "other"))
     assert list(both["axes"]) == ["pixel", "identity", "identity_2"]
     assert both["judges"]["identity"]["name"].endswith(", seed 1")
@@ -243,7 +243,7 @@ def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: 
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) -> None:
     said = attack(runs, tmp_path, f"--processes={count}", expect=2).stderr
-    assert f"error: argument --processes: '{count}' is no number from 1" in said
+    assert f"error: argument --processes: '{count}' is not a whole number of at least 1" in said
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_mistakes_are_one_line_and_leave_nothing(run: Path, tmp_path: Path) -> N
         ("text.jpg", "new.safetensors", "text.jpg: can't be decoded by pillow"),
         ("empty", "new.safetensors", "empty: no picture in it"),
         ("text.jpg", "new.npy", "--out: "),
-        ("text.jpg", "there.safetensors", "there.safetensors: is there already"),
+        ("text.jpg", "there.safetensors", "there.safetensors: already exists"),
     ):
         said = ppreid("features", str(run), str(tmp_path / picture), "--out", str(tmp_path / out), expect=2).stderr
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]

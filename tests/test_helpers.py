@@ -112,7 +112,7 @@ def test_what_another_makes_is_left_to_it_until_it_dies(tmp_path: Path) -> None:
     assert kept.made_elsewhere([KEYS[1], KEYS[0]]) and not kept.made_elsewhere([KEYS[1]])
 
     def die(line: str) -> None:  # heard when nothing is left to do but to wait
-        assert line == "1 trainings are other processes'"
+        assert line == "waiting for trainings that other processes make: 1"
         assert sorted(number for number, _ in made(tmp_path)) == ["1", "2", "3", "4", "5"]
         another.kill()
         another.wait()

@@ -101,7 +101,7 @@ def test_what_cannot_run_falls_back_with_one_line_or_stops(
         assert chosen(device) == usual
         assert message.split(": ")[-1] in choice.of(next(iter(config)), device).why
     (operation,) = config
-    assert [r.getMessage() for r in caplog.records] == [f"{message}; {usual[operation]} is taken"]
+    assert [r.getMessage() for r in caplog.records] == [f"{message}; using {usual[operation]} instead"]
     with pytest.raises(ConfigError) as error, using(KernelsConfig(**config, strict=True), device):
         pass
     assert str(error.value) == message

@@ -139,8 +139,8 @@ def test_an_attack_says_first_how_long_it_may_take(
     suite(*aux, *strangers, attackers=["ridge", "gan"], **asked)
     suite(*aux, *strangers, attackers=["ridge", "gan"], **asked)
     first, second = said
-    assert re.fullmatch(r"6 trainings, at most about \d+ s here: ridge 6 of \d+ s", first)
-    assert re.fullmatch(r"3 trainings, at most about \d+ s here: gan 3 of \d+ s", second)
+    assert re.fullmatch(r"6 trainings, roughly \d+ s here: ridge 6 × \d+ s", first)
+    assert re.fullmatch(r"3 trainings, roughly \d+ s here: gan 3 × \d+ s", second)
     suite(*aux, *strangers, attackers=["ridge"], announce=said.append, whitebox=WhiteBoxConfig(people=2, steps=1))
     assert said[2].endswith("; not counted: white-box inversion")
 
@@ -198,7 +198,7 @@ def test_with_fewer_people_training_can_be_shorter(
     )
     line = estimate(few, few_only, features, known.images_N3HW, known.pids_N, numbers=2)
     assert most_steps(start.regression) == 100
-    assert "regression with fewer people 2 of 0 s, regression 1 of 50 s, recogniser 2 of" in line
+    assert "regression with fewer people 2 × 0 s, regression 1 × 50 s, recogniser 2 ×" in line
 
 
 def test_attackers_with_fewer_people_than_there_are(

@@ -41,7 +41,7 @@ class AuxiliaryConfig(Settings):
         "", "other_domain's data set: a configuration whose `data` is read; its aux people, or its train"
     )
     enrolled: list[int] = option(
-        [2], "extractor's: numbers of their people whom they have enrolled under the key", at_least=1
+        [2], "of extractor: how many of the attackers' people are enrolled under the key", at_least=1
     )
     attackers: list[str] = option(["ridge"], "who learns on it: any attacker but adaptive")
 

@@ -215,7 +215,7 @@ class Bench:
             for key in done:
                 del left[key]
             if left and not done:
-                self.progress(f"{len(left)} trainings are other processes'")
+                self.progress(f"waiting for trainings that other processes make: {len(left)}")
                 time.sleep(PAUSE)
 
     def outcome(self, training: Training) -> Outcome:

@@ -1,7 +1,9 @@
 """How long the trainings of an attack may take, before they begin: by some steps of every attacker.
 
-A bound rather than a forecast: most trainings come to their plateau sooner. Shapes: N pictures, L leaked entries, D
-feature dim.
+Rough: every training is taken to use up its steps, where most come to their plateau sooner; all are taken to be as
+long as those on the control's features, so that the search for the waves behind codes isn't in it.
+
+Shapes: N pictures, L leaked entries, D feature dim.
 """
 
 import time
@@ -153,10 +155,10 @@ def estimate(
         known["recogniser"] = recogniser_seconds(config, pictures_N3hw, pids_N)
         known["inverse"] = inverse_seconds(config, pictures_N3hw, pids_N)
     total = sum(found * several[name] for name, found in known.items())
-    parts = ", ".join(f"{name} {several[name]} of {_time(found)}" for name, found in known.items())
+    parts = ", ".join(f"{name} {several[name]} × {_time(found)}" for name, found in known.items())
     left_out = "".join(f"; {name} isn't counted" for name in several if name not in known)
     shared = f" in {processes} processes" if processes > 1 else ""
-    return f"{several.total()} trainings, at most about {_time(total / processes)} here{shared}: {parts}{left_out}"
+    return f"{several.total()} trainings, roughly {_time(total / processes)} here{shared}: {parts}{left_out}"
 
 
 def _time(seconds: float) -> str:

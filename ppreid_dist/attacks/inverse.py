@@ -29,7 +29,7 @@ from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 class InverseConfig(DrawingConfig):
     """How the decoder of what the attackers' ReID model sees is trained."""
 
-    epochs: int = option(20, "pictures of the training for each that there is to fit", at_least=1)
+    epochs: int = option(20, "passes over the pictures to fit", at_least=1)
     lr: float = option(3e-3, "learning rate, which rises for a fortieth of the training and falls to 0", more_than=0)
 
 

@@ -40,7 +40,7 @@ class RecogniserConfig(Settings):
         "configs/backbones/resnet_tiny", "as model.backbone, of the ReID model that attackers train on their own people"
     )
     pretrained: bool = option(False, "load the backbone's weights instead of drawing them")
-    epochs: int = option(10, "pictures of the training for each that there is", at_least=1)
+    epochs: int = option(10, "passes over the pictures", at_least=1)
     people: int = option(16, "people a step", at_least=2)
     shots: int = option(4, "pictures of each", at_least=2)
     augment: AugmentConfig = option(AugmentConfig(pad=3), "")

@@ -101,7 +101,7 @@ def using(config: KernelsConfig, device: torch.device, *, partitioned: bool = Fa
             raise ConfigError(f"kernels.{operation}: {asked} can't run here: {reason}")
         if reason:
             taken = _choose(operation, asked, device.type, False, partitioned).implementation
-            _log.warning("kernels.%s: %s can't run here: %s; %s is taken", operation, asked, reason, taken)
+            _log.warning("kernels.%s: %s can't run here: %s; using %s instead", operation, asked, reason, taken)
     before = _asked, _partitioned
     _asked, _partitioned = config, partitioned
     try:

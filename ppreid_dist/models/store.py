@@ -80,7 +80,8 @@ class StoreConfig(Settings):
     )
     key: int = option(
         PUBLIC_KEY,
-        "of noise, rotation, signs and codes: the secret that they are drawn from, of any length; 0 is everybody's",
+        "of noise, rotation, signs and codes: the secret that they are drawn from, of any length; 0 is public, for "
+        "measurements only",
         at_least=0,
     )
     quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))

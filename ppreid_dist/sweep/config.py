@@ -70,7 +70,7 @@ class SweepConfig(Settings):
         if not self.base:
             raise ConfigError("base: name the configuration file of the run to vary")
         if twice := [seed for seed, count in Counter(self.seeds).items() if count > 1]:
-            raise ConfigError(f"seeds: {twice[0]} is there twice")
+            raise ConfigError(f"seeds: {twice[0]} is listed twice")
         self.grid, self.search = dict(_flat(self.grid)), dict(_flat(self.search))
         spaces = [name for name in ("grid", "search", "methods") if getattr(self, name)]
         if len(spaces) != 1:
@@ -122,7 +122,7 @@ def _check_values(where: str, key: str, values: Any) -> None:
     seen: list[Any] = []
     for value in values:
         if value in seen:
-            raise ConfigError(f"{where}: {value!r} is there twice")
+            raise ConfigError(f"{where}: {value!r} is listed twice")
         seen.append(value)
         _check_weight(where, key, value)
 

@@ -178,7 +178,7 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
         folder.run_config(as_overrides(settings))
     for seed in config.seeds:
         if judge_seed(folder) == seed:
-            raise ConfigError(f"judge: its seed {seed} is one of seeds; a judge of its own mind needs another")
+            raise ConfigError(f"judge: its seed {seed} is one of seeds; an independent judge needs another")
     if absent := [judge for judge in config.judges if not Path(judge).exists()]:
         raise ConfigError(f"judges: {absent[0]}: no such file or folder")
     asked = {"sweep": to_dict(config), "base": to_dict(base)}

@@ -33,7 +33,7 @@ class PrivacyConfig(Settings):
     weight: float = option(1.0, "λ, the weight of the privacy loss; 0 trains the unprotected control", at_least=0)
     ramp: float = option(0.1, "share of the game over which λ rises linearly to its weight", at_least=0, at_most=1)
     every: int = option(
-        1, "the game is played in one of so many steps, λ times as much; the others are plain and cheap", at_least=1
+        1, "the game is played in every N-th step, with λ N times as large; the others are plain and cheap", at_least=1
     )
     bounded: bool = option(
         True,
