@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows the whole way on synthetic people, `make test` runs the tests.
+# `make demo` shows the whole way on synthetic people, `make test` runs the tests.
 # On a machine without a GPU, let pip find a CPU build of torch first (README, "Install").
 PYTHON ?= python3
 VENV := .venv
@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test slow guards lint clean
 .DELETE_ON_ERROR:
-
-# Threads: two training processes on two cores with default threads would fight for them.
-export TOKENIZERS_PARALLELISM := false
 
 # DeepSpeed is for the tests of its engines, Ray for those of sweeps, diffusers for one attacker,
 # ONNX Runtime for one kind of judge; the demo does without.

@@ -157,7 +157,7 @@ def row(weight: float, seed: int = 0, *, mAP: float = 0.5, leak: float | None = 
         "high": None if leak is None else leak + 0.1,
     }
     ratio = {"value": 2.0, "low": 1.5, "high": None}
-    urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞]", "reason": None, "broken": False}
+    urr = {**ratio, "status": "ok", "display": "2.00 [1.50, ∞)", "reason": None, "broken": False}
     attackers = {"ridge": interval, "regression": interval}
     axes = {
         axis: {"leak": {**interval, "attacker": "ridge"}, "urr": urr, "attackers": attackers, "curve": []}
@@ -183,7 +183,7 @@ def test_a_point_is_the_mean_of_its_seeds() -> None:
     assert first["axes"]["identity"]["leak"] == pytest.approx(
         {"value": 0.7, "low": 0.6, "high": 0.8, "least": 0.6, "most": 0.8}
     )
-    assert first["axes"]["pixel"]["urr"]["display"] == "2.00 [1.50, ∞]"
+    assert first["axes"]["pixel"]["urr"]["display"] == "2.00 [1.50, ∞)"
     assert second["axes"]["identity"]["leak"] == dict.fromkeys(("value", "low", "high", "least", "most"))
 
 
@@ -193,7 +193,7 @@ def test_a_ratio_that_one_seed_lacks_is_not_averaged() -> None:
     none |= {"broken": False}
     rows[1]["axes"]["pixel"] = {**rows[1]["axes"]["pixel"], "urr": none}
     urr = make_points(rows)[0]["axes"]["pixel"]["urr"]
-    assert (urr["value"], urr["status"], urr["display"]) == (None, "n/a", "2.00 [1.50, ∞], n/a")
+    assert (urr["value"], urr["status"], urr["display"]) == (None, "n/a", "2.00 [1.50, ∞), n/a")
     assert urr["reason"] == "utility is 0.8"
 
 

@@ -18,13 +18,13 @@ from ppreid_dist.errors import DataError
 
 
 def in_words(interval: Mapping[str, Any], digits: int = 2) -> str:
-    """``value [low, high]`` of a JSON-ready interval; ∞ for an unbounded end, no brackets without an interval, ``n/a``
-    without a value."""
+    """``value [low, high]`` of a JSON-ready interval; ``∞)`` for an unbounded end, no brackets without an interval,
+    ``n/a`` without a value."""
     value, low, high = (interval[key] for key in ("value", "low", "high"))
     if value is None:
         return "n/a"
     text = f"{value:.{digits}f}"
-    return text if low is None else f"{text} [{low:.{digits}f}, {'∞' if high is None else f'{high:.{digits}f}'}]"
+    return text if low is None else f"{text} [{low:.{digits}f}, {'∞)' if high is None else f'{high:.{digits}f}]'}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from a checked report and say nothing that isn't in it.
 
 from typing import Any
 
-from ppreid_dist.reporting.verdict import axis_title, learnt_from, number, percent, write_verdict
+from ppreid_dist.reporting.verdict import axis_title, ends, learnt_from, number, percent, write_verdict
 
 SCHEMA = "ppreid-card/1"
 
@@ -53,18 +53,18 @@ def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
         (
             "mAP, unprotected → protected",
             f"{percent(card['utility']['control'])} → {percent(card['utility']['protected'])}, "
-            f"{percent(kept['value'])} kept {_ends(kept, 100)}",
+            f"{percent(kept['value'])} kept {ends(kept, percent)}",
         ),
     ]
     for name, leak in card["leak"].items():
         title = axis_title(name)
-        rows.append((f"{title}: leak r", f"{number(leak['value'])} {_ends(leak)}, by {leak['attacker'] or 'nobody'}"))
+        rows.append((f"{title}: leak r", f"{number(leak['value'])} {ends(leak)}, by {leak['attacker'] or 'nobody'}"))
         rows.append((f"{title}: r of the worst 5 % of people", number(leak["worst_people"])))
         rows.append((f"{title}: URR", leak["urr"]))
     if card["attributes"]:
-        rows.append(("Attributes: r of a probe", f"{number(card['attributes']['value'])} {_ends(card['attributes'])}"))
+        rows.append(("Attributes: r of a probe", f"{number(card['attributes']['value'])} {ends(card['attributes'])}"))
     for name, r in (card["whitebox"] or {}).items():
-        rows.append((f"{axis_title(name)}: r with the extractor in hand", f"{number(r['value'])} {_ends(r)}"))
+        rows.append((f"{axis_title(name)}: r with the extractor in hand", f"{number(r['value'])} {ends(r)}"))
     for row in card["linkage"] or []:
         how = f"Linkage with {row['other']}" + (", a map learnt" if row["learnt"] else "")
         rows.append(
@@ -73,17 +73,9 @@ def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
     for found in card["auxiliary"] or []:
         who = f"r for attackers with {found['people']:,} {learnt_from(found['variant'])}"
         for name, axis in found["axes"].items():
-            rows.append((f"{axis_title(name)}: {who}", f"{number(axis['r']['value'])} {_ends(axis['r'])}"))
+            rows.append((f"{axis_title(name)}: {who}", f"{number(axis['r']['value'])} {ends(axis['r'])}"))
     lines = [f"# Privacy card: {card['name']}", "", f"**{card['headline']}.**", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {' '.join(text.split())} |" for name, text in rows]
     lines += ["", *(f"- **{line.label}.** {line.text}" for line in (*verdict.warnings, *verdict.lines))]
     lines += ["", f"{card['protocol']}. Made {card['created']}.", ""]
     return "\n".join(lines)
-
-
-def _ends(interval: dict[str, Any], times: float = 1) -> str:
-    if interval["low"] is None:
-        return ""
-    low, high = (None if interval[end] is None else times * interval[end] for end in ("low", "high"))
-    digits = 1 if times != 1 else 2
-    return f"[{number(low, digits)}, {'∞' if high is None else number(high, digits)}]"

@@ -197,7 +197,7 @@ def _leak(axis: dict[str, Any], theme: Theme) -> Figure:
         if r["value"] is None:
             axes.text(0.03, y, f"{row['status']}: no ratio", va="center", color=theme.muted, fontsize=9)
             continue
-        value, low, high = np.clip([r["value"], *_ends(r)], *R_SHOWN)
+        value, low, high = np.clip([r["value"], *ends(r)], *R_SHOWN)
         axes.plot([low, high], [y, y], color=theme.protected, linewidth=2.2, solid_capstyle="butt")
         strongest = name == axis["leak"]["attacker"]
         face = theme.protected if strongest else theme.paper
@@ -228,7 +228,7 @@ def _curve(axis: dict[str, Any], theme: Theme) -> Figure:
         axes.plot(n, values, color=theme.floor, linewidth=1, alpha=0.7, marker=".", markersize=4)
     axes.plot([], [], color=theme.floor, linewidth=1, marker=".", label="each attacker")
     strongest = np.array([_value(point["r"]) for point in points])
-    low, high = np.array([_ends(point["r"]) for point in points]).T
+    low, high = np.array([ends(point["r"]) for point in points]).T
     axes.fill_between(n, low, high, color=theme.protected, alpha=0.16, linewidth=0)
     axes.plot(
         n, strongest, color=theme.protected, linewidth=2.2, marker="o", markersize=5.5, label="strongest of these"
@@ -285,7 +285,7 @@ def _value(interval: dict[str, Any] | None) -> float:
     return np.nan if interval is None or interval["value"] is None else interval["value"]
 
 
-def _ends(interval: dict[str, Any]) -> tuple[float, float]:
+def ends(interval: dict[str, Any]) -> tuple[float, float]:
     """Low and high; an unbounded high end lies beyond every axis, and without an interval both are the value."""
     if interval["low"] is None:
         return _value(interval), _value(interval)

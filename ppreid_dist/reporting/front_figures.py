@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, extent, legend
+from ppreid_dist.reporting.figures import R_SHOWN, Axes, Drawing, Figure, Theme, canvas, draw, ends, extent, legend
 
 _FAINT = 0.3
 _LONGEST = 44  # characters of a name in the plane
@@ -99,7 +99,7 @@ def _urr(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
     points = [point for point in front["points"] if point["axes"][axis]["urr"]["value"] is not None]
     for point in points:
         x, urr, alpha = point["weight"], point["axes"][axis]["urr"], 1.0 if point["name"] in best else _FAINT
-        _bars(axes, (x, x), _ends(urr), theme.protected, alpha)
+        _bars(axes, (x, x), ends(urr), theme.protected, alpha)
         axes.plot(x, urr["value"], "o", color=theme.protected, markersize=6, alpha=alpha)
         if point["name"] == front["recommended"]:
             _ring(axes, x, urr["value"], theme)
@@ -119,9 +119,9 @@ def _urr(front: dict[str, Any], axis: str, theme: Theme) -> Figure:
 def _cross(axes: Axes, x: dict[str, Any], y: dict[str, Any], colour: str, alpha: float) -> None:
     """A point with its intervals thin and the spread of its seeds thick, both ways."""
     at = (_clip(x["value"]), y["value"])
-    low, high = _ends(x)
+    low, high = ends(x)
     _bars(axes, (_clip(low), _clip(high)), (at[1], at[1]), colour, alpha)
-    _bars(axes, (at[0], at[0]), _ends(y), colour, alpha)
+    _bars(axes, (at[0], at[0]), ends(y), colour, alpha)
     if x["least"] != x["most"]:
         spread: dict[str, Any] = {"color": colour, "linewidth": 3.2, "alpha": 0.6 * alpha, "solid_capstyle": "butt"}
         axes.plot([_clip(x["least"]), _clip(x["most"])], [at[1], at[1]], **spread)
@@ -138,13 +138,6 @@ def _ring(axes: Axes, x: float, y: float, theme: Theme) -> None:
         x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=theme.warning, markeredgewidth=2,
         label="recommended", zorder=5,
     )  # fmt: skip
-
-
-def _ends(interval: dict[str, Any]) -> Ends:
-    """Low and high; an unbounded end lies beyond every axis, and without an interval both are the value."""
-    if interval["low"] is None:
-        return interval["value"], interval["value"]
-    return interval["low"], R_SHOWN[1] + 1 if interval["high"] is None else interval["high"]
 
 
 def _clip(leak: float) -> float:

@@ -7,7 +7,6 @@ figures/*.png      the page's figures, for a paper; panel_*.png only where pictu
 """
 
 from base64 import b64encode
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ppreid_dist.files import atomic, read_json, write_json, write_text
 from ppreid_dist.reporting.card import as_markdown, make_card
 from ppreid_dist.reporting.figures import DARK, LIGHT, Drawing, draw_report, draw_strip, ranked
 from ppreid_dist.reporting.schema import check_report
-from ppreid_dist.reporting.verdict import axis_title, learnt_from, number, percent, write_verdict
+from ppreid_dist.reporting.verdict import axis_title, ends, learnt_from, number, percent, write_verdict
 
 PANEL_ROWS = {"real": "real", "control": "from unprotected features", "protected": "from protected features"}
 
@@ -95,7 +94,7 @@ def templates() -> jinja2.Environment:
         number=number,
         percent=percent,
         count="{:,}".format,
-        interval=_interval,
+        interval=ends,
         title_of=axis_title,
         learnt_from=learnt_from,
         ranked=ranked,
@@ -132,13 +131,6 @@ def picture(drawing: Drawing, alt: str) -> Markup:
     return Markup(
         '<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{}"><img src="{}" alt="{}"></picture>'
     ).format(_data(drawing.dark), _data(drawing.light), alt)
-
-
-def _interval(interval: dict[str, Any], write: Callable[[float | None], str] = number) -> str:
-    """``[low, high]``, open above where there is no upper end, nothing where there is no interval."""
-    if interval["low"] is None:
-        return ""
-    return f"[{write(interval['low'])}, {'∞)' if interval['high'] is None else write(interval['high']) + ']'}"
 
 
 def _gauge(interval: dict[str, Any]) -> dict[str, float]:

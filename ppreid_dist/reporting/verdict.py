@@ -39,6 +39,13 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{number(100 * value, 1)}\u00a0%"
 
 
+def ends(interval: dict[str, Any], write: Callable[[float | None], str] = number) -> str:
+    """``[low, high]``, open above where there is no upper end, nothing where there is no interval."""
+    if interval["low"] is None:
+        return ""
+    return f"[{write(interval['low'])}, {'∞)' if interval['high'] is None else write(interval['high']) + ']'}"
+
+
 def learnt_from(variant: str) -> str:
     """Whom attackers who know something else learn from."""
     if variant.startswith("extractor"):
