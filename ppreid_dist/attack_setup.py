@@ -300,6 +300,8 @@ def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) ->
         other = settings[protected][key]
         if not key.startswith((*METHOD, *FREE)) and value != other:
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
+    if len({load_run(run).data.stream.planned for run in (control, protected)}) > 1:
+        raise RunError(f"{control}: not the control of {protected}: data.stream.placement is webdataset in one of them")
     if settings[control]["privacy.weight"]:
         raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")
     if (how := load_run(control).model.store.in_words) != "plain":

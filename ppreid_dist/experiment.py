@@ -88,7 +88,8 @@ class Config(Settings):
             raise ConfigError("reversal.gradient: full_gan is of the adversary gan, which isn't in privacy.adversaries")
 
 
-# What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it.
+# What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it. Of
+# data.stream the batches may not: see StreamConfig.planned.
 FREE = ("output", "data.root", "data.shards", "data.remote", "data.stream.", "engine.kind", "engine.trackers",
         "engine.timeout", "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
         "training.log_every", "training.checkpoint_every", "training.keep", "training.trace.",
@@ -231,6 +232,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         identity={
             **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
             "engine.precision": engine.precision,
+            "data.stream.placement": "planned" if config.data.stream.planned else "webdataset",
             "the training pictures": split.fingerprint,
             "the strangers' pictures": strangers_fingerprint,
         },

@@ -259,6 +259,7 @@ def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) 
         ({"judge": "reseeded"}, [], "reseeded has the seed of"),
         ({"judge": "rounded"}, [], "rounded: not a judge: its features are stored as int8"),
         ({"control": "rounded"}, [], "rounded: not a control: its features are stored as int8"),
+        ({"control": "streamed"}, [], "data.stream.placement is webdataset in one of them"),
         ({"judge": "judge protected"}, [], "protected: named twice"),
         ({"judge": "judge none.onnx"}, [], "none.onnx: can't be read"),
         ({}, ["attack.perceptual.lpips=none"], "attack.perceptual.lpips: none: no such file"),
@@ -275,7 +276,11 @@ def test_runs_that_can_not_be_compared(
     if "twin" in other.get("judge", ""):
         shutil.copytree(runs / "judge", tmp_path / "twin")
         other = {"judge": f"judge {tmp_path / 'twin'}"}
-    changed = {"rounded": "model.store.quantise=int8", "reseeded": f"seed={load_run(runs / 'protected').seed}"}
+    changed = {
+        "rounded": "model.store.quantise=int8",
+        "reseeded": f"seed={load_run(runs / 'protected').seed}",
+        "streamed": "data.stream.placement=webdataset",
+    }
     if (word := next(iter(other.values()), "")) in changed:
         (role,) = other
         shutil.copytree(runs / role, tmp_path / word)

@@ -72,7 +72,14 @@ def test_a_finished_run_is_left_alone(world: list[str], whole: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "change", ["privacy.weight=3", "seed=5", "data.pictures_per_identity=4", "reversal.lazy.mode=ema"]
+    "change",
+    [
+        "privacy.weight=3",
+        "seed=5",
+        "data.pictures_per_identity=4",
+        "reversal.lazy.mode=ema",
+        "data.stream.placement=webdataset",
+    ],
 )
 def test_a_resume_with_another_configuration_is_refused(
     world: list[str], whole: Path, tmp_path: Path, change: str

@@ -54,6 +54,11 @@ class StreamConfig(Settings):
     )
     pool: int = option(8192, "pictures in the pool from which webdataset batches are drawn", at_least=1)
 
+    @property
+    def planned(self) -> bool:
+        """Whether batches are the plan's, the same wherever they are read from; webdataset's are its own."""
+        return self.placement != "webdataset"
+
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
