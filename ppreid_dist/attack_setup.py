@@ -104,7 +104,7 @@ def set_up(
     victims["protected"] = replace(
         victims["protected"],
         reversal=_reversal(protected, extractor, known["aux"], victims["protected"].aux_ND, size),
-        rekeyed=_rekeyed(extractor, known["aux"], known["query"]),
+        rekeyed=_rekeyed(extractor, known, config.attack.leaked),
     )
     auxiliaries = []
     if other is not None:
@@ -201,13 +201,13 @@ def _with_extractor(
     return found
 
 
-def _rekeyed(extractor: Extractor, aux: Pictures, query: Pictures) -> Stored | None:
+def _rekeyed(extractor: Extractor, pictures: Mapping[str, Pictures], leaked: Sequence[str]) -> Stored | None:
     """The same people as the same extractor would store them under another key; None where there is no key."""
     if extractor.store.config.kind not in KEYED:
         return None
     with _storing(extractor, extractor.store.rekeyed()):
-        aux_ND, query_QD = (stored_features(extractor, split.images_N3HW) for split in (aux, query))
-    return aux_ND, query_QD
+        kept = {split: stored_features(extractor, pictures[split].images_N3HW) for split in ("aux", "query", *leaked)}
+    return Stored(kept["aux"], kept["query"], torch.cat([kept[split] for split in ("query", *leaked)]))
 
 
 def _other_domain(config: Config) -> tuple[Config, str] | None:

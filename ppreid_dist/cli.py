@@ -360,7 +360,7 @@ def train_main() -> NoReturn:
     try:
         _guard(lambda: _train(sys.argv[1:], prog="train.py"))
     except SystemExit as ended:
-        if ended.code in (0, STOPPED, FAILED) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if ended.code in (0, STOPPED, FAILED, BAD_INPUT) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # All is written and said, and the group is gone or lost. The interpreter would now take torch apart, where
             # one process in some hundreds was seen to hang, for which a launcher and a cluster's job would wait
             # (docs/LOG.md).

@@ -37,12 +37,14 @@ def check_unseen(run: Path) -> None:
 
 
 def check_judges(judges: Sequence[Path], protected: Path) -> None:
-    """RunError or ConfigError naming the run that is stored otherwise than plain, was trained on the tested people, has
-    the seed of ``protected``, or has seed and backbone of another judge."""
+    """RunError or ConfigError naming the run that is stored otherwise than plain, was trained with a privacy loss or on
+    the tested people, has the seed of ``protected``, or has seed and backbone of another judge."""
     runs = {judge: load_run(judge) for judge in judges if not is_onnx(judge)}
     for judge, config in runs.items():
         if (how := config.model.store.in_words) != "plain":
             raise RunError(f"{judge}: not a judge: its features are stored as {how}")
+        if config.privacy.weight:
+            raise RunError(f"{judge}: not a judge: its privacy.weight is {config.privacy.weight:g}; it may be blind")
         check_unseen(judge)
         if config.seed == load_run(protected).seed:
             raise ConfigError(f"seed: {judge} has the seed of {protected}; an independent judge needs another")

@@ -23,10 +23,11 @@ from ppreid_dist.attacks.base import (
 )
 from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.judging import chance_ap
+from ppreid_dist.attacks.layout import Layout
 from ppreid_dist.attacks.plateau import LOOKED_AT, PlateauConfig, Split
 from ppreid_dist.attacks.regression import Decoder
 from ppreid_dist.attacks.ridge import Ridge, RidgeConfig
-from ppreid_dist.attacks.unfolded import Layout, UnfoldedRegression
+from ppreid_dist.attacks.unfolded import UnfoldedRegression
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, DataError
 
@@ -112,6 +113,46 @@ def test_a_decoder_ends_with_the_best_weights_it_met(
     decoder.train_to_plateau(PlateauConfig(evaluate_every=1, patience=50, falls=0), 15, lambda line: None)
     assert seen[-1] != min(seen)
     assert original() == pytest.approx(min(seen), abs=1e-6)
+
+
+def test_who_knows_what_was_coded_draws_by_that(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    """Bits that tell nothing by themselves: only ``positions`` knows whose they are."""
+    (known, features), (met, asked) = aux, strangers
+    bits = torch.randn(len(features) + len(asked), 64, generator=torch.Generator().manual_seed(0)).sign()
+    truth = torch.cat([features, asked])
+
+    def positions(some: Tensor) -> Tensor:
+        return truth[(some @ bits.T).argmax(1)]
+
+    errors = []
+    for found in (None, positions):
+        attacker = make("regression")
+        attacker.positions = found
+        attacker.fit(bits[: len(features)], known.images_N3HW, known.pids_N, seed=0)
+        errors.append(held_out_error(attacker.reconstruct(bits[len(features) :]), met.images_N3HW))
+    assert attacker.decoder.name.startswith("what was coded")
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_step_that_spoils_everything_costs_the_attacker_no_more_than_a_fall(aux: tuple[Pictures, Tensor]) -> None:
+    known, features = aux
+    decoder = Decoder(
+        features, known.images_N3HW, Split.of(known.pids_N, 0),
+        view="raw", width=16, lr=0.003, noise_dim=0, config=small_config().regression, seed=0,
+    )  # fmt: skip
+    descend, steps = decoder.descend, []
+
+    def spoil_one(loss: Tensor) -> None:
+        steps.append(loss.isfinite().item())
+        descend(loss * float("nan") if len(steps) == 12 else loss)
+
+    decoder.descend = spoil_one  # type: ignore[method-assign]
+    decoder.train_to_plateau(PlateauConfig(evaluate_every=10, patience=1, falls=2), 60, lambda line: None)
+    before = decoder.looks[0][1]
+    assert steps.count(False) == 8 and len(steps) == 60  # what was left until the next look
+    assert decoder.best < before
 
 
 def test_of_many_held_out_pictures_all_trainings_look_at_the_same_some() -> None:

@@ -257,6 +257,7 @@ def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) 
         ({"judge": "judge judge"}, [], "judge: named twice"),
         ({"judge": "judge twin"}, [], "twin has seed and backbone of"),
         ({"judge": "reseeded"}, [], "reseeded has the seed of"),
+        ({"judge": "blind"}, [], "blind: not a judge: its privacy.weight is 2"),
         ({"judge": "rounded"}, [], "rounded: not a judge: its features are stored as int8"),
         ({"control": "rounded"}, [], "rounded: not a control: its features are stored as int8"),
         ({"control": "streamed"}, [], "data.stream.placement is webdataset in one of them"),
@@ -279,6 +280,7 @@ def test_runs_that_can_not_be_compared(
     changed = {
         "rounded": "model.store.quantise=int8",
         "reseeded": f"seed={load_run(runs / 'protected').seed}",
+        "blind": "privacy.weight=2",
         "streamed": "data.stream.placement=webdataset",
     }
     if (word := next(iter(other.values()), "")) in changed:

@@ -340,6 +340,10 @@ def test_processes_that_would_share_a_gpu_are_refused(
         run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # each process's own
     run(world, tmp_path / "run", "training.images=32", "privacy.weight=0")
+    with pytest.raises(
+        ConfigError, match=r"^engine\.kind: zero2 counts a machine's GPUs, so each process must see all 2"
+    ):
+        engine_module.check_gpus("zero2")
 
 
 def test_a_taken_port_is_told_from_a_missing_process(

@@ -5,7 +5,9 @@ import pytest
 import torch
 from attack_world import make_people
 
-from ppreid_dist.attacks.linkage import LinkageConfig, linkage_of, rotated
+from ppreid_dist.attacks.linkage import LinkageConfig, Stored, linkage_of, rotated
+from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
+from ppreid_dist.attacks.waves import WavesConfig
 from ppreid_dist.evaluation.unlinkability import BINS, d_sys, into_bins, linkage
 from ppreid_dist.models.store import Store, StoreConfig
 
@@ -82,7 +84,7 @@ def test_a_rotation_is_undone_by_who_enrols_people() -> None:
     draw = torch.Generator().manual_seed(5)
     noise = [torch.nn.functional.normalize(torch.randn(f.shape, generator=draw), dim=1) for f in
              (aux_features, query_features)]  # fmt: skip
-    plain, blind = (aux_features, query_features), (noise[0], noise[1])
+    plain, blind = Stored(aux_features, query_features), Stored(noise[0], noise[1])
     config = LinkageConfig(draws=60)
     rows = linkage_of(aux, query, {"protected": plain, "control": blind}, None, config, seed=0)
     assert rows is not None
@@ -97,25 +99,33 @@ def test_a_rotation_is_undone_by_who_enrols_people() -> None:
         row = by["another extractor (the control)", learnt]
         assert row["d_sys"] < 1.5 * row["null"] and row["rank1"] < 0.15
     torch.testing.assert_close(rotated(plain)[1] @ rotated(plain)[1].T, plain[1] @ plain[1].T)
-    other = (aux_features[:, :9], query_features[:, :9])
+    other = Stored(aux_features[:, :9], query_features[:, :9])
     rows = linkage_of(aux, query, {"protected": plain, "control": other}, None, config, seed=0)
     assert rows is not None and [row["learnt"] for row in rows] == [False, False, True, True]
 
 
 def test_another_key_is_another_key() -> None:
-    """Codes under another key are no rotation of these: who learns a map finds fewer than within one database."""
+    """Codes under another key are no rotation of these: who learns a map finds fewer than within one database. Who
+    finds out what was coded in both learns a better one."""
     aux, aux_features = make_people(0, 60, seed=1)
     query, query_features = make_people(1000, 30, seed=2)
-    store = Store(StoreConfig(kind="codes", axes=8, dim=512, width=0.6), aux_features.shape[1])
+    store = Store(StoreConfig(kind="codes", axes=8, dim=512, width=0.45), aux_features.shape[1])
     store.fit(aux_features)
-    protected, other = ((of(aux_features), of(query_features)) for of in (store, store.rekeyed()))
-    rows = linkage_of(
-        aux, query, {"protected": protected, "control": protected}, other, LinkageConfig(draws=20), seed=0
-    )
+    protected, other = (Stored(of(aux_features), of(query_features)) for of in (store, store.rekeyed()))
+    waves = WavesConfig(candidates=1000, bits=256, rounds=2, steps=60)
+    scheme = UnfoldedConfig(coordinates=[8], layout_steps=300, waves=waves)
+
+    def coded(its: Stored) -> Stored | None:
+        found = positions(its.aux_ND, its.query_QD, scheme, len(its.query_QD), 0)
+        return None if found is None else Stored(found(its.aux_ND), found(its.query_QD))
+
+    both = {"protected": protected, "control": protected}
+    rows = linkage_of(aux, query, both, other, LinkageConfig(draws=20), seed=0, coded=coded)
     assert rows is not None
     by = {(row["other"], row["learnt"]): row["rank1"] for row in rows}
     assert ("a rotation of it", True) not in by
-    assert by["another key", False] < 0.2 < by["another key", True] < 0.9 * by["the same gallery", False]
+    assert by["another key", False] < 0.2 < by["another key", True] < 0.8 * by["the same gallery", False]
+    assert by["another key, what was coded", True] > 0.9 * by["the same gallery", False]
     for kind in ("noise", "rotation", "signs"):
         one = Store(StoreConfig(kind=kind, key=3), aux_features.shape[1])
         assert one.rekeyed().config.key == 4 and not torch.equal(one(aux_features), one.rekeyed()(aux_features))

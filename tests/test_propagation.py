@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.isomap import Manifold, drawn
+from ppreid_dist.attacks.layout import Layout, misfit
 from ppreid_dist.attacks.propagation import HELD, propagated
 from ppreid_dist.attacks.recogniser import by_pixels
-from ppreid_dist.attacks.unfolded import Layout, UnfoldedConfig, misfit
+from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.errors import ConfigError
 
 

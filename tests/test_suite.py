@@ -34,6 +34,7 @@ from ppreid_dist.attacks.suite import SuiteResult, run_suite
 from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, DataError, MissingExtra, RunError
+from ppreid_dist.evaluation.images import scores
 from ppreid_dist.files import write_json
 from ppreid_dist.settings import load_settings
 
@@ -248,6 +249,20 @@ def test_the_same_features_leak_all(
     assert result.per_query["identity", "ridge", "floor"].shape == (40,)
     assert all(seconds > 0 for seconds in result.seconds.values())
     write_json(tmp_path / "axes.json", result.axes)  # strict: NaN or a numpy number would raise
+
+
+def test_on_pixels_the_mean_picture_is_everybody_s_floor(
+    aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    result = suite(*aux, *strangers, attackers=["retrieval", "ridge"])
+    mean = (aux[0].images_N3HW.double() / 255).mean(0).mul(255).round().to(torch.uint8)
+    met = strangers[0].only(strangers[0].camids_N == 0)
+    drawn = mean.expand(len(met.pids_N), -1, -1, -1)
+    by_hand = np.nanmean(scores(drawn, met.images_N3HW, met.masks_N1HW)["ssim"])
+    for found in result.axes["pixel"]["attackers"].values():
+        assert found["floor"] == pytest.approx(by_hand, abs=1e-4)
+    own = [result.axes["identity"]["attackers"][name]["floor"] for name in ("retrieval", "ridge")]
+    assert own[0] != own[1]
 
 
 def test_random_features_leak_nothing(aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]) -> None:

@@ -22,6 +22,7 @@ from ppreid_dist.sweep.front import (
     hypervolume,
     make_points,
     of_reranking,
+    of_several_controls,
     of_several_sources,
     pairs_of,
     pareto,
@@ -289,6 +290,14 @@ def test_rows_of_another_version_of_the_attackers_are_told_of() -> None:
     assert of_several_sources(rows) == []
     (line,) = of_several_sources([*rows, row(4, attackers_source="b")])
     assert line.startswith("Trials were attacked by 2 versions of the attackers")
+
+
+def test_points_of_different_controls_are_told_of() -> None:
+    """As where the backbone varies: 0.85 of a reach of 0.6 is more than 0.90 of one of 0.5."""
+    rows = [row(1), row(1, 1, control="control-1"), row(2), row(2, 1, control="control-1")]
+    assert of_several_controls(rows) == []
+    (line,) = of_several_controls([*rows, row(3, control="control of another backbone")])
+    assert line.startswith("Points were measured against different controls")
 
 
 def test_a_search_asks_nothing_of_what_a_broken_attack_measured() -> None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ITSELF
-from ppreid_dist.attacks.unfolded import Layout, Sharpened
+from ppreid_dist.attacks.layout import Layout, Sharpened
+from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
 from ppreid_dist.attacks.waves import Waves, WavesConfig, are_bits
 from ppreid_dist.models.store import Store, StoreConfig, quantise_int8
 
@@ -45,6 +46,17 @@ def test_rough_positions_and_codes_make_each_other_sharp(spectrum: str) -> None:
     # Who isn't in the database is placed by the same waves, from anywhere.
     found = waves(coded(later, spectrum).sign(), waves.places_LK[:40])
     assert explained(torch.cat([waves.places_LK, found]), torch.cat([truth, later]), 500) > 0.9
+
+
+def test_what_was_coded_is_found_from_a_database_alone() -> None:
+    """Of their own people and of those who are asked for, of whom no picture is known; of other features nothing."""
+    truth, config = unit(400, 1), UnfoldedConfig(coordinates=[6], layout_steps=200, waves=CONFIG)
+    codes = Store(StoreConfig(kind="codes", dim=512, width=0.5, key=5), 6)(truth)
+    found = positions(codes[:300], codes[300:], config, 40, 0)
+    assert found is not None
+    assert explained(torch.cat([found(codes[:300]), found(codes[300:340])]), truth[:340], 150) > 0.98
+    assert positions(truth[:300], truth[300:], config, 40, 0) is None
+    assert positions(codes[:300], codes[300:], replace(config, waves=WavesConfig(candidates=0)), 40, 0) is None
 
 
 def test_what_has_no_waves_is_not_said_to_have() -> None:

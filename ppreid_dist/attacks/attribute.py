@@ -10,8 +10,10 @@ Shapes: N auxiliary pictures, H held out of them, Q query pictures, D feature di
 of all attributes, B the statistic itself, then each resample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -73,44 +75,62 @@ class AttributeProbe:
             self.columns[name] = slice(first, first + len(known))
             first += len(known)
 
-    def fit(self, features_ND: Tensor, labels: Labels, pids_N: np.ndarray, *, seed: int) -> None:
-        """Learn from stored features and their labels. ConfigError naming ``attack.people`` for too few people."""
+    def fit(
+        self,
+        features_ND: Tensor,
+        labels: Labels,
+        pids_N: np.ndarray,
+        *,
+        seed: int,
+        positions: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Learn from stored features and their labels; of codes also from the ``positions`` behind them. ConfigError
+        naming ``attack.people`` for too few people."""
+        self.positions = positions
+        forms = self._forms(features_ND)
         some = np.random.default_rng([seed, 0xA77]).permutation(len(pids_N))[: self.config.pictures]
         fit, held = (some[rows] for rows in split_people(pids_N[some], seed))
-        self._choose(features_ND, labels, fit, held)
-        self.views = {name: fit_view(name, features_ND[torch.from_numpy(some)]) for name in VIEWS}
+        self._choose(forms, labels, fit, held)
+        rows = torch.from_numpy(some)
+        self.views = {(form, name): fit_view(name, of_ND[rows]) for form, of_ND in forms.items() for name in VIEWS}
         targets_NV = self._targets(labels, some).to(features_ND.device)
         self.models = {
             choice: kernel_ridge.fit(
-                self.views[choice[0]](features_ND[torch.from_numpy(some)]),
+                self.views[choice[:2]](forms[choice[0]][rows]),
                 targets_NV,
-                width=choice[1],
-                ridge=choice[2],
+                width=choice[2],
+                ridge=choice[3],
             )
             for choice in set(self.chosen.values())
         }
 
-    def _choose(self, features_ND: Tensor, labels: Labels, fit: np.ndarray, held: np.ndarray) -> None:
-        config, targets_FV = self.config, self._targets(labels, fit).to(features_ND.device)
+    def _forms(self, features_MD: Tensor) -> dict[str, Tensor]:
+        """Features as they are stored, and what was coded in them, if that is known."""
+        coded = {} if self.positions is None else {"coded": self.positions(features_MD)}
+        return {"stored": features_MD, **coded}
+
+    def _choose(self, forms: Mapping[str, Tensor], labels: Labels, fit: np.ndarray, held: np.ndarray) -> None:
+        config, targets_FV = self.config, self._targets(labels, fit).to(forms["stored"].device)
         # The first of all for an attribute that is known of nobody held out.
         best = dict.fromkeys(self.columns, -1.0)
-        self.chosen = dict.fromkeys(self.columns, (VIEWS[0], config.widths[0], config.ridges[0]))
-        for name in VIEWS:
-            view = fit_view(name, features_ND[torch.from_numpy(fit)])
-            known_FK, asked_HK = (view(features_ND[torch.from_numpy(rows)]) for rows in (fit, held))
+        self.chosen = dict.fromkeys(self.columns, ("stored", VIEWS[0], config.widths[0], config.ridges[0]))
+        for form, name in product(forms, VIEWS):
+            of_ND = forms[form]
+            view = fit_view(name, of_ND[torch.from_numpy(fit)])
+            known_FK, asked_HK = (view(of_ND[torch.from_numpy(rows)]) for rows in (fit, held))
             for w, r, scores_HV in kernel_ridge.sweep(known_FK, targets_FV, asked_HK, config.widths, config.ridges):
                 for attribute, columns in self.columns.items():
                     named_H = scores_HV[:, columns].argmax(1).cpu().numpy()
                     accuracy = balanced_accuracy(named_H, labels[attribute][held])
                     if accuracy > best[attribute]:
                         best[attribute] = accuracy
-                        self.chosen[attribute] = (name, config.widths[w], config.ridges[r])
+                        self.chosen[attribute] = (form, name, config.widths[w], config.ridges[r])
 
     def predict(self, features_MD: Tensor) -> Labels:
         """The number of the value that each feature speaks for, by attribute."""
-        found = {}
+        found, forms = {}, self._forms(features_MD)
         for name, choice in self.chosen.items():
-            scores_MV = self.models[choice].predict(self.views[choice[0]](features_MD))
+            scores_MV = self.models[choice].predict(self.views[choice[:2]](forms[choice[0]]))
             found[name] = scores_MV[:, self.columns[name]].argmax(1).cpu().numpy()
         return found
 
@@ -142,8 +162,10 @@ def attribute_leak(
     *,
     seed: int,
     progress: Progress,
+    positions: Mapping[str, Callable[[Tensor], Tensor] | None] = MappingProxyType({}),
 ) -> dict[str, Any] | None:
-    """What ``features`` (auxiliary and query ones, of "control" and "protected") tell of every attribute, JSON-ready.
+    """What ``features`` (auxiliary and query ones, of "control" and "protected") tell of every attribute, JSON-ready;
+    ``positions`` find what was coded in them, where they are codes.
 
     ``each`` attribute and the ``mean`` of all: balanced accuracies and r, as an attacker's. None where the pictures
     have no attribute with two values that enough people have.
@@ -161,7 +183,7 @@ def attribute_leak(
     accuracies = {"floor": chance}
     for role, (aux_ND, query_QD) in features.items():
         probe = AttributeProbe(config, values)
-        probe.fit(aux_ND, labels, aux.pids_N, seed=seed)
+        probe.fit(aux_ND, labels, aux.pids_N, seed=seed, positions=positions.get(role))
         named = probe.predict(query_QD)
         accuracies[role] = {name: _accuracy(bootstrap, named[name], asked[name]) for name in values}
         progress(f"attributes, {role}: balanced accuracy {np.mean([a_B[0] for a_B in accuracies[role].values()]):.3f}")

@@ -37,7 +37,8 @@ class Attacker(ABC):
     ``leaked_LD``, set before :meth:`fit` by whoever has them, are the features of a stolen database: whom it is to
     reconstruct, ``asked`` of them, who come first, and all others in it, without pictures. Most attackers make nothing
     of them. ``recogniser``, set before :meth:`fit` too where ``asks_recogniser`` says so, is a ReID model that was
-    trained on the attacker's own people. ``people_N`` says who is on its pictures where the groups that :meth:`fit`
+    trained on the attacker's own people; ``positions`` finds the numbers behind stored codes
+    (``attacks.unfolded.positions``). ``people_N`` says who is on its pictures where the groups that :meth:`fit`
     holds out together aren't people.
     ``held_out`` is the error on its held-out people that :meth:`fit` ended with, where one is needed: trainings of one
     attacker are chosen between by it. ``still_falling`` is the share by which it fell over the last quarter of the
@@ -49,6 +50,7 @@ class Attacker(ABC):
     leaked_LD: Tensor | None = None
     asked = 0
     recogniser: "Recogniser | None" = None
+    positions: Callable[[Tensor], Tensor] | None = None
     people_N: np.ndarray | None = None
 
     def __init__(self, config: Any):
@@ -57,6 +59,11 @@ class Attacker(ABC):
     @property
     def asks_recogniser(self) -> bool:
         """Whether it needs a ``recogniser``."""
+        return False
+
+    @property
+    def asks_positions(self) -> bool:
+        """Whether it reads ``positions`` behind codes, where there are such."""
         return False
 
     @abstractmethod

@@ -29,16 +29,20 @@ from ppreid_dist.attacks.base import (
 from ppreid_dist.attacks.config import AttackConfig
 from ppreid_dist.attacks.judging import Judge, chance_of, identity_axes
 from ppreid_dist.attacks.kept import Kept, digest, source_digest
+from ppreid_dist.attacks.layout import Layout
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.plateau import Learner
 from ppreid_dist.attacks.recogniser import Recogniser
 from ppreid_dist.attacks.recognisers import Recognisers, asked_widths
+from ppreid_dist.attacks.unfolded import positions
+from ppreid_dist.attacks.waves import are_bits
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.evaluation.images import scores
 from ppreid_dist.models.generator import Generator
+from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import to_dict
 
 PAUSE = 1.0  # seconds between looks at what other processes make
@@ -107,6 +111,7 @@ class Role:
 class Bench:
     """What attackers are trained on and tested by; the same for every victim.
 
+    ``mean_picture_Q`` is the SSIM of the mean of all own pictures: what drawing without looking at features reaches.
     Every training that is done is put into ``kept``, and taken from there instead of being made again. Processes that
     share ``kept`` share the work.
     """
@@ -130,6 +135,7 @@ class Bench:
         DataError where a single person is tested."""
         self.kept, self.found = kept, found or progress
         self._outcomes: dict[str, Outcome] = {}  # by key, of all benches that learn on other pictures too
+        self._positions: dict[str, Layout | None] = {}  # by what they are of; the same
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
         if len(tested := np.unique(query.pids_N)) < 2:
             raise DataError(f"query: {len(tested)} person; an interval over people needs at least 2")
@@ -171,6 +177,10 @@ class Bench:
         if not config.curve_attackers:
             self.people = self.people[-1:]
         self.groups_N = groups_N
+        total_3hw = torch.stack([to_float(part).sum(0) for part in aux.images_N3HW.split(1024)]).sum(0)
+        mean_3hw = to_uint8(total_3hw / len(aux.images_N3HW))
+        asked_Q = np.arange(len(self.query.pids_N))
+        self.mean_picture_Q = self.pixels(mean_3hw.expand(len(asked_Q), -1, -1, -1), asked_Q)["ssim"]
         self.world = digest(self.tests, aux.images_N3HW, aux.pids_N, groups_N)
 
     def attacker(self, name: str, *, few: bool = False) -> Attacker:
@@ -180,6 +190,15 @@ class Bench:
     def recogniser(self, rows: np.ndarray) -> Recogniser | None:
         """The ReID model that was, or now is, trained on these auxiliary pictures; None where no attacker asks one."""
         return self.recognisers.of(*self._people(rows)) if self.recognisers else None
+
+    def positions(self, features_ND: Tensor, leaked_LD: Tensor, asked: int) -> Layout | None:
+        """Where the numbers behind codes lie (``attacks.unfolded.positions``); None where features aren't bits."""
+        if not are_bits(features_ND):
+            return None
+        key = digest(features_ND, leaked_LD)
+        if key not in self._positions:
+            self._positions[key] = positions(features_ND, leaked_LD, self.config.unfolded, asked, self.config.seed)
+        return self._positions[key]
 
     def _people(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Pictures, people and groups of these auxiliary rows."""
@@ -304,6 +323,8 @@ class Bench:
                     settings = [name, to_dict(self.attacker(name, few=few).config), self.config.seed, draw]
                     make = partial(self._train, label, self.attacker(name, few=few), draw, *parts, reversal)
                     needs: list[str] = []
+                    if self.attacker(name).asks_positions and are_bits(features_ND):
+                        settings.append(to_dict(self.config.unfolded))
                     if self.recognisers and self.attacker(name).asks_recogniser:
                         settings += self.recognisers.settings
                         needs = self.recognisers.keys(*self._people(rows), asked_widths(self.config, [name]))
@@ -325,6 +346,8 @@ class Bench:
     ) -> Outcome:
         attacker.leaked_LD, attacker.asked = leaked_LD, len(query_QD)
         attacker.people_N = self.aux.pids_N[rows]
+        if attacker.asks_positions:
+            attacker.positions = self.positions(features_ND, leaked_LD, len(query_QD))
         if attacker.asks_recogniser:
             attacker.recogniser = self.recogniser(rows)
         started, spent = time.monotonic(), self._spent()

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppreid_dist.attacks.isomap import Manifold
-from ppreid_dist.attacks.unfolded import Layout, Sharpened, UnfoldedConfig
+from ppreid_dist.attacks.layout import Layout, Sharpened
+from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.attacks.waves import are_bits
 
 DIRECTIONS = 16  # main ones that are laid onto each other where the scheme doesn't say how many it keeps

@@ -8,9 +8,9 @@ himself how one reads in the other's terms. Entries of the same picture and of t
 Shapes: N auxiliary pictures, Q query pictures, D feature dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,15 +36,20 @@ class LinkageConfig(Settings):
     draws: int = option(200, "permutations of the people behind the value that chance reaches", at_least=20)
 
 
-Stored = tuple[Tensor, Tensor]  # what a database keeps of the auxiliary and of the query pictures
+class Stored(NamedTuple):
+    """What a database keeps of the auxiliary and of the query pictures, and its other entries, where they are known."""
+
+    aux_ND: Tensor
+    query_QD: Tensor
+    leaked_LD: Tensor | None = None
 
 
 def rotated(stored: Stored) -> Stored:
     """Both after one secret rotation."""
-    dim = stored[0].shape[1]
+    dim = stored.aux_ND.shape[1]
     turned_DD = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(_KEY))
-    turn_DD = torch.linalg.qr(turned_DD)[0].to(stored[0])
-    return stored[0] @ turn_DD, stored[1] @ turn_DD
+    turn_DD = torch.linalg.qr(turned_DD)[0].to(stored.aux_ND)
+    return Stored(stored.aux_ND @ turn_DD, stored.query_QD @ turn_DD)
 
 
 def learnt_map(
@@ -67,9 +72,11 @@ def linkage_of(
     config: LinkageConfig,
     *,
     seed: int,
+    coded: Callable[[Stored], Stored | None] = lambda stored: None,
 ) -> list[dict[str, Any]] | None:
     """A row for each way to join two databases, JSON-ready; ``stored`` has "control" and "protected", ``rekeyed`` the
-    protected one's under another key, if there is one.
+    protected one's under another key, if there is one. ``coded`` finds what was coded in a database, where it keeps
+    codes: maps between these numbers are learnt beside those between the codes.
 
     None where no query person is seen by two cameras.
     """
@@ -79,21 +86,25 @@ def linkage_of(
         **({"another key": rekeyed} if rekeyed else {"a rotation of it": rotated(stored["protected"])}),
         "another extractor (the control)": stored["control"],
     }
+    own = stored["protected"]
+    joins = [(name, False, own, other) for name, other in others.items()]
+    joins += [(name, True, own, other) for name, other in list(others.items())[1:]]
+    if (opened := coded(own)) is not None:
+        joins += [
+            (f"{name}, what was coded", True, opened, coded(other) or other) for name, other in list(others.items())[1:]
+        ]
     rows = []
-    for name, other in others.items():
-        for learnt in (False, True):
-            here, there = stored["protected"][1], other[1]
-            if learnt:
-                if name == "the same gallery":
-                    continue
-                here = learnt_map(stored["protected"][0], other[0], aux.pids_N, config, seed=seed).predict(here)
-            elif here.shape[1] != there.shape[1]:
-                continue  # they can't be compared as they are
-            similarity_QQ = F.normalize(here.double(), dim=1) @ F.normalize(there.double(), dim=1).mT
-            found = linkage(
-                similarity_QQ.cpu().numpy(), query.pids_N, query.pids_N, usable_QQ, draws=config.draws, seed=seed
-            )
-            if found is None:
-                return None
-            rows.append({"other": name, "learnt": learnt, **asdict(found)})
+    for name, learnt, one, other in joins:
+        here, there = one.query_QD, other.query_QD
+        if learnt:
+            here = learnt_map(one.aux_ND, other.aux_ND, aux.pids_N, config, seed=seed).predict(here)
+        elif here.shape[1] != there.shape[1]:
+            continue  # they can't be compared as they are
+        similarity_QQ = F.normalize(here.double(), dim=1) @ F.normalize(there.double(), dim=1).mT
+        found = linkage(
+            similarity_QQ.cpu().numpy(), query.pids_N, query.pids_N, usable_QQ, draws=config.draws, seed=seed
+        )
+        if found is None:
+            return None
+        rows.append({"other": name, "learnt": learnt, **asdict(found)})
     return rows

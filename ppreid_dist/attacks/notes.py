@@ -3,7 +3,9 @@
 import numpy as np
 
 from ppreid_dist.attacks.bench import Bench
+from ppreid_dist.attacks.plateau import StepsConfig
 from ppreid_dist.attacks.victims import Roles
+from ppreid_dist.settings import Settings
 
 PLATEAU = 0.01  # a training is over where its error fell by no more over the last quarter
 
@@ -24,6 +26,12 @@ def training_notes(bench: Bench, roles: Roles) -> list[str]:
             f"attack.curve_steps: with fewer than {largest} people attackers were trained by at most "
             f"{config.curve_steps} gradient steps: they may find more"
         )
+    untrained = [name for name in config.attackers if _as_it_begins(getattr(config, name))]
+    if untrained:
+        lines.append(
+            f"{', '.join(untrained)}: as they begin, without a gradient step (plateau.max_steps is 0); trained, they "
+            "may find more"
+        )
     lines += _cut_short(bench, roles)
     lines += _best_guesses(bench, roles)
     if left_out := [name for name in config.attackers if (name, largest) not in roles["protected"]]:
@@ -31,6 +39,10 @@ def training_notes(bench: Bench, roles: Roles) -> list[str]:
             f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
         )
     return lines
+
+
+def _as_it_begins(config: Settings) -> bool:
+    return isinstance(config, StepsConfig) and config.plateau.max_steps == 0
 
 
 def _cut_short(bench: Bench, roles: Roles) -> list[str]:

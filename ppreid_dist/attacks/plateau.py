@@ -169,6 +169,8 @@ class Trainee(ABC):
         """Put these weights in place of the present ones and of their average."""
         self.network.load_state_dict(weights)
         self.average.module.load_state_dict(weights)
+        if any(not moment.isfinite().all() for of in self.optimiser.state.values() for moment in of.values()):
+            self.optimiser.state.clear()  # or every step from here would spoil them again
 
     def begin_looks(self) -> None:
         """Forget how good the weights ever were: they are to be judged anew."""

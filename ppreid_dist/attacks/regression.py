@@ -184,6 +184,10 @@ class Regression(Learner):
     def asks_recogniser(self) -> bool:
         return self.config.likeness > 0
 
+    @property
+    def asks_positions(self) -> bool:
+        return self.name == Regression.name  # the others lay out, or average, features in ways of their own
+
     def learn(
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]
     ) -> Decoder:
@@ -194,10 +198,14 @@ class Regression(Learner):
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, seed: int
     ) -> list[Callable[[], Decoder]]:
         """All decoders of which the best in a short trial is trained to its plateau."""
-        return decoders(
-            features_ND, pictures_N3hw, split,
+        enter = partial(
+            decoders, pictures_N3hw=pictures_N3hw, split=split,
             noise_dim=0, config=self.config, recogniser=self.recogniser, seed=seed,
         )  # fmt: skip
+        found = enter(features_ND)
+        if self.positions is not None:
+            found += enter(self.positions(features_ND), prepare=self.positions, label="what was coded, ")
+        return found
 
     def reconstruct(self, features_MD: Tensor) -> Tensor:
         return self.decoder.reconstruct(features_MD)

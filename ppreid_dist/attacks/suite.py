@@ -22,7 +22,7 @@ from ppreid_dist.attacks.base import Outcome, Progress
 from ppreid_dist.attacks.bench import Bench, Training, Victim
 from ppreid_dist.attacks.informed import whitebox_leak, whitebox_trainings
 from ppreid_dist.attacks.judging import judge_quality, weak_judges
-from ppreid_dist.attacks.linkage import linkage_of
+from ppreid_dist.attacks.linkage import Stored, linkage_of
 from ppreid_dist.attacks.notes import training_notes
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench, variant_trainings
 from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of, trainings_of
@@ -139,7 +139,12 @@ def _summarise(
         notes += [f"{axis}: {line}" for line in ruined_attackers(bootstrap, *scores[axis])]
     final = {role: {name: of for (name, n), of in runs.items() if n == largest} for role, runs in roles.items()}
     shown = {victims[role].name: final[role] for role in victims}
-    stored = {role: (victim.aux_ND, victim.query_QD) for role, victim in victims.items()}
+    stored = {role: Stored(victim.aux_ND, victim.query_QD, leaked_by(victim)) for role, victim in victims.items()}
+
+    def coded(its: Stored) -> Stored | None:
+        leaked_LD = its.query_QD if its.leaked_LD is None else its.leaked_LD
+        found = bench.positions(its.aux_ND, leaked_LD, len(its.query_QD))
+        return None if found is None else Stored(found(its.aux_ND), found(its.query_QD))
 
     def by_role(name: str, figure: str) -> dict[str, float | None]:
         return {role: finite(getattr(runs[name], figure)) if name in runs else None for role, runs in final.items()}
@@ -152,15 +157,25 @@ def _summarise(
         attributes=attribute_leak(
             bench.aux,
             bench.query,
-            stored,
+            {role: (its.aux_ND, its.query_QD) for role, its in stored.items()},
             config.attribute,
             bootstrap,
             seed=config.seed,
             progress=bench.progress,
+            positions={
+                role: bench.positions(its.aux_ND, leaked_by(victims[role]), len(its.query_QD))
+                for role, its in stored.items()
+            },
         ),
         whitebox=whitebox_leak(bench, victims),
         linkage=linkage_of(
-            bench.aux, bench.query, stored, victims["protected"].rekeyed, config.linkage, seed=config.seed
+            bench.aux,
+            bench.query,
+            stored,
+            victims["protected"].rekeyed,
+            config.linkage,
+            seed=config.seed,
+            coded=coded,
         ),
         auxiliary=auxiliary_leak(variants, victims),
         judges=quality,
@@ -194,13 +209,13 @@ def _scores(axis: str, bench: Bench, roles: Roles) -> Scores:
     """By attacker with the most people, and of the curve's attackers by number of people."""
     config, largest = bench.config, bench.people[-1]
     attackers = {
-        name: scores_of(roles, axis, name, largest)
+        name: scores_of(bench, roles, axis, name, largest)
         for name in config.attackers
         if (name, largest) in roles["protected"]
     }
     # The same attackers at every number of people, or the curve would jump where others join.
     return attackers, {
-        n: {name: scores_of(roles, axis, name, n) for name in config.curve_attackers} for n in bench.people
+        n: {name: scores_of(bench, roles, axis, name, n) for name in config.curve_attackers} for n in bench.people
     }
 
 

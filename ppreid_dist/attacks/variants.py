@@ -76,7 +76,7 @@ def _leak(bench: Bench, roles: Roles, axis: str, n: int, known_Q: np.ndarray) ->
     bootstrap = Bootstrap(bench.query.pids_N[known_Q], config.resamples, config.seed, 0.95)
 
     def series(name: str) -> AttackScores:
-        whole = scores_of(roles, axis, name, n)
+        whole = scores_of(bench, roles, axis, name, n)
         return AttackScores(**{key: of_Q[known_Q] for key, of_Q in vars(whole).items()})
 
     results, leak = measure_leak(bootstrap, {name: series(name) for name in config.attackers})

@@ -64,8 +64,10 @@ def expected(bench: Bench, control: Victim, protected: Victim, processes: int) -
     return estimate(missing, bench.config, *of, numbers=len(bench.people), processes=processes)
 
 
-def scores_of(roles: Roles, axis: str, name: str, n: int) -> AttackScores:
-    """An attacker's, with so many people; NaN where there is no such training."""
+def scores_of(bench: Bench, roles: Roles, axis: str, name: str, n: int) -> AttackScores:
+    """An attacker's, with so many people; NaN where there is no such training. On pixels everybody's floor is the mean
+    picture (``Bench.mean_picture_Q``)."""
     unscored_Q = np.full_like(next(iter(roles["control"].values())).scores[axis], np.nan)
     found = {role: runs.get((name, n)) for role, runs in roles.items()}
-    return AttackScores(**{f"{role}_Q": of.scores[axis] if of else unscored_Q for role, of in found.items()})
+    scores = {f"{role}_Q": of.scores[axis] if of else unscored_Q for role, of in found.items()}
+    return AttackScores(**scores | ({"floor_Q": bench.mean_picture_Q} if axis == "pixel" else {}))

@@ -1,7 +1,7 @@
 """The leak r of one axis: how much of what the best attacker finds in unprotected features is still found.
 
-For an attacker, R is its mean score on protected features, C on unprotected ones (its control), F its floor: what it
-reaches when it is retrained on permuted pairs. Its excess is what it finds beyond the prior. Then
+For an attacker, R is its mean score on protected features, C on unprotected ones (its control), F its floor: what is
+reached without looking at features. Its excess is what it finds beyond the prior. Then
 
     r = (largest R − F of the attackers) / (largest C − F of the attackers)
 
@@ -21,10 +21,11 @@ it doesn't, or there is no such attacker on the control, but it beats its floor 
 excess there counts, its C − F doesn't.
 "broken": neither; it says nothing, and nothing is said by it.
 
-**Each has its own floor.** Decoders that learn from nothing end at different pictures, some a little worse than the
-mean picture, so r on pixels is known up to a convention: of codes in seed 0 of docs/privacy.md's small table it is
-0.51, and with one floor for all 0.48 (the highest, ridge's) to 0.56 (the lowest). On identity all floors are at chance.
-One floor for all, the largest, would let the noise of a weak attacker's floor lower r.
+**Floors.** On pixels everybody's is the mean picture, drawn whatever the feature. Attackers retrained on permuted pairs
+end at different pictures, most of them worse than that: by such floors some of what counts as found would be no more
+than the mean picture, and an attacker that falls back on it where it knows nothing would be the loser for that. On
+identity, where the mean picture shows nobody, an attacker's floor is its own on permuted pairs, which is chance unless
+something leaks.
 
 **Intervals** come from a paired bootstrap over identities: all series share each resample, and both maxima are taken
 inside it. There a leak over a control that isn't above the floor is unbounded, and such an end of an interval is None.

@@ -147,6 +147,21 @@ def remarks(points: Sequence[Mapping[str, Any]], recommended: str | None, axis: 
     return said
 
 
+def of_several_controls(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where a seed has several controls, as where the backbone varies: what share of a larger leak is left may
+    be more than a larger share of a smaller one."""
+    controls: dict[int, set[str]] = {}
+    for row in rows:
+        if row["status"] == "done":
+            controls.setdefault(row["seed"], set()).add(row["control"])
+    if all(len(names) < 2 for names in controls.values()):
+        return []
+    return [
+        "Points were measured against different controls: r and URR are shares of what each control leaks, and can't "
+        "be compared between them."
+    ]
+
+
 def of_several_sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line where trials were attacked by different attackers, as after an update."""
     versions = {row.get("attackers_source") for row in rows if row["status"] == "done"}
@@ -201,6 +216,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
         "remarks": [
             *(remarks(points, recommended, config.axis, config.min_utility) if points else []),
             *of_several_sources(rows),
+            *of_several_controls(rows),
             *of_reranking(rows),
         ],
         "people": max((row["people"] for row in rows if row["status"] == "done"), default=None),

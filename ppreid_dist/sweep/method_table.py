@@ -1,6 +1,6 @@
 """Methods against each other: a row each, all under the same attackers, control and training budget.
 
-``table.json`` and ``table.md``, described in ``docs/privacy.md``. Figures are means over the seeds that are done.
+``table.json`` and ``table.md``, described in ``docs/sweep.md``. Figures are means over the seeds that are done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,10 @@ from typing import Any
 
 from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.files import write_json, write_text
-from ppreid_dist.sweep.front import mean, of_reranking, of_several_sources
+from ppreid_dist.sweep.front import mean, of_reranking, of_several_controls, of_several_sources
 
 SCHEMA = "ppreid-table/2"
+SAID = (of_several_sources, of_several_controls, of_reranking)  # of trials, before comparing rows
 _WHOLE = {"value": 1.0, "low": 1.0, "high": 1.0, "least": 1.0, "most": 1.0}
 
 
@@ -53,7 +54,7 @@ def table_of(front: Mapping[str, Any]) -> dict[str, Any]:
         "complete": front["complete"],
         "people": front["people"],
         "axes": axes,
-        "remarks": [*of_several_sources(front["trials"]), *of_reranking(front["trials"])],
+        "remarks": [line for said in SAID for line in said(front["trials"])],
         "rows": rows,
     }
 

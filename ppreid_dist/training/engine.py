@@ -253,6 +253,21 @@ class _Split(_Whole):
         )
 
 
+def check_gpus(kind: str) -> None:
+    """ConfigError where this machine's processes have too few GPUs for an engine of this ``kind``."""
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1 + int(os.environ.get("LOCAL_RANK", "0")))
+    gpus = torch.cuda.device_count()
+    # Each process's own, as Slurm binds them; those of accelerate and torchrun have their launcher's.
+    bound = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    own = gpus == 1 and bound
+    if 0 < gpus < here and not own:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE: {here} processes on a machine where {gpus} GPUs are visible; say --num_processes {gpus}"
+        )
+    if gpus < here and own and kind != "ddp":
+        raise ConfigError(f"engine.kind: {kind} counts a machine's GPUs, so each process must see all {here} of them")
+
+
 class Engine:
     """One process's hold on the group: device, precision, players. This one is DDP's, or a single process's."""
 
@@ -271,6 +286,7 @@ class Engine:
         self.kind, self.precision, self.accumulate, self.compile = kind, precision, accumulate, compile
         self.launched = launched
         expected = int(os.environ.get("WORLD_SIZE", "1"))
+        check_gpus(kind)  # first, since what opens the group by ZeRO fails there in words of its own
         options = self._options(timeout)
         try:
             meet_again(timeout)
@@ -291,21 +307,6 @@ class Engine:
             raise ConfigError(
                 f"WORLD_SIZE: the launcher started {expected} processes but Accelerate sees {seen}; on CPU "
                 "use `accelerate launch --multi_gpu --num_processes N`"
-            )
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        # Each process's own, as Slurm binds them; those of accelerate and torchrun have their launcher's.
-        bound = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-        own = gpus == 1 and bound
-        if 0 < gpus < here and not own:
-            self.forget()
-            raise ConfigError(
-                f"LOCAL_WORLD_SIZE: {here} processes on a machine where {gpus} GPUs are visible; say --num_processes "
-                f"{gpus}"
-            )
-        if gpus < here and own and kind != "ddp":
-            self.forget()
-            raise ConfigError(
-                f"engine.kind: {kind} counts a machine's GPUs, so each process must see all {here} of them"
             )
         if compile == "reduce-overhead" and seen > 1:
             self.forget()

@@ -10,6 +10,7 @@ Learnt by trying, and held by tests/test_engines.py:
 import copy
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -82,6 +83,11 @@ class ZeroEngine(Engine):
         backend = {} if torch.cuda.is_available() else {"backend": "gloo"}
         if backend and os.environ["LOCAL_RANK"] == "0":
             name_locks()
+        if not re.fullmatch(r"[\d,]*", os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+            # Of GPUs that are named otherwise (GPU-…, MIG-…) it asks NVML by numbers, and fails; without it, torch.
+            from deepspeed.accelerator import cuda_accelerator
+
+            cuda_accelerator.pynvml = None
         return {
             "deepspeed_plugins": {"": self._plugin(self.stage, 0.0, _BUCKET)},  # of no player
             "gradient_accumulation_plugin": one_step(),
@@ -94,6 +100,8 @@ class ZeroEngine(Engine):
             "zero_optimization": zero_optimization(said.get("zero_optimization", {}), stage, elements),
             # The size of the batch serves DeepSpeed's clock only.
             "train_batch_size": "auto",
+            # Its clock waits for the GPU at every forward and step.
+            "timers": said.get("timers", {"throughput": {"enabled": False}}),
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,

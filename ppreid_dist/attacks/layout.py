@@ -1,0 +1,112 @@
+"""Positions of features in few dimensions that explain how alike they are, and of bits the waves behind them too.
+
+Shapes: M features to place, L features of the pool, B batch, J Gaussians, D feature dim, K dimensions of a position.
+"""
+
+import torch
+from torch import Tensor
+
+from ppreid_dist.attacks.averaged import ITSELF
+from ppreid_dist.attacks.waves import Waves, WavesConfig
+from ppreid_dist.transfer import to_device
+
+ALL_PAIRS = 10_000  # features at most of which all cosines are computed beforehand, 400 MB
+NEAREST = 3  # of the pool, for a feature that isn't in it
+SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first positions' lengths, tried
+
+
+class Layout:
+    """Positions of a pool of unit features, and of unit features that are in it or near."""
+
+    def __init__(self, pool_LD: Tensor, start_LK: Tensor, *, steps: int, lr: float, batch: int = 512, seed: int = 0):
+        self.pool_LD = pool_LD
+        self.places_LK, self.residual, self.rate = _laid_out(pool_LD, start_LK.float(), steps, lr, batch, seed)
+
+    def __call__(self, features_MD: Tensor) -> Tensor:
+        """(M, K) float32: the position of the pool's entry that it is, or else the mean of its nearest ones."""
+        return torch.cat([self._place(part) for part in features_MD.split(1024)])
+
+    def _place(self, x_BD: Tensor) -> Tensor:
+        cosine_BI, nearest_BI = (x_BD @ self.pool_LD.T).topk(min(NEAREST, len(self.pool_LD)))
+        places_BIK = self.places_LK[nearest_BI]
+        known_B1 = cosine_BI[:, :1] > ITSELF
+        return torch.where(known_B1, places_BIK[:, 0], self._among(x_BD, places_BIK.mean(1)))
+
+    def _among(self, x_BD: Tensor, near_BK: Tensor) -> Tensor:
+        """Where features lie that aren't in the pool."""
+        return near_BK
+
+
+class Sharpened(Layout):
+    """A layout of bits, sharpened by the waves behind them."""
+
+    def __init__(self, layout: Layout, config: WavesConfig, seed: int):
+        self.waves = Waves(layout.pool_LD.sign(), layout.places_LK, rate=layout.rate, config=config, seed=seed)
+        self.pool_LD, self.places_LK, self.residual = layout.pool_LD, self.waves.places_LK, layout.residual
+
+    def _among(self, x_BD: Tensor, near_BK: Tensor) -> Tensor:
+        return self.waves(x_BD.sign(), near_BK)
+
+
+def _laid_out(
+    x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int, seed: int
+) -> tuple[Tensor, float, float]:
+    """Positions, the root mean square of what they leave unexplained of the cosines, over the last tenth, and the rate
+    of the highest Gaussian."""
+    start_LK = start_LK - start_LK.mean(0)
+    start_LK = start_LK / start_LK.square().sum(1).mean().sqrt().clamp_min(1e-12)
+    # Heights and rates of the Gaussians, by their logarithms, and what is left at any distance.
+    law = [torch.tensor(of, device=x_LD.device).log() for of in ([0.8, 0.1, 0.05], [0.5, 4.0, 12.0])]
+    law.append(torch.zeros((), device=x_LD.device))
+    alike_LL = x_LD @ x_LD.T if len(x_LD) <= ALL_PAIRS else None
+    random = torch.Generator().manual_seed(seed)
+
+    def some() -> tuple[Tensor, Tensor]:
+        # In order they are read three times as fast.
+        rows = torch.randperm(len(x_LD), generator=random)[:batch].sort().values
+        rows_B = to_device(rows, x_LD.device)
+        if alike_LL is not None:
+            return rows_B, alike_LL[rows_B[:, None], rows_B]
+        return rows_B, x_LD[rows_B] @ x_LD[rows_B].T
+
+    rows_B, alike_BB = some()
+    scale = min(SCALES, key=lambda scale: float(misfit(scale * start_LK[rows_B], alike_BB, *law)[0]))
+    places_LK = scale * start_LK
+    groups = [{"params": [places_LK], "lr": lr}, {"params": law, "lr": lr / 5}]
+    optimiser = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    last: list[Tensor] = []
+    for step in range(steps):
+        rows_B, alike_BB = some()
+        loss, by_places_BK, *by_law = misfit(places_LK[rows_B], alike_BB, *law)
+        places_LK.grad = torch.zeros_like(places_LK).index_copy_(0, rows_B, by_places_BK)
+        for of, gradient in zip(law, by_law, strict=True):
+            of.grad = gradient
+        optimiser.step()
+        schedule.step()
+        if step >= 0.9 * (steps - 1):
+            last.append(loss)
+    return places_LK, float(torch.stack(last).mean().sqrt()), float(law[1][law[0].argmax()].exp())
+
+
+def misfit(
+    places_BK: Tensor, alike_BB: Tensor, heights_J: Tensor, rates_J: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean square of what positions and law (logarithms of Gaussians' heights and rates, and a constant) leave
+    unexplained of how alike two features are, and its gradients by all four. By autograd a layout takes four times
+    as long."""
+    length_B1 = places_BK.square().sum(1, keepdim=True)
+    apart_BB = (length_B1 + length_B1.T - 2 * places_BK @ places_BK.T).clamp_min(0)
+    rates_J = rates_J.exp()
+    exponents_JBB = heights_J[:, None, None] - rates_J[:, None, None] * apart_BB
+    # Of less, exp gives subnormal numbers, which take ten times as long.
+    bells_JBB = exponents_JBB.clamp_min_(-80).exp()
+    residual_BB = (rest + bells_JBB.sum(0) - alike_BB).fill_diagonal_(0)
+    pairs = len(places_BK) * (len(places_BK) - 1)
+    by_law_BB = 2 / pairs * residual_BB
+    by_bells_JBB = bells_JBB * by_law_BB
+    by_apart_BB = -torch.tensordot(rates_J, by_bells_JBB, 1)
+    by_places_BK = 4 * (by_apart_BB.sum(1, keepdim=True) * places_BK - by_apart_BB @ places_BK)
+    by_heights_J = by_bells_JBB.sum((1, 2))
+    by_rates_J = -rates_J * (by_bells_JBB.flatten(1) @ apart_BB.flatten())
+    return residual_BB.square().sum() / pairs, by_places_BK, by_heights_J, by_rates_J, by_law_BB.sum()
