@@ -46,7 +46,7 @@ def good_report() -> dict[str, Any]:
         "method": "none",
     }  # fmt: skip
     return {
-        "schema": "ppreid-report/7",
+        "schema": "ppreid-report/8",
         "protocol": "synthetic seed 0 · 240 train ids · judge tiny · identity bootstrap 2000 × 95 %",
         "name": "a run",
         "created": "2026-03-02T14:05:11+00:00",
@@ -65,7 +65,12 @@ def good_report() -> dict[str, Any]:
         },
         "whitebox": {
             "people": 27, "seconds": 41.37, "matched": {"control": 0.9871, "protected": 0.9713},
-            "axes": {"identity": attacker((0.0412, 0.3917, 0.4271), (0.908, 0.781, 1.021))},
+            "axes": {
+                "identity": {
+                    **attacker((0.0412, 0.3917, 0.4271), (0.908, 0.781, 1.021)),
+                    "without": interval(0.934, 0.815, 1.062),
+                }
+            },
         },
         "linkage": [
             {"other": "another key", "learnt": True, "d_sys": 0.6184, "null": 0.0237, "rank1": 0.4372, "chance": 0.0114}

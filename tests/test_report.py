@@ -240,7 +240,11 @@ def test_nulls_everywhere_still_make_a_page(tmp_path: Path) -> None:
     pixel["attackers"] = {"gan": attacker((0, 0, 0), (None, None, None), "a series has no score") | unscored}
     pixel["curve"] = [{"n": 5, "r": {**interval(None, None, None), "attacker": None}, "attackers": {}}]
     pixel["n50"] = {"value": 5.0, "text": "a guess"}
-    report["whitebox"]["axes"]["identity"] = attacker((0, 0, 0), (None, None, None), "why") | unscored
+    report["whitebox"]["axes"]["identity"] = {
+        **attacker((0, 0, 0), (None, None, None), "why"),
+        **unscored,
+        "without": interval(None, None, None),
+    }
     report["attributes"]["mean"] = attacker((0, 0, 0), (None, None, None), "why") | unscored
     report["axes"]["identity"]["curve"] = []
     report["axes"]["identity"]["leak"]["high"] = None

@@ -146,6 +146,9 @@ def test_it_stands_beside_the_axes_and_never_enters_them() -> None:
         assert row["status"] == "ok"
         assert row["control"] > row["floor"]
         assert row["r"]["low"] <= row["r"]["value"] <= row["r"]["high"]
+        if axis == "identity":  # of twelve of the twenty people that ridge is scored on
+            assert row["without"]["value"] == pytest.approx(result.axes[axis]["leak"]["value"], abs=0.25)
+            assert row["without"] != result.axes[axis]["leak"]
 
 
 def test_what_a_key_opens_counts_where_it_finds_more() -> None:

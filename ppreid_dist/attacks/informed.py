@@ -21,8 +21,8 @@ from ppreid_dist.attacks.bench import Bench, Opened, Training, Victim
 from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.evaluation.bootstrap import Bootstrap
-from ppreid_dist.evaluation.leak import compare
+from ppreid_dist.evaluation.bootstrap import Bootstrap, Interval
+from ppreid_dist.evaluation.leak import AttackScores, compare, measure_leak
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import to_dict
 
@@ -45,11 +45,15 @@ def _asked(bench: Bench) -> np.ndarray:
     return np.array([np.flatnonzero(bench.query.pids_N == pid)[0] for pid in people], dtype=np.int64)
 
 
-def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any] | None:
+def whitebox_leak(
+    bench: Bench, victims: Mapping[str, Victim], others: Mapping[str, Mapping[str, AttackScores]]
+) -> dict[str, Any] | None:
     """White-box inversion of "control" and "protected", JSON-ready; None where the configuration asks for nobody.
 
-    ``axes`` holds scores and own ratio as an attacker's, ``matched`` the mean cosine between what is stored and what
-    the extractor makes of the reconstruction by it: where it is low that descent failed, and the scores say little.
+    ``others`` are the scores of those who lack the extractor, by axis and attacker. ``axes`` holds scores and own ratio
+    as an attacker's, and ``without``, r of the others on the same people, ``matched`` the mean cosine between what is
+    stored and what the extractor makes of the reconstruction by it: where it is low that descent failed, and the scores
+    say little.
     """
     asked = _asked(bench)
     if not len(asked):
@@ -63,7 +67,15 @@ def whitebox_leak(bench: Bench, victims: Mapping[str, Victim]) -> dict[str, Any]
     for axis in bench.axes:
         means = bootstrap.means({role: outcome.scores[axis] for role, outcome in found.items()})
         parts = {f"{role}_B": mean_B for role, mean_B in zip(found, means, strict=True)}
-        axes[axis] = asdict(compare(bootstrap, **parts))
+        of_these = {
+            name: AttackScores(
+                protected_Q=its.protected_Q[asked], control_Q=its.control_Q[asked], floor_Q=its.floor_Q[asked]
+            )
+            for name, its in others[axis].items()
+        }
+        leak = measure_leak(bootstrap, of_these)[1]
+        without = asdict(Interval() if leak is None else leak.r)
+        axes[axis] = {**asdict(compare(bootstrap, **parts)), "without": without}
     return {
         "people": len(people),
         "seconds": round(sum(outcome.seconds for outcome in found.values()), 1),

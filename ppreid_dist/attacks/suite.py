@@ -167,7 +167,7 @@ def _summarise(
                 for role, its in stored.items()
             },
         ),
-        whitebox=whitebox_leak(bench, victims),
+        whitebox=whitebox_leak(bench, victims, {axis: of for axis, (of, _) in scores.items()}),
         linkage=linkage_of(
             bench.aux,
             bench.query,

@@ -1,6 +1,6 @@
 """The privacy report as a folder that needs nothing else:
 
-report.json        every number, shape ``ppreid-report/7`` (docs/report.md)
+report.json        every number, shape ``ppreid-report/8`` (docs/report.md)
 report.html        the same numbers as one page: no script, no request, readable in print and in the dark
 card.json, .md     the privacy card: its sum, to go beside a model
 figures/*.png      the page's figures, for a paper; panel_*.png only where pictures were asked for

@@ -12,7 +12,7 @@ from typing import Any
 
 from ppreid_dist.errors import DataError
 
-SCHEMA = "ppreid-report/7"
+SCHEMA = "ppreid-report/8"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ SHAPE = {
             "people": WHOLE,
             "seconds": NUMBER,
             "matched": {"control": NUMBER, "protected": NUMBER},
-            "axes": Named(ATTACKER),
+            "axes": Named({**ATTACKER, "without": INTERVAL}),
         }
     ),
     "linkage": Maybe(

@@ -202,13 +202,16 @@ def _attributes(found: dict[str, Any] | None) -> str:
 
 
 def _whitebox(found: dict[str, Any] | None) -> str:
-    known = {} if found is None else {n: row["r"] for n, row in found["axes"].items() if row["r"]["value"] is not None}
-    if not known:
+    known = {} if found is None else {n: row for n, row in found["axes"].items() if row["r"]["value"] is not None}
+    if found is None or not known:
         return ""
     each = [
-        f"{axis_title(name).lower()} r\u00a0=\u00a0{number(r['value'])}, {_between(r)}" for name, r in known.items()
+        f"{axis_title(name).lower()} r\u00a0=\u00a0{number(row['r']['value'])}, {_between(row['r'])} (without the "
+        f"extractor {number(row['without']['value'])})"
+        for name, row in known.items()
     ]
-    return f" Whoever has the extractor as well recovers by white-box inversion: {_list(each)}."
+    who = f"white-box inversion of {found['people']} people"
+    return f" Whoever has the extractor as well recovers by {who}: {_list(each)}."
 
 
 def _warnings(report: dict[str, Any]) -> tuple[Line, ...]:
