@@ -28,8 +28,7 @@ def test_the_verdict_never_claims_more_than_was_measured() -> None:
     assert "a cost of 1.2 points" in text
     assert "a probe keeps 38\u00a0% of what it can tell of people's attributes" in text
     assert (
-        "by white-box inversion of 27 people: identity r\u00a0=\u00a00.91, between 0.78 and 1.02 (without the"
-        in text
+        "by white-box inversion of 27 people: identity r\u00a0=\u00a00.91, between 0.78 and 1.02 (without the" in text
     )
 
     falling = copy.deepcopy(report)
