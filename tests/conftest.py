@@ -26,7 +26,7 @@ from ppreid_dist.experiment import Config
 from ppreid_dist.files import write_json
 from ppreid_dist.kernels import choice
 from ppreid_dist.settings import load_settings, save_settings
-from ppreid_dist.sweep.programs import PLAIN
+from ppreid_dist.sweep.programs import launch_options
 
 ROOT = Path(__file__).resolve().parents[1]
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is not a fault
@@ -155,10 +155,8 @@ def launch(
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run train.py on so many processes, as the README does it, and check its exit status."""
-    several = ["--multi_gpu"] if processes > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(PLAIN), *several,
-         "--num_processes", str(processes), "--main_process_port", "0", *options, script, *arguments],
+        [sys.executable, "-m", "accelerate.commands.launch", *launch_options(processes), *options, script, *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip

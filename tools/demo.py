@@ -21,7 +21,7 @@ from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.reporting.page import load_report
 from ppreid_dist.settings import load_settings
-from ppreid_dist.sweep.programs import PLAIN
+from ppreid_dist.sweep.programs import PLAIN, launch_options
 
 CONTROL = ["privacy.weight=0"]
 JUDGE = [*CONTROL, "seed=1", "model.backbone=configs/backbones/resnet_tiny_b", "data.train_splits=[train,aux]"]
@@ -64,13 +64,9 @@ def train(name: str, config: str, settings: list[str], out: Path) -> bool:
     arguments = [*settings, *RUNS[name], f"output={run}"]
     if finished(run, config, arguments):
         return False
-    several = ["--multi_gpu"] if processes() > 1 else []
-    call(
-        f"train {name}",
-        *["accelerate", "launch", "--config_file", os.path.relpath(PLAIN)],
-        *[*several, "--num_processes", str(processes())],
-        *["train.py", "--config", config, "--resume", *arguments],
-    )
+    options = launch_options(processes(), os.path.relpath(PLAIN))
+    arguments = ["train.py", "--config", config, "--resume", *arguments]
+    call(f"train {name}", "accelerate", "launch", *options, *arguments)
     return True
 
 

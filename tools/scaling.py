@@ -17,15 +17,12 @@ from bench_process import fitting
 from tqdm import tqdm
 
 from ppreid_dist.files import read_json
-from ppreid_dist.sweep.programs import PLAIN
+from ppreid_dist.sweep.programs import launch_options
 
 
 def mean_ap(run: Path, processes: int, arguments: list[str]) -> float:
     """Train and evaluate, unless that is done. Ends the program with what a failed run said."""
-    several = ["--multi_gpu"] if processes > 1 else []
-    launch = ["accelerate", "launch", "--config_file", str(PLAIN), *several, "--num_processes", str(processes),
-              "--main_process_port", "0"]  # fmt: skip
-    train = [*launch, "train.py", "--resume", *arguments, f"output={run}"]
+    train = ["accelerate", "launch", *launch_options(processes), "train.py", "--resume", *arguments, f"output={run}"]
     binaries = Path(sys.executable).parent
     for name, *rest in [] if (run / "evaluation.json").is_file() else [train, ["ppreid", "evaluate", str(run)]]:
         done = subprocess.run([str(binaries / name), *rest], capture_output=True, text=True)

@@ -15,6 +15,12 @@ PLAIN = Path(__file__).with_name("plain.yaml")
 TRIES = 2  # a process that was killed, or a node's hiccup, must not cost a trial
 
 
+def launch_options(processes: int, file: str = str(PLAIN)) -> list[str]:
+    """Of `accelerate launch`, for so many processes on this machine, at a port that is free."""
+    several = ["--multi_gpu"] if processes > 1 else []
+    return ["--config_file", file, *several, "--num_processes", str(processes), "--main_process_port", "0"]
+
+
 class TrialFailed(Exception):
     """A trial can't be finished; the message is its row's reason."""
 
@@ -27,9 +33,7 @@ class Programs:
     ppreid: tuple[str, ...] = (sys.executable, "-c", "from ppreid_dist.cli import main; main()")
 
     def train(self, processes: int, arguments: list[str]) -> list[str]:
-        several = ["--multi_gpu"] if processes > 1 else []
-        shape = [*several, "--num_processes", str(processes), "--main_process_port", "0"]
-        return [*self.launch, "--config_file", str(PLAIN), *shape, "train.py", *arguments]
+        return [*self.launch, *launch_options(processes), "train.py", *arguments]
 
     def store(self, arguments: list[str]) -> list[str]:
         return [*self.ppreid, "store", *arguments]
