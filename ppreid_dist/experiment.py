@@ -229,7 +229,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         reversals=list(reversals.values()),
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
         probe_every=config.probe.every if adversaries else 0,
-        identity={
+        must_match={
             **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
             "engine.precision": engine.precision,
             "data.stream.placement": "planned" if config.data.stream.planned else "webdataset",

@@ -86,7 +86,7 @@ class Runner:
         reversals: list[Feed],
         probe: Probe | None,
         probe_every: int,
-        identity: Mapping[str, Any],
+        must_match: Mapping[str, Any],
         progress: bool = True,
     ):
         self.folder, self.seed, self.config, self.privacy, self.engine = folder, seed, config, privacy, engine
@@ -104,7 +104,7 @@ class Runner:
             players=[extractor, *step.beside],
             adversaries=adversaries,
             ema=self.ema,
-            identity=identity,
+            must_match=must_match,
         )
         self.at = Position()
         self.requests = StopRequests(folder, engine.device)

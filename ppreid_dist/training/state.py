@@ -29,7 +29,7 @@ class Position:
 class GameState:
     """Players, snapshots and counters of one run, as one tree of tensors and plain values.
 
-    ``identity`` must be equal for a resume: settings and data by name.
+    ``must_match`` is equal for a resume: settings and data by name.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class GameState:
         players: Sequence[Player],
         adversaries: Sequence[Adversary],
         ema: Ema | None,
-        identity: Mapping[str, Any],
+        must_match: Mapping[str, Any],
     ):
-        self.folder, self.engine, self.identity = folder, engine, dict(identity)
+        self.folder, self.engine, self.must_match = folder, engine, dict(must_match)
         self.adversaries = {adversary.kind: adversary for adversary in adversaries}
         self.players = {player.name: player for player in players} | {
             f"{adversary.kind}.{player.name}": player for adversary in adversaries for player in adversary.players
@@ -62,7 +62,7 @@ class GameState:
         of it only."""
         return {
             **asdict(position),
-            "identity": self.identity,
+            "must match": self.must_match,
             "adversaries": {kind: adversary.counters() for kind, adversary in self.adversaries.items()},
             "modules": {name: player.held.weights(to_save=True) for name, player in self.players.items()},
             "frozen": {name: module.state_dict() for name, module in self.frozen().items()},
@@ -82,9 +82,9 @@ class GameState:
         if newest is None:
             return None
         saved = load_tree(newest)
-        for key, value in self.identity.items():
-            if saved["identity"].get(key) != value:
-                was = saved["identity"].get(key)
+        for key, value in self.must_match.items():
+            if saved["must match"].get(key) != value:
+                was = saved["must match"].get(key)
                 raise RunError(f"{newest}: can't resume, {key} was {was!r} and is now {value!r}")
         for name, player in self.players.items():
             load_weights(player.held.load_weights, saved["modules"][name], newest)
