@@ -45,6 +45,7 @@ from ppreid_dist.models.generator import Generator
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import to_dict
 
+OPENED = 2  # databases of codes at a time whose positions are kept: each keeps its codes too
 PAUSE = 1.0  # seconds between looks at what other processes make
 
 
@@ -197,6 +198,8 @@ class Bench:
             return None
         key = digest(features_ND, leaked_LD)
         if key not in self._positions:
+            for older in list(self._positions)[: 1 - OPENED]:
+                del self._positions[older]
             self._positions[key] = positions(features_ND, leaked_LD, self.config.unfolded, asked, self.config.seed)
         return self._positions[key]
 
