@@ -274,7 +274,7 @@ def test_an_attack_counts_it_among_what_takes_time(
     for own in (short, replace(short, likeness=0.0)):
         suite(*aux, *strangers, attackers=["regression"], curve_attackers=[], regression=own,
               recogniser=replace(config, epochs=1), announce=said.append)  # fmt: skip
-    assert ["recogniser 1 of" in line and "inverse 1 of" in line for line in said] == [True, False]
+    assert ["recogniser 1 ×" in line and "inverse 1 ×" in line for line in said] == [True, False]
 
 
 def test_a_backbone_that_can_t_be_had_is_one_line_before_anybody_trains(
