@@ -2,7 +2,7 @@
 
 It is slow, so a few query people are asked for, one picture each. The ceiling is the same attack on the control through
 the control's own extractor. It learns no pairs that could be permuted: its floor is the control's reconstruction of
-somebody else, scored against the person.
+somebody else, scored against the person, and on pixels, as everybody's, the mean picture.
 
 Shapes: Q query pictures asked for, D feature dim, B the statistic itself, then each resample.
 """
@@ -65,7 +65,10 @@ def whitebox_leak(
     bootstrap = Bootstrap(people, bench.config.resamples, bench.config.seed, 0.95)
     axes = {}
     for axis in bench.axes:
-        means = bootstrap.means({role: outcome.scores[axis] for role, outcome in found.items()})
+        each = {role: outcome.scores[axis] for role, outcome in found.items()}
+        if axis == "pixel":
+            each["floor"] = bench.mean_picture_Q[asked]
+        means = bootstrap.means(each)
         parts = {f"{role}_B": mean_B for role, mean_B in zip(found, means, strict=True)}
         of_these = {
             name: AttackScores(
