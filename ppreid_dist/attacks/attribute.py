@@ -13,7 +13,6 @@ of all attributes, B the statistic itself, then each resample.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -162,7 +161,7 @@ def attribute_leak(
     *,
     seed: int,
     progress: Progress,
-    positions: Mapping[str, Callable[[Tensor], Tensor] | None] = MappingProxyType({}),
+    positions: Mapping[str, Callable[[Tensor], Tensor] | None] | None = None,
 ) -> dict[str, Any] | None:
     """What ``features`` (auxiliary and query ones, of "control" and "protected") tell of every attribute, JSON-ready;
     ``positions`` find what was coded in them, where they are codes.
@@ -183,7 +182,7 @@ def attribute_leak(
     accuracies = {"floor": chance}
     for role, (aux_ND, query_QD) in features.items():
         probe = AttributeProbe(config, values)
-        probe.fit(aux_ND, labels, aux.pids_N, seed=seed, positions=positions.get(role))
+        probe.fit(aux_ND, labels, aux.pids_N, seed=seed, positions=(positions or {}).get(role))
         named = probe.predict(query_QD)
         accuracies[role] = {name: _accuracy(bootstrap, named[name], asked[name]) for name in values}
         progress(f"attributes, {role}: balanced accuracy {np.mean([a_B[0] for a_B in accuracies[role].values()]):.3f}")

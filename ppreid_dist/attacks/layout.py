@@ -29,8 +29,11 @@ class Layout:
     def _place(self, x_BD: Tensor) -> Tensor:
         cosine_BI, nearest_BI = (x_BD @ self.pool_LD.T).topk(min(NEAREST, len(self.pool_LD)))
         places_BIK = self.places_LK[nearest_BI]
-        known_B1 = cosine_BI[:, :1] > ITSELF
-        return torch.where(known_B1, places_BIK[:, 0], self._among(x_BD, places_BIK.mean(1)))
+        placed_BK, others_B = places_BIK[:, 0], cosine_BI[:, 0] <= ITSELF
+        if others_B.any():  # to seek a place is slow
+            placed_BK = placed_BK.clone()
+            placed_BK[others_B] = self._among(x_BD[others_B], places_BIK.mean(1)[others_B])
+        return placed_BK
 
     def _among(self, x_BD: Tensor, near_BK: Tensor) -> Tensor:
         """Where features lie that aren't in the pool."""

@@ -12,9 +12,6 @@ AXIS_TITLES = {"pixel": "Pixels", "identity": "Identity", "perceptual": "Percept
 LEARNT_FROM = {"other_domain": "people of another domain", "same_people": "of the tested people"}
 
 
-GREW = 0.02  # a leak that rose by no more with the attackers' people isn't said to have grown
-
-
 @dataclass(frozen=True)
 class Line:
     label: str
@@ -180,9 +177,9 @@ def _limits(axes: dict[str, Any], people: str) -> str:
     grown = []
     for name, axis in axes.items():
         known = [point for point in axis["curve"] if point["r"]["value"] is not None]
-        ends_of = [known[0], known[-1]] if len(known) > 1 else []
-        if ends_of and ends_of[1]["r"]["value"] > ends_of[0]["r"]["value"] + GREW:
-            steps = " to ".join(f"{number(p['r']['value'])} at {p['n']:,}" for p in ends_of)
+        few, most = (known[i]["r"]["value"] for i in (0, -1)) if known else (None, None)
+        if few is not None and most > few and number(most) != number(few):
+            steps = " to ".join(f"{number(p['r']['value'])} at {p['n']:,}" for p in (known[0], known[-1]))
             grown.append(f"{axis_title(name).lower()} from {steps}")
     text = (
         f"This holds for the attackers tried here and is not a proof against attackers with more than {people} people."

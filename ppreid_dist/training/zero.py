@@ -100,9 +100,9 @@ class ZeroEngine(Engine):
             "zero_optimization": zero_optimization(said.get("zero_optimization", {}), stage, elements),
             # The size of the batch serves DeepSpeed's clock only.
             "train_batch_size": "auto",
-            # Its clock waits for the GPU at every forward and step.
-            "timers": said.get("timers", {"throughput": {"enabled": False}}),
             "train_micro_batch_size_per_gpu": 1,
+            # That waits for the GPU at every forward and step.
+            "timers": said.get("timers", {"throughput": {"enabled": False}}),
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip,
             "zero_allow_untested_optimizer": True,
