@@ -32,7 +32,7 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.evaluation.export import rank_split, rerank_split, stored_features
 from ppreid_dist.evaluation.ranking import Ranking
-from ppreid_dist.experiment import FREE, Config, flat, load_run
+from ppreid_dist.experiment import Config, compared, load_run
 from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
@@ -295,19 +295,18 @@ def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) ->
     count = Counter(path.resolve() for path in (control, protected, *judges))
     if twice := [path for path in (*judges, protected) if count[path.resolve()] > 1]:
         raise RunError(f"{twice[0]}: named twice: control, protected and the judges must all be different")
-    settings = {run: dict(flat(to_dict(load_run(run)))) for run in (control, protected)}
+    configs = {run: load_run(run) for run in (control, protected)}
+    settings = {run: compared(config, but=METHOD) for run, config in configs.items()}
     for key, value in settings[control].items():
         other = settings[protected][key]
-        if not key.startswith((*METHOD, *FREE)) and value != other:
+        if value != other:
             raise RunError(f"{control}: not the control of {protected}: {key} is {value!r} there and {other!r} here")
-    if len({load_run(run).data.stream.planned for run in (control, protected)}) > 1:
-        raise RunError(f"{control}: not the control of {protected}: data.stream.placement is webdataset in one of them")
-    if settings[control]["privacy.weight"]:
-        raise RunError(f"{control}: not a control: its privacy.weight is {settings[control]['privacy.weight']}")
-    if (how := load_run(control).model.store.in_words) != "plain":
+    if weight := configs[control].privacy.weight:
+        raise RunError(f"{control}: not a control: its privacy.weight is {weight}")
+    if (how := configs[control].model.store.in_words) != "plain":
         raise RunError(f"{control}: not a control: its features are stored as {how}")
     for run in (control, protected):
-        if "aux" in settings[run]["data.train_splits"]:
+        if "aux" in configs[run].data.train_splits:
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")
         check_unseen(run)
     check_judges(judges, protected)

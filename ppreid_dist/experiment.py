@@ -89,7 +89,7 @@ class Config(Settings):
 
 
 # What may differ between a run and its resumption: where it lies, what is seen of it, what comes after it. Of
-# data.stream the batches may not: see StreamConfig.planned.
+# data.stream the batches may not (compared).
 FREE = ("output", "data.root", "data.shards", "data.remote", "data.stream.", "engine.kind", "engine.trackers",
         "engine.timeout", "engine.accumulate", "engine.gradient_checkpointing", "kernels.",
         "training.log_every", "training.checkpoint_every", "training.keep", "training.trace.",
@@ -103,6 +103,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def compared(config: Config, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings, by full key, that a run and its resumption, or two runs that are compared, must share; ``but``
+    leaves out those that begin so. Batches are the plan's wherever they are read from, or webdataset's own."""
+    settings = {key: value for key, value in flat(to_dict(config)) if not key.startswith((*FREE, *but))}
+    return settings | {"data.stream.placement": "planned" if config.data.stream.planned else "webdataset"}
 
 
 def load_run(folder: Path) -> Config:
@@ -230,9 +237,8 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
         probe=_probe(config, engine) if adversaries and config.probe.every else None,
         probe_every=config.probe.every if adversaries else 0,
         must_match={
-            **{key: value for key, value in flat(to_dict(config)) if not key.startswith(FREE)},
+            **compared(config),
             "engine.precision": engine.precision,
-            "data.stream.placement": "planned" if config.data.stream.planned else "webdataset",
             "the training pictures": split.fingerprint,
             "the strangers' pictures": strangers_fingerprint,
         },

@@ -260,7 +260,7 @@ def test_processes_are_counted_from_one(runs: Path, tmp_path: Path, count: str) 
         ({"judge": "blind"}, [], "blind: not a judge: its privacy.weight is 2"),
         ({"judge": "rounded"}, [], "rounded: not a judge: its features are stored as int8"),
         ({"control": "rounded"}, [], "rounded: not a control: its features are stored as int8"),
-        ({"control": "streamed"}, [], "data.stream.placement is webdataset in one of them"),
+        ({"control": "streamed"}, [], "data.stream.placement is 'webdataset' there and 'planned' here"),
         ({"judge": "judge protected"}, [], "protected: named twice"),
         ({"judge": "judge none.onnx"}, [], "none.onnx: can't be read"),
         ({}, ["attack.perceptual.lpips=none"], "attack.perceptual.lpips: none: no such file"),

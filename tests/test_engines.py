@@ -346,6 +346,26 @@ def test_processes_that_would_share_a_gpu_are_refused(
         engine_module.check_gpus("zero2")
 
 
+def test_zero_never_waits_for_the_gpu_by_itself_and_takes_gpus_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of DeepSpeed itself: its clock synchronises, and NVML is asked by numbers."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.accelerator import cuda_accelerator
+    from deepspeed.utils.config import get_timers_config
+
+    from ppreid_dist.training.launcher import Launched
+    from ppreid_dist.training.zero import ZeroEngine
+
+    monkeypatch.setattr(cuda_accelerator, "pynvml", "present")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    engine = ZeroEngine.__new__(ZeroEngine)
+    engine.kind, engine.precision, engine.launched = "zero2", "no", Launched()
+    for visible, left in (("0,3", "present"), ("GPU-1a,MIG-2b", None)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        settings = engine._options(60)["deepspeed_plugins"][""].deepspeed_config
+        assert not get_timers_config(settings).enabled and get_timers_config({}).enabled
+        assert cuda_accelerator.pynvml == left
+
+
 def test_a_taken_port_is_told_from_a_missing_process(
     world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

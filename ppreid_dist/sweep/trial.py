@@ -17,9 +17,8 @@ from typing import Any
 from ppreid_dist.attack_setup import METHOD
 from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
-from ppreid_dist.experiment import FREE, flat
+from ppreid_dist.experiment import compared
 from ppreid_dist.files import read_json, write_json
-from ppreid_dist.settings import to_dict
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.claims import Claim
 from ppreid_dist.sweep.config import WEIGHT
@@ -160,7 +159,7 @@ class Worker:
 
     def _source(self, trial: Trial, trained: dict[str, Any]) -> Training:
         """Where the trial's training is, or is to be: with others', if another stores it in a way of its own."""
-        shared = self._shared("training", [*as_overrides(trained), f"seed={trial.seed}"], but=FREE)
+        shared = self._shared("training", [*as_overrides(trained), f"seed={trial.seed}"], but=())
         if shared.begun:
             return shared
         if begun := [own for other in self.folder.begun(trained, trial.seed) if (own := self._own(other)).begun]:
@@ -170,10 +169,10 @@ class Worker:
         wanted = [] if self.folder.config.search else [(_parts(other)[0], other.seed) for other in self.folder.known()]
         return shared if wanted.count((trained, trial.seed)) > 1 else self._own(trial)
 
-    def _shared(self, role: str, overrides: list[str], but: tuple[str, ...] = (*METHOD, *FREE)) -> Training:
+    def _shared(self, role: str, overrides: list[str], but: tuple[str, ...] = METHOD) -> Training:
         """Found by all that it is made of, ``but`` these keys: data, backbone, schedule, seed."""
         config = self.folder.run_config(overrides)
-        made_of = [item for item in flat(to_dict(config)) if not item[0].startswith(but)]
+        made_of = list(compared(config, but).items())
         made_of.append(("pictures", open_training(config.data).fingerprint))
         name = f"{role}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]}"
         shared = self.folder.path / "shared"
