@@ -37,7 +37,7 @@ from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import KEYED, Store, StoreConfig
+from ppreid_dist.models.store import Codes, Store, StoreConfig
 from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.progress import say
 from ppreid_dist.settings import load_settings, to_dict
@@ -170,7 +170,7 @@ def _with_extractor(
     """What the database reads like by the extractor and few people enrolled, for each of their numbers; nothing where
     no key hides it. ``seen`` are the auxiliary pictures as the extractor sees them, ``aux`` as attackers do."""
     store, stolen_LS, people = extractor.store.config, leaked_by(victims["protected"]), np.unique(aux.pids_N)
-    if store.kind not in KEYED or store.kind not in TURNED:  # noise leaves the numbers what they are
+    if not extractor.store.keyed or store.kind not in TURNED:  # noise leaves the numbers what they are
         return []
     if (most := max(config.auxiliary.enrolled)) > len(people):
         raise ConfigError(f"attack.auxiliary.enrolled: {most}, but there are {len(people)} auxiliary people")
@@ -203,7 +203,7 @@ def _with_extractor(
 
 def _rekeyed(extractor: Extractor, pictures: Mapping[str, Pictures], leaked: Sequence[str]) -> Stored | None:
     """The same people as the same extractor would store them under another key; None where there is no key."""
-    if extractor.store.config.kind not in KEYED:
+    if not extractor.store.keyed:
         return None
     with _storing(extractor, extractor.store.rekeyed()):
         kept = {split: stored_features(extractor, pictures[split].images_N3HW) for split in ("aux", "query", *leaked)}
@@ -274,8 +274,8 @@ def _victim(
 def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | None:
     """Codes, opened by their key, sought from what is known of other people. Of the other kinds there is nothing to
     open."""
-    store: Store = saved.extractor.store
-    if store.config.kind != "codes":
+    store = saved.extractor.store
+    if not isinstance(store, Codes):
         return None
 
     def see(images_B3hw: Tensor) -> Tensor:

@@ -107,13 +107,13 @@ def _store(arguments: Sequence[str]) -> int:
         "settings", nargs="+", metavar=_SETTINGS, help="model.store.kind=… and the others of model.store"
     )
     options = parser.parse_intermixed_args(arguments)
-    from ppreid_dist.models.store import KEYED, PUBLIC_KEY
+    from ppreid_dist.models.store import KINDS, PUBLIC_KEY
     from ppreid_dist.storing import STORED, store
 
     chosen, key = store(options.run, options.out, options.settings), f"{STORED}key="
     told = [f"{key}…" if setting.startswith(key) else setting for setting in options.settings]  # outputs are kept
     _say(f"{options.out}: {options.run}, stored by {' '.join(told)}")
-    if chosen.kind in KEYED and chosen.key == PUBLIC_KEY:
+    if KINDS[chosen.kind].keyed and chosen.key == PUBLIC_KEY:
         _say(
             f"note: {key}{PUBLIC_KEY} is the public example key, right for measurements and wrong for a gallery: give "
             f"your own, {key}$(python -c 'import secrets; print(secrets.randbits(128))'). It will lie in config.yaml "

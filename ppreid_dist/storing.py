@@ -17,7 +17,7 @@ from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import atomic
 from ppreid_dist.models.folder import load_extractor, save_extractor
-from ppreid_dist.models.store import USES, Store, StoreConfig
+from ppreid_dist.models.store import KINDS, StoreConfig, make_store
 from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.transfer import default_device
 
@@ -42,7 +42,7 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     config = load_settings(Config, run / "config.yaml", [*settings, f"output={out}"])
     chosen = config.model.store
     for key in (setting.partition("=")[0].removeprefix(STORED).partition(".")[0] for setting in settings):
-        if key not in ("kind", "quantise", *USES[chosen.kind]):
+        if key not in ("kind", "quantise", *KINDS[chosen.kind].uses):
             raise ConfigError(f"{STORED}{key}: {STORED}kind={chosen.kind} has none")
     if (chosen.kind, chosen.quantise) == ("plain", "none"):
         raise ConfigError(
@@ -50,7 +50,7 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
         )
     device = default_device()
     saved = load_extractor(run / "model", device)
-    kept = Store(config.model.store, saved.extractor.feature_dim).to(device)
+    kept = make_store(config.model.store, saved.extractor.feature_dim).to(device)
     if kept.needs_features:
         load = partial(
             load_pictures, open_training(config.data, streamed=False), backend=config.data.stream.backend,

@@ -22,7 +22,7 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.generator import Generator, GeneratorConfig
 from ppreid_dist.models.seeding import seeded
-from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.models.store import StoreConfig, make_store
 from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree
 from ppreid_dist.training.reversal import ReversalConfig
 
@@ -122,7 +122,7 @@ def test_a_stored_run_is_handed_the_generator_and_nothing_else(tmp_path: Path, g
 @pytest.mark.parametrize("kind", ["pca", "rotation", "signs", "codes"])
 def test_the_generator_reads_what_is_stored_otherwise(kind: str, generator: Generator, aux: World, met: World) -> None:
     """Linear kinds, which here lose nothing, to the picture; signs and codes well enough to find people."""
-    store = Store(StoreConfig(kind=kind, dim=256 if kind in ("signs", "codes") else 12, width=1.0, key=4), 24)
+    store = make_store(StoreConfig(kind=kind, dim=256 if kind in ("signs", "codes") else 12, width=1.0, key=4), 24)
     store.fit(aux[1])
     reading = for_stored(generator, store(aux[1]), aux[1], aux[0].pids_N, seed=0)
     (people, plain), stored = met, store(met[1])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ppreid_dist.attacks.agreement import LEAST, agreement, weighed
-from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.models.store import StoreConfig, make_store
 
 
 def test_agreement_is_the_mean_over_people_of_the_correlation_over_their_pairs() -> None:
@@ -41,7 +41,7 @@ def test_own_people_tell_which_bits_of_codes_reach_far(spectrum: str, width: flo
     random = torch.Generator().manual_seed(0)
     person = F.normalize(torch.randn(280, 1, 12, generator=random), dim=2)
     pictures = F.normalize(person + 0.11 * torch.randn(280, 6, 12, generator=random), dim=2)
-    store = Store(StoreConfig(kind="codes", dim=2048, width=width, spectrum=spectrum), 12)
+    store = make_store(StoreConfig(kind="codes", dim=2048, width=width, spectrum=spectrum), 12)
     codes, pids = store(pictures.flatten(0, 1)), np.repeat(np.arange(280), 6)
     own, others = slice(0, 480), slice(480, None)
     weight = agreement(codes[own], pids[own])

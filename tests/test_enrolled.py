@@ -10,7 +10,7 @@ from ppreid_dist.attacks import enrolled
 from ppreid_dist.attacks.enrolled import laid_onto, read, transport
 from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.attacks.waves import WavesConfig
-from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.models.store import StoreConfig, make_store
 
 CONFIG = UnfoldedConfig(
     neighbours=[12], layout_steps=300, waves=WavesConfig(candidates=1000, bits=300, rounds=1, steps=100)
@@ -90,7 +90,7 @@ def test_places_of_fewer_directions_than_the_cloud_are_laid_onto_it_too() -> Non
 )
 def test_few_enrolled_open_a_database_whose_key_is_secret(store: StoreConfig, most: float) -> None:
     own, stolen = looks(300, 1), looks(300, 2)
-    keep = Store(store, DIMS)
+    keep = make_store(store, DIMS)
     rows = np.arange(0, 300, 60)
     settings = {"directions": DIMS, "config": CONFIG, "seed": 0}
     terms, found = read(keep(stolen), keep(own[rows]), own, rows, **settings)
@@ -104,6 +104,6 @@ def test_few_enrolled_open_a_database_whose_key_is_secret(store: StoreConfig, mo
 def test_no_more_is_enrolled_than_there_is() -> None:
     """Features of few people, all of them enrolled, in fewer directions than are asked for."""
     own = F.pad(looks(12, 1), (0, 4))
-    keep = Store(StoreConfig(kind="rotation", key=9), 10)
+    keep = make_store(StoreConfig(kind="rotation", key=9), 10)
     terms, found = read(keep(own), keep(own), own, np.arange(12), directions=16, config=CONFIG, seed=0)
     assert terms.shape == (12, 10) and off(found, terms) < 0.05

@@ -67,7 +67,7 @@ def test_the_batch_that_is_kept_is_the_one_that_failed(
     def poisoned(self: Player, loss: Tensor, *rest: Any, **named: Any) -> Tensor:
         calls.append(self.name)
         if calls.count(player) == 4 and self.name == player and not fed:
-            fed.append(self.held._engine.watch.fed["batch"].clone())  # type: ignore[attr-defined]
+            fed.append(self.held._watch.fed["batch"].clone())  # type: ignore[attr-defined]
             loss = loss * float("nan")
         return honest(self, loss, *rest, **named)
 

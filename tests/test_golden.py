@@ -35,7 +35,7 @@ from ppreid_dist.losses.distance_correlation import distance_correlation
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import DecoderConfig, Store, StoreConfig
+from ppreid_dist.models.store import DecoderConfig, Store, StoreConfig, make_store
 from ppreid_dist.pixels import resize
 from ppreid_dist.settings import load_settings
 
@@ -231,7 +231,7 @@ def test_golden_probe_names_colours(golden: World) -> None:
 
 
 def stored(golden: World, config: StoreConfig) -> Store:
-    store = Store(config, golden.features("control", "aux").shape[1])
+    store = make_store(config, golden.features("control", "aux").shape[1])
     store.fit(golden.features("control", "aux"), golden.pictures("aux").images_N3HW)
     return store
 
@@ -287,7 +287,7 @@ def test_golden_distance_correlation_makes_pictures_and_features_less_dependent(
 
 def kept_by_narrow_codes(golden: World, method: str) -> float:
     """Of the control's mAP."""
-    store = Store(StoreConfig(kind="codes", dim=2048, axes=8, width=0.3), golden.features(method, "aux").shape[1])
+    store = make_store(StoreConfig(kind="codes", dim=2048, axes=8, width=0.3), golden.features(method, "aux").shape[1])
     store.fit(golden.features(method, "aux"))
     return golden.mean_ap(method, store) / golden.mean_ap("control")
 

@@ -12,24 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attack_world import small_config
 from sweep_stand_ins import until
 
 from ppreid_dist.attacks.base import Outcome
-from ppreid_dist.attacks.bench import Bench, Training
 from ppreid_dist.attacks.kept import Kept, digest
+from ppreid_dist.attacks.work import Training, Work
 from ppreid_dist.helpers import helping
 
 KEYS = [digest(number) for number in range(6)]
 SHARED = digest("what some of them need")
 
 
-def bare_bench(folder: Path, found: Callable[[str], None] = lambda line: None) -> Bench:
-    """As far as :meth:`Bench.carry_out` asks."""
-    bench = Bench.__new__(Bench)
-    bench.kept, bench.found, bench.progress = Kept(folder), found, lambda line: None
-    bench.config, bench.axes, bench._outcomes = small_config(), {"pixel": "SSIM"}, {}
-    return bench
+def work_in(folder: Path, found: Callable[[str], None] = lambda line: None) -> Work:
+    return Work(Kept(folder), axes=["pixel"], progress=lambda line: None, found=found)
 
 
 def outcome(value: float) -> Outcome:
@@ -55,7 +50,7 @@ def trainings(folder: Path) -> list[Training]:
 
 def help_with(folder: Path) -> None:
     (folder / "helper").touch()
-    bare_bench(folder).carry_out(trainings(folder))
+    work_in(folder).carry_out(trainings(folder))
 
 
 def fail(folder: Path) -> None:
@@ -69,15 +64,15 @@ def made(folder: Path) -> list[list[str]]:
 
 def test_each_training_is_made_by_one_process_and_known_to_all(tmp_path: Path) -> None:
     said: list[str] = []
-    bench = bare_bench(tmp_path, said.append)
+    work = work_in(tmp_path, said.append)
     with helping(1, partial(help_with, tmp_path)):
         until((tmp_path / "helper").exists, seconds=60)
-        bench.carry_out(trainings(tmp_path))
+        work.carry_out(trainings(tmp_path))
     assert sorted(number for number, _ in made(tmp_path)) == [str(i) for i in range(6)]
     assert len({process for _, process in made(tmp_path)}) == 2
-    assert [bench.outcome(training).l1 for training in trainings(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert [work.outcome(training).l1 for training in trainings(tmp_path)] == [0, 1, 2, 3, 4, 5]
     assert len(said) == 6 and not any("kept" in line for line in said)
-    bare_bench(tmp_path, said.append).carry_out(trainings(tmp_path))
+    work_in(tmp_path, said.append).carry_out(trainings(tmp_path))
     assert len(made(tmp_path)) == 6 and all("kept from before" in line for line in said[6:])
 
 
@@ -117,9 +112,9 @@ def test_what_another_makes_is_left_to_it_until_it_dies(tmp_path: Path) -> None:
         another.kill()
         another.wait()
 
-    bench = bare_bench(tmp_path)
-    bench.progress = die
-    bench.carry_out(trainings(tmp_path))
+    work = work_in(tmp_path)
+    work.progress = die
+    work.carry_out(trainings(tmp_path))
     assert [number for number, _ in made(tmp_path)][5:] == ["0"]
 
 
@@ -131,9 +126,9 @@ def test_what_waits_for_something_another_makes_comes_later(tmp_path: Path) -> N
         another.kill()
         another.wait()
 
-    bench = bare_bench(tmp_path)
-    bench.progress = die
-    bench.carry_out(trainings(tmp_path))
+    work = work_in(tmp_path)
+    work.progress = die
+    work.carry_out(trainings(tmp_path))
     assert sorted(number for number, _ in made(tmp_path)[3:]) == ["0", "1", "2"]
 
 
@@ -142,7 +137,7 @@ def test_a_helper_that_fails_says_why_and_its_work_is_done_by_the_first(
 ) -> None:
     with helping(1, partial(fail, tmp_path)):
         until((tmp_path / "helper").exists, seconds=60)
-        bare_bench(tmp_path).carry_out(trainings(tmp_path))
+        work_in(tmp_path).carry_out(trainings(tmp_path))
     assert len(made(tmp_path)) == 6
     assert "helper 1 ended: ValueError: no such thing" in capfd.readouterr().err
 

@@ -9,7 +9,7 @@ from ppreid_dist.attacks.linkage import LinkageConfig, Stored, linkage_of, rotat
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
 from ppreid_dist.attacks.waves import WavesConfig
 from ppreid_dist.evaluation.unlinkability import BINS, d_sys, into_bins, linkage
-from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.models.store import StoreConfig, make_store
 
 
 def of_similarities(mated: np.ndarray, others: np.ndarray) -> float:
@@ -109,7 +109,7 @@ def test_another_key_is_another_key() -> None:
     finds out what was coded in both learns a better one."""
     aux, aux_features = make_people(0, 60, seed=1)
     query, query_features = make_people(1000, 30, seed=2)
-    store = Store(StoreConfig(kind="codes", axes=8, dim=512, width=0.45), aux_features.shape[1])
+    store = make_store(StoreConfig(kind="codes", axes=8, dim=512, width=0.45), aux_features.shape[1])
     store.fit(aux_features)
     protected, other = (Stored(of(aux_features), of(query_features)) for of in (store, store.rekeyed()))
     waves = WavesConfig(candidates=1000, bits=256, rounds=2, steps=60)
@@ -127,7 +127,7 @@ def test_another_key_is_another_key() -> None:
     assert by["another key", False] < 0.2 < by["another key", True] < 0.8 * by["the same gallery", False]
     assert by["another key, what was coded", True] > 0.9 * by["the same gallery", False]
     for kind in ("noise", "rotation", "signs"):
-        one = Store(StoreConfig(kind=kind, key=3), aux_features.shape[1])
+        one = make_store(StoreConfig(kind=kind, key=3), aux_features.shape[1])
         assert one.rekeyed().config.key == 4 and not torch.equal(one(aux_features), one.rekeyed()(aux_features))
-    plain = Store(StoreConfig(kind="pca", dim=4), 16)
+    plain = make_store(StoreConfig(kind="pca", dim=4), 16)
     assert plain.rekeyed() is plain

@@ -126,8 +126,30 @@ def test_no_whole_checkpoint_is_one_line(world: list[str], whole: Path, tmp_path
     shutil.copytree(whole, tmp_path / "run")
     for file in (tmp_path / "run").glob("checkpoints/step_*/tensors.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"tensors\.safetensors: not as it was written; no other checkpoint is left"):
+    for _ in range(2):  # a launcher may start it again at once: that must not begin anew
+        with pytest.raises(RunError, match=r"tensors\.safetensors: not as it was written; no other checkpoint is left"):
+            run(world, tmp_path / "run", resume=True)
+    for folder in (tmp_path / "run").glob("checkpoints/step_*"):
+        shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(RunError, match=r"/step_\d+: is not there any more, and no other checkpoint is left$"):
         run(world, tmp_path / "run", resume=True)
+
+
+@pytest.mark.faults
+def test_a_disk_that_fails_for_a_while_costs_no_checkpoint(
+    world: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with monkeypatch.context() as patch:
+
+        def fail(file: Path) -> str:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr("ppreid_dist.training.checkpoint.sha256_of", fail)
+        with pytest.raises(RunError, match=r"/step_\d+: can't be read: \[Errno 5\] Input/output error$"):
+            run(world, tmp_path / "run", resume=True)
+    assert_same(last(whole), run(world, tmp_path / "run", resume=True))
 
 
 @pytest.mark.faults

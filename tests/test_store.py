@@ -1,7 +1,7 @@
 """T: the kinds of stored features, and a finished run that is stored otherwise."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.files import read_json, write_json
-from ppreid_dist.models.store import KEYED, USES, DecoderConfig, Store, StoreConfig, int8_step, quantise_int8
+from ppreid_dist.models.store import KINDS, DecoderConfig, StoreConfig, int8_step, make_store, quantise_int8
 from ppreid_dist.settings import load_settings, save_settings, to_dict
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.config import SweepConfig
@@ -25,13 +25,21 @@ def features(rows: int = 40, dim: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, dim, generator=draw) * torch.linspace(0.2, 2, dim) + 0.3
 
 
+def test_every_kind_that_can_be_asked_for_is_there_and_uses_settings_that_exist() -> None:
+    (kind,) = (field for field in fields(StoreConfig) if field.name == "kind")
+    assert set(KINDS) == set(kind.metadata["choices"])
+    names = {field.name for field in fields(StoreConfig)}
+    assert all(names.issuperset(of.uses) for of in KINDS.values())
+    assert {kind for kind, of in KINDS.items() if of.keyed} == set(KEYED)
+
+
 def test_plain_is_the_embedding_at_unit_norm() -> None:
     x = features()
-    assert torch.equal(Store(StoreConfig(), 16)(x), F.normalize(x, dim=1))
+    assert torch.equal(make_store(StoreConfig(), 16)(x), F.normalize(x, dim=1))
 
 
 def test_noise_is_of_its_norm_and_the_same_for_the_same_picture() -> None:
-    store, x = Store(StoreConfig(kind="noise", strength=0.5), 512), features(200, 512)
+    store, x = make_store(StoreConfig(kind="noise", strength=0.5), 512), features(200, 512)
     noise = store(x) - F.normalize(x, dim=1)
     assert noise.norm(dim=1).mean() == pytest.approx(0.5, rel=0.02)
     apart = F.normalize(noise, dim=1) @ F.normalize(noise, dim=1).T
@@ -44,19 +52,20 @@ def test_noise_is_of_its_norm_and_the_same_for_the_same_picture() -> None:
     # What another batch's rounding moves by 1e-6 keeps its noise: who enrols a picture twice gets no second draw.
     again = store(x * (1 + 3e-7 * torch.randn(x.shape)))
     assert (again - store(x)).norm(dim=1).max() < 0.03
-    other = Store(StoreConfig(kind="noise", strength=0.5, key=1), 512)
+    other = make_store(StoreConfig(kind="noise", strength=0.5, key=1), 512)
     assert not torch.allclose(other(x), store(x), atol=1e-3)
 
 
 def test_rotation_keeps_every_cosine_and_hides_every_component() -> None:
-    store, x = Store(StoreConfig(kind="rotation", key=3), 16), features()
+    store, x = make_store(StoreConfig(kind="rotation", key=3), 16), features()
     kept, plain = store(x), F.normalize(x, dim=1)
     torch.testing.assert_close(kept @ kept.T, plain @ plain.T, rtol=0, atol=1e-5)
     assert (kept - plain).norm(dim=1).min() > 0.5
-    again = Store(StoreConfig(kind="rotation", key=3), 16)
+    again = make_store(StoreConfig(kind="rotation", key=3), 16)
     assert torch.equal(again(x), kept) and not again.state_dict()
 
 
+KEYED = ("noise", "rotation", "signs", "codes")
 KEYS = (7, 7 + 2**32, 7 + 2**64, 7 + 2**127)
 
 
@@ -64,23 +73,25 @@ KEYS = (7, 7 + 2**32, 7 + 2**64, 7 + 2**127)
 def test_every_bit_of_a_key_counts(kind: str) -> None:
     """torch's generator on the CPU would keep 32 of them."""
     x = features()
-    kept = [Store(StoreConfig(kind=kind, key=key), 16)(x) for key in KEYS]
+    kept = [make_store(StoreConfig(kind=kind, key=key), 16)(x) for key in KEYS]
     for one, other in combinations(kept, 2):
         assert ((one - other).norm(dim=1) > 0.05).all()
-    wide = Store(StoreConfig(kind=kind, key=KEYS[-1]), 16)
+    wide = make_store(StoreConfig(kind=kind, key=KEYS[-1]), 16)
     assert torch.equal(wide(x), kept[-1]) and wide.rekeyed().config.key == KEYS[-1] + 1
     assert not torch.equal(wide.rekeyed()(x), kept[-1])
 
 
 def test_secrets_are_the_same_everywhere() -> None:
     """Galleries are read for years: what a key draws must never change. And it is spread as it should be."""
-    store = Store(StoreConfig(kind="signs", key=KEYS[-1], dim=2048), 256)
+    store = make_store(StoreConfig(kind="signs", key=KEYS[-1], dim=2048), 256)
     assert store.secret_AS[0, :3].tolist() == pytest.approx([-0.8128685, 0.0704747, -1.2672069], abs=1e-6)
     assert store.secret_AS.mean().abs() < 0.01 and store.secret_AS.std() == pytest.approx(1, abs=0.01)
     assert [float((store.secret_AS.abs() > far).float().mean()) for far in (1, 2, 3)] == pytest.approx(
         [0.3173, 0.0455, 0.0027], abs=2e-3
     )
-    assert store.phases_S.min() > 0 and store.phases_S.mean() == pytest.approx(math.pi, abs=0.2)
+    codes = make_store(StoreConfig(kind="codes", key=KEYS[-1], dim=2048), 256)
+    assert torch.equal(codes.secret_AS, store.secret_AS)
+    assert codes.phases_S.min() > 0 and codes.phases_S.mean() == pytest.approx(math.pi, abs=0.2)
 
 
 def test_a_wide_key_comes_back_from_files(tmp_path: Path) -> None:
@@ -90,14 +101,14 @@ def test_a_wide_key_comes_back_from_files(tmp_path: Path) -> None:
     write_json(tmp_path / "store.json", to_dict(config))
     assert load_settings(StoreConfig, tmp_path / "store.yaml") == config
     assert read_json(tmp_path / "store.json")["key"] == KEYS[-1]
-    assert torch.isfinite(Store(config, 16)(features())).all()
+    assert torch.isfinite(make_store(config, 16)(features())).all()
     with pytest.raises(ConfigError, match=r"key: -1 must be at least 0"):
         StoreConfig(key=-1)
 
 
 def test_pca_keeps_the_main_directions() -> None:
     x = features()
-    store = Store(StoreConfig(kind="pca", dim=5), 16)
+    store = make_store(StoreConfig(kind="pca", dim=5), 16)
     plain = F.normalize(x, dim=1)
     store.fit(plain)
     _, _, directions = torch.linalg.svd(plain.double(), full_matrices=False)
@@ -106,7 +117,7 @@ def test_pca_keeps_the_main_directions() -> None:
     assert kept.shape == (40, 5)
     torch.testing.assert_close(kept @ kept.T, oracle @ oracle.T, rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match=r"model\.store\.dim: 17 is more than the embedding's 16"):
-        Store(StoreConfig(kind="pca", dim=17), 16)
+        make_store(StoreConfig(kind="pca", dim=17), 16)
 
 
 def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -> None:
@@ -114,13 +125,13 @@ def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -
     config = StoreConfig(kind="codes", dim=40_000, width=0.3, key=2)
     angles = torch.linspace(0, math.pi, 40)
     x = torch.stack([angles.cos(), angles.sin(), *torch.zeros(6, 40)], dim=1)
-    store = Store(config, 8)
+    store = make_store(config, 8)
     kept = store(x)
     assert kept.unique().numel() == 2 and kept.norm(dim=1).sub(1).abs().max() < 1e-4
     distance = (x[0] - x).norm(dim=1).double()
     oracle = sum(8 / math.pi**2 / k**2 * torch.exp(-((k * distance / 0.3) ** 2) / 2) for k in range(1, 4001, 2))
     torch.testing.assert_close((kept @ kept[0]).double(), oracle, rtol=0, atol=0.02)
-    assert not torch.allclose(Store(StoreConfig(kind="codes", dim=40_000, width=0.3, key=3), 8)(x), kept)
+    assert not torch.allclose(make_store(StoreConfig(kind="codes", dim=40_000, width=0.3, key=3), 8)(x), kept)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -
 def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float, spectrum: str) -> None:
     config = StoreConfig(kind="codes", dim=dim, axes=axes, width=width, spectrum=spectrum, key=1)
     known, asked = features(400, 2 * axes, seed=1), features(50, 2 * axes, seed=2)
-    store, thief = Store(config, 2 * axes), Store(replace(config, key=2), 2 * axes)
+    store, thief = make_store(config, 2 * axes), make_store(replace(config, key=2), 2 * axes)
     store.fit(known)
     thief.fit(known)
     kept, truth = store(asked), store.coded(asked)
@@ -144,36 +155,36 @@ def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float, spec
 def test_who_has_the_extractor_compares_without_noise() -> None:
     """The noise of a picture says nothing of that of the next, near as it may be."""
     x = F.normalize(features(40), dim=1)
-    store, hair = Store(StoreConfig(kind="noise", strength=0.5), 16), 0.01 * torch.randn(40, 16)
+    store, hair = make_store(StoreConfig(kind="noise", strength=0.5), 16), 0.01 * torch.randn(40, 16)
     assert (store(x + hair) - store(x)).norm(dim=1).mean() > 0.5
     assert (store.expected(x + hair) - store.expected(x)).norm(dim=1).max() < 0.2
     assert F.cosine_similarity(store.expected(x), store(x)).mean() == pytest.approx(1 / 1.25**0.5, abs=0.02)
     for kind in ("plain", "rotation", "signs", "codes"):
-        other = Store(StoreConfig(kind=kind), 16)
+        other = make_store(StoreConfig(kind=kind), 16)
         assert torch.equal(other.expected(x), other(x))
 
 
 def test_codes_of_the_main_directions() -> None:
     x = features(200)
     config = StoreConfig(kind="codes", dim=64, axes=5, key=1)
-    store = Store(config, 16)
-    assert store.needs_features and not Store(StoreConfig(kind="codes", dim=64), 16).needs_features
+    store = make_store(config, 16)
+    assert store.needs_features and not make_store(StoreConfig(kind="codes", dim=64), 16).needs_features
     store.fit(F.normalize(x, dim=1))
-    main = Store(StoreConfig(kind="pca", dim=5), 16)
+    main = make_store(StoreConfig(kind="pca", dim=5), 16)
     main.fit(F.normalize(x, dim=1))
-    assert torch.equal(store(x), Store(StoreConfig(kind="codes", dim=64, key=1), 5)(main(x)))
-    again = Store(config, 16)
+    assert torch.equal(store(x), make_store(StoreConfig(kind="codes", dim=64, key=1), 5)(main(x)))
+    again = make_store(config, 16)
     again.load_state_dict(store.state_dict())
     assert torch.equal(again(x), store(x)) and store.state_dict().keys() == {
         "main_DA"
     }  # the key's secrets are not kept
     with pytest.raises(ConfigError, match=r"model\.store\.axes: 17 is more than the embedding's 16"):
-        Store(StoreConfig(kind="codes", axes=17), 16)
+        make_store(StoreConfig(kind="codes", axes=17), 16)
 
 
 def test_signs_agree_as_often_as_the_angle_says() -> None:
     """P(two signs agree) = 1 - angle / pi."""
-    store, x = Store(StoreConfig(kind="signs", dim=20_000), 16), features(2)
+    store, x = make_store(StoreConfig(kind="signs", dim=20_000), 16), features(2)
     kept = store(x)
     assert set(kept.flatten().tolist()) == {1 / math.sqrt(20_000), -1 / math.sqrt(20_000)} or kept.abs().std() < 1e-6
     angle = torch.acos(F.cosine_similarity(x[:1], x[1:])).item()
@@ -187,18 +198,17 @@ def test_adversarial_misleads_the_decoder_it_knows_and_little_the_matching() -> 
     colours = torch.sigmoid(4 * plain[:, :3])[:, :, None, None]
     pictures = (255 * colours.expand(-1, -1, 16, 8)).to(torch.uint8)
     recipe = DecoderConfig(size=(16, 8), width=8, steps=150, batch=32, lr=1e-2)
-    store = Store(StoreConfig(kind="adversarial", strength=0.5, decoder=recipe), 16)
+    store = make_store(StoreConfig(kind="adversarial", strength=0.5, decoder=recipe), 16)
     store.fit(plain, pictures)
-    assert store.decoder is not None
 
     def error(features: torch.Tensor) -> float:
         return float((store.decoder(features) - pictures / 255).abs().mean())
 
-    moved, noisy = store(plain), F.normalize(Store(StoreConfig(kind="noise", strength=0.5), 16)(plain), dim=1)
+    moved, noisy = store(plain), F.normalize(make_store(StoreConfig(kind="noise", strength=0.5), 16)(plain), dim=1)
     assert error(plain) < 0.06 and error(moved) > 1.5 * error(noisy)
     assert (moved * plain).sum(1).min() > 0.85  # an angle of 30 degrees
     torch.testing.assert_close(store(plain[5:8]), moved[5:8], rtol=0, atol=1e-4)
-    again = Store(StoreConfig(kind="adversarial", strength=0.5, decoder=recipe), 16)
+    again = make_store(StoreConfig(kind="adversarial", strength=0.5, decoder=recipe), 16)
     again.load_state_dict(store.state_dict())
     assert torch.equal(again(plain), moved)
 
@@ -207,7 +217,7 @@ def test_adversarial_misleads_the_decoder_it_knows_and_little_the_matching() -> 
 def test_gradients_pass(kind: str) -> None:
     """A white-box attacker differentiates through T."""
     x = features().requires_grad_()
-    (Store(StoreConfig(kind=kind, quantise="int8"), 16)(x) * features(seed=1)).sum().backward()
+    (make_store(StoreConfig(kind=kind, quantise="int8"), 16)(x) * features(seed=1)).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
@@ -234,16 +244,16 @@ def test_every_method_that_ships_stores_by_settings_that_its_kind_has(file: Path
         stored = {
             key.removeprefix(STORED).partition(".")[0]: value for key, value in keys.items() if key.startswith(STORED)
         }
-        assert set(stored) <= {"kind", "quantise", *USES[stored.get("kind", "plain")]}, method
+        assert set(stored) <= {"kind", "quantise", *KINDS[stored.get("kind", "plain")].uses}, method
 
 
 def test_waves_of_one_length_agree_as_drawn_ones_do_nearby_and_all_alike() -> None:
     drawn, shell = (StoreConfig(kind="codes", dim=40_000, width=0.4, spectrum=of) for of in ("gaussian", "shell"))
-    lengths = {of.spectrum: Store(of, 12).secret_AS.norm(dim=0) for of in (drawn, shell)}
+    lengths = {of.spectrum: make_store(of, 12).secret_AS.norm(dim=0) for of in (drawn, shell)}
     torch.testing.assert_close(lengths["shell"], torch.full((40_000,), 12**0.5))
     assert lengths["gaussian"].std() > 0.5
     x = torch.eye(12)[:1].expand(30, -1).clone()
     x[:, 1] = torch.linspace(0, 0.3, 30)
-    kept = {of.spectrum: Store(of, 12)(x) for of in (drawn, shell)}
+    kept = {of.spectrum: make_store(of, 12)(x) for of in (drawn, shell)}
     alike = {spectrum: codes @ codes[0] for spectrum, codes in kept.items()}
     torch.testing.assert_close(alike["shell"], alike["gaussian"], rtol=0, atol=0.03)

@@ -23,7 +23,7 @@ from ppreid_dist.errors import ConfigError, DataError, LostError, RunError
 from ppreid_dist.experiment import Config, _check_cameras, _check_world, _probe
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.settings import load_settings
-from ppreid_dist.training.engine import _Whole
+from ppreid_dist.training.held import Whole
 from ppreid_dist.training.optimiser import OptimiserConfig, learning_rate
 from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
@@ -93,14 +93,14 @@ def test_what_stays_fp32_under_bf16_has_gradients_in_fp32(
 ) -> None:
     """The identity head's, which a backward under autocast would round."""
     seen: list[Tensor] = []
-    norm = _Whole._norm
+    norm = Whole._norm
 
-    def watching(self: _Whole) -> Tensor:
+    def watching(self: Whole) -> Tensor:
         if self.name == "extractor":
             seen.append(self.module.classifier.weight.grad.clone())
         return norm(self)
 
-    monkeypatch.setattr(_Whole, "_norm", watching)
+    monkeypatch.setattr(Whole, "_norm", watching)
     kinds: set[torch.dtype] = set()
     pool = Extractor._pool
 

@@ -11,7 +11,7 @@ from ppreid_dist.attacks.averaged import ITSELF
 from ppreid_dist.attacks.layout import Layout, Sharpened
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
 from ppreid_dist.attacks.waves import Waves, WavesConfig, are_bits
-from ppreid_dist.models.store import Store, StoreConfig, quantise_int8
+from ppreid_dist.models.store import StoreConfig, make_store, quantise_int8
 
 CONFIG = WavesConfig(candidates=2000, bits=512, rounds=2, steps=150)
 
@@ -28,7 +28,7 @@ def explained(found: Tensor, truth: Tensor, told: int) -> float:
 
 
 def coded(places: Tensor, spectrum: str = "gaussian") -> Tensor:
-    return Store(StoreConfig(kind="codes", dim=700, width=0.3, spectrum=spectrum, key=5), places.shape[1])(places)
+    return make_store(StoreConfig(kind="codes", dim=700, width=0.3, spectrum=spectrum, key=5), places.shape[1])(places)
 
 
 @pytest.mark.parametrize("spectrum", ["gaussian", "shell"])
@@ -51,7 +51,7 @@ def test_rough_positions_and_codes_make_each_other_sharp(spectrum: str) -> None:
 def test_what_was_coded_is_found_from_a_database_alone() -> None:
     """Of their own people and of those who are asked for, of whom no picture is known; of other features nothing."""
     truth, config = unit(400, 1), UnfoldedConfig(coordinates=[6], layout_steps=200, waves=CONFIG)
-    codes = Store(StoreConfig(kind="codes", dim=512, width=0.5, key=5), 6)(truth)
+    codes = make_store(StoreConfig(kind="codes", dim=512, width=0.5, key=5), 6)(truth)
     found = positions(codes[:300], codes[300:], config, 40, 0)
     assert found is not None
     assert explained(torch.cat([found(codes[:300]), found(codes[300:340])]), truth[:340], 150) > 0.98

@@ -60,6 +60,7 @@ class AveragedRegression(Regression):
     """The regression decoder on averaged features; the number of neighbours is raced like its other choices."""
 
     name = "averaged"
+    asks_positions = False
     config: AveragedConfig
 
     def entrants(

@@ -51,6 +51,7 @@ class Attacker(ABC):
     asked = 0
     recogniser: "Recogniser | None" = None
     positions: Callable[[Tensor], Tensor] | None = None
+    asks_positions = False  # whether it reads ``positions``, where features are codes
     people_N: np.ndarray | None = None
 
     def __init__(self, config: Any):
@@ -59,11 +60,6 @@ class Attacker(ABC):
     @property
     def asks_recogniser(self) -> bool:
         """Whether it needs a ``recogniser``."""
-        return False
-
-    @property
-    def asks_positions(self) -> bool:
-        """Whether it reads ``positions`` behind codes, where there are such."""
         return False
 
     @abstractmethod

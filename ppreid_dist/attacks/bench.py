@@ -6,8 +6,7 @@ Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, L leaked ent
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,6 +37,7 @@ from ppreid_dist.attacks.recognisers import Recognisers, asked_widths
 from ppreid_dist.attacks.unfolded import positions
 from ppreid_dist.attacks.waves import are_bits
 from ppreid_dist.attacks.whitebox import See
+from ppreid_dist.attacks.work import Training, Work
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.evaluation.images import scores
@@ -46,7 +46,6 @@ from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import to_dict
 
 OPENED = 2  # databases of codes at a time whose positions are kept: each keeps its codes too
-PAUSE = 1.0  # seconds between looks at what other processes make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +86,6 @@ Trained = dict[tuple[str, int], Outcome]  # by attacker and number of people
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """One that may be kept under ``key`` from before, as may what it ``needs``."""
-
-    label: str
-    key: str
-    make: Callable[[], Outcome]
-    needs: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Role:
     """What attackers are trained on: these features, or those of permuted people, and for whom; ``leaked_LD`` is the
     whole stolen database, the queries' features first."""
@@ -113,8 +102,7 @@ class Bench:
     """What attackers are trained on and tested by; the same for every victim.
 
     ``mean_picture_Q`` is the SSIM of the mean of all own pictures: what drawing without looking at features reaches.
-    Every training that is done is put into ``kept``, and taken from there instead of being made again. Processes that
-    share ``kept`` share the work.
+    ``work`` makes the trainings, or takes them from ``kept``: it is the same for all that learn on other pictures too.
     """
 
     def __init__(
@@ -134,9 +122,7 @@ class Bench:
         """The pids and camids are those of the gallery that the ``judges`` know. ``progress`` hears how trainings go,
         ``found`` what each one that is over has found. ConfigError naming ``attack.people`` where there are too few,
         DataError where a single person is tested."""
-        self.kept, self.found = kept, found or progress
-        self._outcomes: dict[str, Outcome] = {}  # by key, of all benches that learn on other pictures too
-        self._positions: dict[str, Layout | None] = {}  # by what they are of; the same
+        self._positions: dict[str, Layout | None] = {}  # by what they are of
         self.aux, self.query, self.config, self.progress = aux, query, config, progress
         if len(tested := np.unique(query.pids_N)) < 2:
             raise DataError(f"query: {len(tested)} person; an interval over people needs at least 2")
@@ -148,11 +134,12 @@ class Bench:
             **{axis: f"mAP of the judge {judge.name}" for axis, judge in self.judges.items()},
             **self.perception.axes,
         }
+        self.work = Work(kept, axes=self.axes, progress=progress, found=found or progress)
         self.real_QD = self.perception.features(query.images_N3HW)
         # Whoever lacks a library or a backbone says so before anybody is trained.
         others = config.auxiliary.attackers if config.auxiliary.variants else []
         asking = any([self.attacker(name).asks_recogniser for name in (*config.attackers, *others)])
-        self.recognisers = Recognisers(config, kept, say=self.say, found=self.found) if asking else None
+        self.recognisers = Recognisers(config, kept, say=self.say, found=self.work.found) if asking else None
         self.shown = np.unique(query.pids_N, return_index=True)[1][:SHOWN]
         tests = [query.images_N3HW, query.pids_N, query.camids_N, *self.gallery]
         tests += [*(judge.gallery_GD for judge in judges), *self.perception.weights]
@@ -228,42 +215,6 @@ class Bench:
             shown=drawn_Q3hw.cpu(),
         )
 
-    def carry_out(self, trainings: Iterable[Training]) -> None:
-        """Return when these are made, each by one of the processes that share ``kept``."""
-        left = {training.key: training for training in trainings if training.key not in self._outcomes}
-        before = {key for key in left if self.kept and self.kept.has(key)}
-        while left:
-            done = [key for key, training in left.items() if self._settled(training, key in before)]
-            for key in done:
-                del left[key]
-            if left and not done:
-                self.progress(f"waiting for trainings that other processes make: {len(left)}")
-                time.sleep(PAUSE)
-
-    def outcome(self, training: Training) -> Outcome:
-        """What was kept of it, or what it now gives, which is then kept."""
-        self.carry_out([training])
-        return self._outcomes[training.key]
-
-    def _settled(self, training: Training, before: bool) -> bool:
-        """Whether its outcome is known now; not while another process makes it, or what it needs."""
-        with self.kept.alone(training.key) if self.kept else nullcontext(True) as mine:
-            if not mine:
-                return False
-            outcome = self.kept.get(training.key) if self.kept else None
-            kept_before = before and outcome is not None
-            if outcome is None:
-                if self.kept and self.kept.made_elsewhere(training.needs):
-                    return False
-                outcome = training.make()
-                if self.kept:
-                    self.kept.put(training.key, outcome)
-        self._outcomes[training.key] = outcome
-        how = "kept from before" if kept_before else f"{outcome.seconds:.1f} s"
-        reached = ", ".join(f"{axis} {np.nanmean(outcome.scores[axis]):.3f}" for axis in self.axes)
-        self.found(f"{training.label}: {reached}, {how}")
-        return True
-
     def took(self) -> dict[str, float]:
         """Seconds of what attackers share, by what it is, kept from before or not."""
         found = Counter[str]()
@@ -288,7 +239,7 @@ class Bench:
         """Every attacker with every number of people."""
         trained: Trained = {}
         for name, n, draws in self._trainings(role):
-            outcomes = [self.outcome(training) for training in draws]
+            outcomes = [self.work.outcome(training) for training in draws]
             # Never by the test: an adversary has his own people to choose by, and no others.
             best = min(outcomes, key=lambda outcome: outcome.held_out) if len(outcomes) > 1 else outcomes[0]
             trained[name, n] = replace(best, seconds=sum(outcome.seconds for outcome in outcomes))
@@ -301,7 +252,7 @@ class Bench:
             for role in roles
             for name, n, draws in self._trainings(role)
             for training in draws
-            if self.kept is None or not self.kept.has(training.key)
+            if not self.work.is_kept(training)
         )
 
     def _trainings(self, role: Role) -> Iterator[tuple[str, int, list[Training]]]:

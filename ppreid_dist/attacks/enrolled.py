@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppreid_dist.attacks.isomap import Manifold
-from ppreid_dist.attacks.layout import Layout, Sharpened
-from ppreid_dist.attacks.unfolded import UnfoldedConfig
+from ppreid_dist.attacks.layout import Sharpened
+from ppreid_dist.attacks.unfolded import UnfoldedConfig, laid_out
 from ppreid_dist.attacks.waves import are_bits
+from ppreid_dist.models.store import main_directions
 
 DIRECTIONS = 16  # main ones that are laid onto each other where the scheme doesn't say how many it keeps
 MOST, SOME = 2000, 600  # points of either cloud that are, in the end and in the search for a start
@@ -49,7 +50,7 @@ def read(
     own_NK = _main(plain_ND, min(directions, plain_ND.shape[1]))
     pool_PS = torch.cat([stolen_LS, enrolled_ES]).float()
     if are_bits(pool_PS):
-        ways = _laid_out(pool_PS, own_NK.shape[1], config, seed)
+        ways = _ways(pool_PS, own_NK.shape[1], config, seed)
     else:
         ways = [_main(pool_PS, min(own_NK.shape[1], pool_PS.shape[1]))]
     rows = torch.from_numpy(rows_E).to(own_NK.device)
@@ -58,20 +59,18 @@ def read(
 
 
 def _main(features_MD: Tensor, directions: int) -> Tensor:
-    """(M, K) float64: their main directions at unit norm, as galleries that keep few have them (``Store.coded``)."""
+    """(M, K) float64: their main directions at unit norm, as galleries that keep few have them."""
     x_MD = F.normalize(features_MD.double(), dim=1)
-    main_DD = torch.linalg.eigh(x_MD.mT @ x_MD)[1].flip(1)
-    return F.normalize(x_MD @ main_DD[:, :directions], dim=1)
+    return F.normalize(x_MD @ main_directions(x_MD)[:, :directions], dim=1)
 
 
-def _laid_out(pool_PS: Tensor, directions: int, config: UnfoldedConfig, seed: int) -> list[Tensor]:
+def _ways(pool_PS: Tensor, directions: int, config: UnfoldedConfig, seed: int) -> list[Tensor]:
     """Positions of bits, float64, and those sharpened by the waves behind them: which are better the transport says."""
     pool_PS = F.normalize(pool_PS, dim=1)
     draw = np.random.default_rng([seed, 0xE2])
     graph = pool_PS[torch.from_numpy(draw.permutation(len(pool_PS))[: config.entries])]
     start_PK = Manifold(graph, config.neighbours[0], directions)(pool_PS)
-    steps = config.layout_steps * max(1, round(len(pool_PS) / 4000))
-    layout = Layout(pool_PS, start_PK, steps=steps, lr=config.layout_lr, seed=seed)
+    layout = laid_out(pool_PS, start_PK, config, seed)
     ways = [layout.places_LK]
     if config.waves.candidates:
         ways.append(Sharpened(layout, config.waves, seed).places_LK)

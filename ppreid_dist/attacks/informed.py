@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from ppreid_dist.attacks.base import HELD_OUT_PEOPLE, Outcome, to_uint8
-from ppreid_dist.attacks.bench import Bench, Opened, Training, Victim
+from ppreid_dist.attacks.bench import Bench, Opened, Victim
 from ppreid_dist.attacks.kept import digest
 from ppreid_dist.attacks.whitebox import Inversion
+from ppreid_dist.attacks.work import Training
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.bootstrap import Bootstrap, Interval
 from ppreid_dist.evaluation.leak import AttackScores, compare, measure_leak
@@ -59,7 +60,7 @@ def whitebox_leak(
     if not len(asked):
         return None
     people = bench.query.pids_N[asked]
-    found = {role: bench.outcome(training) for role, training in whitebox_trainings(bench, victims).items()}
+    found = {role: bench.work.outcome(training) for role, training in whitebox_trainings(bench, victims).items()}
     somebody_else = torch.roll(found["control"].shown, 1, dims=0)
     found["floor"] = bench.judged(somebody_else.to(bench.query.images_N3HW.device), asked, seconds=0.0)
     bootstrap = Bootstrap(people, bench.config.resamples, bench.config.seed, 0.95)

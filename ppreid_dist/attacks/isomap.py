@@ -112,6 +112,7 @@ class UnrolledRegression(Regression):
     """The regression decoder on Isomap coordinates; the graph and their number are raced like its other choices."""
 
     name = "isomap"
+    asks_positions = False
     config: IsomapConfig
 
     def entrants(

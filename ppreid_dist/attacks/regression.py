@@ -178,15 +178,12 @@ class Regression(Learner):
     """The decoder alone."""
 
     name = "regression"
+    asks_positions = True
     config: RegressionConfig
 
     @property
     def asks_recogniser(self) -> bool:
         return self.config.likeness > 0
-
-    @property
-    def asks_positions(self) -> bool:
-        return self.name == Regression.name  # the others lay out, or average, features in ways of their own
 
     def learn(
         self, features_ND: Tensor, pictures_N3hw: Tensor, split: Split, *, seed: int, say: Callable[[str], None]

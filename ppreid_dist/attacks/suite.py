@@ -19,13 +19,14 @@ from torch import Tensor
 from ppreid_dist.attacks.attribute import attribute_leak
 from ppreid_dist.attacks.auxiliary import Auxiliary
 from ppreid_dist.attacks.base import Outcome, Progress
-from ppreid_dist.attacks.bench import Bench, Training, Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.informed import whitebox_leak, whitebox_trainings
 from ppreid_dist.attacks.judging import judge_quality, weak_judges
 from ppreid_dist.attacks.linkage import Stored, linkage_of
 from ppreid_dist.attacks.notes import training_notes
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench, variant_trainings
 from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of, trainings_of
+from ppreid_dist.attacks.work import Training
 from ppreid_dist.evaluation.bootstrap import Bootstrap, finite
 from ppreid_dist.evaluation.gates import broken_gates, ruined_attackers
 from ppreid_dist.evaluation.leak import AttackScores, worst_people
@@ -99,14 +100,14 @@ def run_suite(
         left_out = [name for name, there in parts.items() if there]
         announce(line + (f"; not counted: {', '.join(left_out)}" if left_out else ""))
     victims = {"control": control, "protected": protected}
-    bench.carry_out(_trainings(bench, victims, variants))
+    bench.work.carry_out(_trainings(bench, victims, variants))
     return _summarise(bench, victims, variants, quality, weak)
 
 
 def help_suite(bench: Bench, control: Victim, protected: Victim, auxiliaries: Sequence[Auxiliary] = ()) -> None:
     """Make trainings of :func:`run_suite` in another process, until all are made."""
     variants = [(auxiliary, variant_bench(bench, auxiliary)) for auxiliary in auxiliaries]
-    bench.carry_out(_trainings(bench, {"control": control, "protected": protected}, variants))
+    bench.work.carry_out(_trainings(bench, {"control": control, "protected": protected}, variants))
 
 
 def _trainings(

@@ -70,6 +70,7 @@ class UnfoldedRegression(Regression):
     choices."""
 
     name = "unfolded"
+    asks_positions = False
     config: UnfoldedConfig
 
     def entrants(
@@ -104,14 +105,14 @@ class UnfoldedRegression(Regression):
                 start_LK = Manifold(graph, neighbours, max(config.coordinates))(pool_LD)
             for asked in config.coordinates:
                 count = min(asked, start_LK.shape[1])
-                layout = _laid_out(pool_LD, start_LK[:, :count], config, split.seed)
+                layout = laid_out(pool_LD, start_LK[:, :count], config, split.seed)
                 layouts = {f"residual {layout.residual:.3f}": layout}
                 if config.waves.candidates and are_bits(features_ND):
                     sharp = Sharpened(layout, config.waves, split.seed)
                     layouts[f"waves that agree by {sharp.waves.agreement:.3f}"] = sharp
-                for (how, laid_out), near in product(layouts.items(), config.averaged):
-                    average = Average(F.normalize(laid_out.places_LK, dim=1), near, ALPHA) if near else as_stored
-                    prepare = partial(_prepared, weigh, laid_out, average)
+                for (how, placed), near in product(layouts.items(), config.averaged):
+                    average = Average(F.normalize(placed.places_LK, dim=1), near, ALPHA) if near else as_stored
+                    prepare = partial(_prepared, weigh, placed, average)
                     found += decoders(
                         prepare(features_ND), pictures_N3hw, split,
                         noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
@@ -152,7 +153,7 @@ def positions(
     start_LK = Manifold(graph, config.neighbours[0], max(config.coordinates))(pool_LD)
     found = []
     for count in sorted({min(asked, start_LK.shape[1]) for asked in config.coordinates}):
-        found.append(Sharpened(_laid_out(pool_LD, start_LK[:, :count], config, seed), config.waves, seed))
+        found.append(Sharpened(laid_out(pool_LD, start_LK[:, :count], config, seed), config.waves, seed))
     return max(found, key=lambda sharp: sharp.waves.agreement)
 
 
@@ -169,6 +170,7 @@ def _pool(
     return graph, pool_LD, own_A
 
 
-def _laid_out(pool_LD: Tensor, start_LK: Tensor, config: UnfoldedConfig, seed: int) -> Layout:
+def laid_out(pool_LD: Tensor, start_LK: Tensor, config: UnfoldedConfig, seed: int) -> Layout:
+    """As ``config`` says, with steps by the size of the pool."""
     steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
     return Layout(pool_LD, start_LK, steps=steps, lr=config.layout_lr, seed=seed)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ppreid_dist.attacks.auxiliary import Auxiliary
-from ppreid_dist.attacks.bench import Bench, Training, Victim
+from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.victims import Roles, attack_victims, scores_of, trainings_of
+from ppreid_dist.attacks.work import Training
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import AttackScores, measure_leak
 from ppreid_dist.evaluation.urr import NO_ATTACKER

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.adaptive import renewed
-from ppreid_dist.attacks.bench import Bench, Role, Trained, Training, Victim
+from ppreid_dist.attacks.bench import Bench, Role, Trained, Victim
 from ppreid_dist.attacks.estimate import estimate
+from ppreid_dist.attacks.work import Training
 from ppreid_dist.evaluation.leak import AttackScores
 
 Roles = Mapping[

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.backbone import FeatureMap, build_backbone
-from ppreid_dist.models.store import Store, StoreConfig
+from ppreid_dist.models.store import StoreConfig, make_store
 from ppreid_dist.settings import Settings, option
 
 
@@ -87,7 +87,7 @@ class Extractor(nn.Module):
             nn.init.kaiming_normal_(self.reduce.weight, mode="fan_out")
         if self.classifier is not None:
             nn.init.normal_(self.classifier.weight, std=0.001)
-        self.store = Store(config.store, self.feature_dim)
+        self.store = make_store(config.store, self.feature_dim)
         self._pieces = 1
         # Not part of the state: they belong to the configuration.
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)

@@ -13,7 +13,7 @@ training anything; they are put on a finished extractor (``ppreid store``), and 
                lengths are drawn too, and long ones tell of far distances: whoever has people of his own finds them
                out (``attacks.agreement``). With ``spectrum: shell`` all are equally long
 
-All but ``noise`` at unit norm again. int8 comes last of all.
+All but ``noise`` at unit norm again. int8 comes last of all. A kind is a class here, under its name in :data:`KINDS`.
 
 Shapes: B batch, N fitted rows, D the embedding's dim, A main directions, S the stored dim.
 """
@@ -34,17 +34,6 @@ from ppreid_dist.models.seeding import seed_of, seeded
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings, option
 
-USES = {
-    "plain": (),
-    "noise": ("strength", "key"),
-    "adversarial": ("strength", "ascent", "decoder", "key"),
-    "pca": ("dim",),
-    "rotation": ("key",),
-    "signs": ("dim", "key"),
-    "codes": ("dim", "axes", "width", "spectrum", "key"),
-}
-"""The settings, beside ``quantise``, that each kind has."""
-KEYED = ("noise", "rotation", "signs", "codes")  # the key is all of their secret; adversarial's trains a decoder too
 PUBLIC_KEY = 0  # for measurements; a gallery takes its own
 NOISE_WAVES = 64.0  # of noise, per unit of distance
 INT8_MAX = 127
@@ -67,7 +56,7 @@ class StoreConfig(Settings):
     kind: str = option(
         "plain",
         "what is kept of an embedding; all but plain are for `ppreid store`, after training",
-        choices=tuple(USES),
+        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs", "codes"),
     )
     strength: float = option(0.5, "the norm of what is added: of noise on average, of adversarial at most", more_than=0)
     ascent: int = option(20, "of adversarial: steps to where the decoder errs most", at_least=1)
@@ -94,69 +83,100 @@ class StoreConfig(Settings):
 
 
 class Store(nn.Module):
-    """Embeddings (B, D) to stored features (B, S), fp32. What :meth:`fit` learns must be there before it is used.
+    """Embeddings (B, D) to stored features (B, S), fp32. This one is ``plain``; :func:`make_store` gives the others.
 
-    ConfigError naming ``model.store.dim``, or ``axes``, where more directions are asked for than there are.
+    ``dim`` is S. What :meth:`fit` learns must be there before it is used.
     """
 
-    main_DA: Tensor
-    secret_AS: Tensor
-    phases_S: Tensor
+    uses: tuple[str, ...] = ()
+    """The settings, beside ``quantise``, that the kind has."""
+    keyed = False
+    """Whether ``key`` is all of its secret."""
+    needs_features = False
+    """Whether :meth:`fit` has something to learn."""
 
     def __init__(self, config: StoreConfig, dim: int):
         super().__init__()
         self.config, self.embedding_dim = config, dim
-        self.dim = config.dim or dim if config.kind in ("pca", "signs", "codes") else dim
-        setting, axes = {"pca": ("dim", self.dim), "codes": ("axes", config.axes)}.get(config.kind, ("", 0))
-        if axes > dim:
-            raise ConfigError(f"model.store.{setting}: {axes} is more than the embedding's {dim}")
-        secret_AS, phases_S = torch.empty(0), torch.empty(0)  # two: who counts buffers counts a shared one once
-        if "key" in USES[config.kind]:
-            secret_AS = torch.special.ndtri(_drawn(config.key, "directions", axes or dim, self.dim))
-            phases_S = (2 * math.pi * _drawn(config.key, "phases", self.dim)).float()
-            if config.kind == "rotation":
-                secret_AS = _rotation(secret_AS)
-            if config.kind == "codes" and config.spectrum == "shell":
-                secret_AS = F.normalize(secret_AS, dim=0) * len(secret_AS) ** 0.5  # the mean of their squares stays
-            secret_AS = secret_AS.float()
-        self.decoder = None
-        if config.kind == "adversarial":
-            with seeded(config.key, 0xADF):
-                self.decoder = Generator(dim, config.decoder.size, config.decoder.width, 0).requires_grad_(False)
-        # A key makes its secrets again; only what was fitted is to be kept.
-        self.register_buffer("main_DA", torch.zeros(dim, axes), persistent=axes > 0)
-        self.register_buffer("secret_AS", secret_AS, persistent=False)
-        self.register_buffer("phases_S", phases_S, persistent=False)
+        self.dim = config.dim or dim if "dim" in self.uses else dim
 
-    @property
-    def needs_features(self) -> bool:
-        """Whether :meth:`fit` has something to learn."""
-        return self.main_DA.numel() > 0 or self.decoder is not None
+    def forward(self, embedding_BD: Tensor) -> Tensor:
+        stored_BS = self._kept(F.normalize(embedding_BD, dim=1))
+        return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        """(B, S): of an embedding at unit norm."""
+        return unit_BD
+
+    def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
+        """Learn from plain features, and from the uint8 pictures behind them, of the decoder's size."""
 
     def rekeyed(self) -> "Store":
         """The same under another key, or this one, where nothing hangs on a key."""
-        if self.config.kind not in KEYED:
+        return self
+
+    def expected(self, embedding_BD: Tensor) -> Tensor:
+        """What an attacker with the extractor compares with what is stored: the same, but for noise. That leaps from
+        picture to picture, so that no descent can follow it, and says nothing of them."""
+        stored_BS: Tensor = self(embedding_BD)
+        return stored_BS
+
+
+class _Secret(Store):
+    """A kind that draws ``secret_AS`` from its key."""
+
+    secret_AS: Tensor
+
+    def __init__(self, config: StoreConfig, dim: int):
+        super().__init__(config, dim)
+        # A key makes its secrets again; only what was fitted is to be kept.
+        self.register_buffer("secret_AS", self._draw().float(), persistent=False)
+
+    def _draw(self) -> Tensor:
+        """Float64 and Gaussian."""
+        return torch.special.ndtri(_drawn(self.config.key, "directions", self.embedding_dim, self.dim))
+
+    def rekeyed(self) -> Store:
+        if not self.keyed:
             return self
-        other = Store(dataclasses.replace(self.config, key=self.config.key + 1), self.embedding_dim)
+        other = type(self)(dataclasses.replace(self.config, key=self.config.key + 1), self.embedding_dim)
         other.load_state_dict(self.state_dict())
-        return other.to(self.main_DA.device)
+        return other.to(self.secret_AS.device)
+
+    def _noise(self, unit_BD: Tensor) -> Tensor:
+        """Gaussian, drawn by the key and the embedding itself, so that it does not hang on what else is in the batch.
+
+        Each component is a wave over the embeddings, so short that features a hundredth apart share nothing, and so
+        long that another batch's rounding (1e-6) hardly moves it; its height, evenly spread, is made Gaussian.
+        """
+        phase_BD = unit_BD.detach().double() @ self.secret_AS.double() * NOISE_WAVES
+        even_BD = (2 * (phase_BD - phase_BD.floor()) - 1).abs().clamp(1e-6, 1 - 1e-6)
+        normal_BD = math.sqrt(2) * torch.erfinv(2 * even_BD - 1)
+        return (normal_BD * self.config.strength / unit_BD.shape[1] ** 0.5).to(unit_BD.dtype)
+
+
+class Noise(_Secret):
+    uses = ("strength", "key")
+    keyed = True
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        return unit_BD + self._noise(unit_BD)
+
+    def expected(self, embedding_BD: Tensor) -> Tensor:
+        return F.normalize(embedding_BD, dim=1)
+
+
+class Adversarial(_Secret):
+    uses = ("strength", "ascent", "decoder", "key")
+    needs_features = True
+
+    def __init__(self, config: StoreConfig, dim: int):
+        super().__init__(config, dim)
+        with seeded(config.key, 0xADF):
+            self.decoder = Generator(dim, config.decoder.size, config.decoder.width, 0).requires_grad_(False)
 
     def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
-        """Learn from plain features, and from the uint8 pictures behind them, of the decoder's size.
-
-        ``pca`` and ``codes`` find the main directions of their second moment, since a gallery compares features without
-        centring; ``adversarial`` trains its decoder, which needs the pictures.
-        """
-        if self.main_DA.numel():
-            moment_DD = plain_ND.double().mT @ plain_ND.double()
-            main_DD = torch.linalg.eigh(moment_DD)[1].flip(1)
-            self.main_DA.copy_(main_DD[:, : self.main_DA.shape[1]])
-        elif self.decoder is not None:
-            assert pictures_N3hw is not None
-            self._train_decoder(plain_ND, pictures_N3hw)
-
-    def _train_decoder(self, plain_ND: Tensor, pictures_N3hw: Tensor) -> None:
-        assert self.decoder is not None
+        assert pictures_N3hw is not None
         recipe, decoder = self.config.decoder, self.decoder.requires_grad_(True)
         optimiser = torch.optim.AdamW(decoder.parameters(), recipe.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
@@ -171,38 +191,110 @@ class Store(nn.Module):
                 schedule.step()
         decoder.requires_grad_(False)
 
-    def forward(self, embedding_BD: Tensor) -> Tensor:
-        stored_BS = F.normalize(embedding_BD, dim=1)
-        if self.config.kind == "noise":
-            stored_BS = stored_BS + self._noise(stored_BS)
-        elif self.decoder is not None:
-            stored_BS = F.normalize(stored_BS + self._away(stored_BS.detach(), self.decoder), dim=1)
-        elif self.config.kind == "pca":
-            stored_BS = F.normalize(stored_BS @ self.main_DA, dim=1)
-        elif self.config.kind == "rotation":
-            stored_BS = F.normalize(stored_BS @ self.secret_AS, dim=1)
-        elif self.config.kind == "signs":
-            stored_BS = self._signs(stored_BS @ self.secret_AS)
-        elif self.config.kind == "codes":
-            stored_BS = self._signs(self._waves(self.coded(embedding_BD)))
-        return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        return F.normalize(unit_BD + self._away(unit_BD.detach()), dim=1)
 
-    def expected(self, embedding_BD: Tensor) -> Tensor:
-        """What an attacker with the extractor compares with what is stored: the same, but for noise. That leaps from
-        picture to picture, so that no descent can follow it, and says nothing of them."""
-        return F.normalize(embedding_BD, dim=1) if self.config.kind == "noise" else self(embedding_BD)
+    def _away(self, plain_BD: Tensor) -> Tensor:
+        """What takes a feature, within the strength, to where the decoder draws something else than from it.
+
+        Ascent by steps of a fixed length along each row's gradient (Madry et al., ICLR 2018).
+        """
+        drawn_B3hw, strength, steps = self.decoder(plain_BD), self.config.strength, self.config.ascent
+        shift_BD = F.normalize(self._noise(plain_BD), dim=1) * strength / steps  # the gradient at the feature is 0
+        with torch.enable_grad():
+            for _ in range(steps):
+                shift_BD = shift_BD.detach().requires_grad_(True)
+                error = (self.decoder(plain_BD + shift_BD) - drawn_B3hw).square().flatten(1).mean(1).sum()
+                (gradient_BD,) = torch.autograd.grad(error, shift_BD)
+                shift_BD = shift_BD.detach() + 2.5 * strength / steps * F.normalize(gradient_BD, dim=1)
+                shift_BD = shift_BD * (strength / shift_BD.norm(dim=1, keepdim=True)).clamp_max(1)
+        return shift_BD.detach()
+
+
+class Pca(Store):
+    """ConfigError naming ``model.store.dim`` where more directions are asked for than there are."""
+
+    uses = ("dim",)
+    needs_features = True
+    main_DA: Tensor
+
+    def __init__(self, config: StoreConfig, dim: int):
+        super().__init__(config, dim)
+        _check_directions("dim", self.dim, dim)
+        self.register_buffer("main_DA", torch.zeros(dim, self.dim))
+
+    def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
+        self.main_DA.copy_(main_directions(plain_ND)[:, : self.dim])
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        return F.normalize(unit_BD @ self.main_DA, dim=1)
+
+
+class Rotation(_Secret):
+    uses = ("key",)
+    keyed = True
+
+    def _draw(self) -> Tensor:
+        # Evenly spread over all rotations and reflections, as Gaussian directions are.
+        directions_DD, triangle_DD = torch.linalg.qr(super()._draw())
+        return directions_DD * triangle_DD.diagonal().sign()  # which sign a library gives a column is its own affair
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        return F.normalize(unit_BD @ self.secret_AS, dim=1)
+
+
+class Signs(_Secret):
+    uses = ("dim", "key")
+    keyed = True
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        return _signs(unit_BD @ self.secret_AS)
+
+
+class Codes(_Secret):
+    """ConfigError naming ``model.store.axes`` where more directions are asked for than there are."""
+
+    uses = ("dim", "axes", "width", "spectrum", "key")
+    keyed = True
+    main_DA: Tensor
+    phases_S: Tensor
+
+    def __init__(self, config: StoreConfig, dim: int):
+        _check_directions("axes", config.axes, dim)
+        super().__init__(config, dim)
+        self.needs_features = config.axes > 0
+        if config.axes:
+            self.register_buffer("main_DA", torch.zeros(dim, config.axes))
+        phases_S = (2 * math.pi * _drawn(config.key, "phases", self.dim)).float()
+        self.register_buffer("phases_S", phases_S, persistent=False)
+
+    def _draw(self) -> Tensor:
+        waves = _drawn(self.config.key, "directions", self.config.axes or self.embedding_dim, self.dim)
+        secret_AS = torch.special.ndtri(waves)
+        if self.config.spectrum == "shell":
+            secret_AS = F.normalize(secret_AS, dim=0) * len(secret_AS) ** 0.5  # the mean of their squares stays
+        return secret_AS
+
+    def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
+        if self.config.axes:
+            self.main_DA.copy_(main_directions(plain_ND)[:, : self.config.axes])
 
     def coded(self, embedding_BD: Tensor) -> Tensor:
-        """Of ``codes``: what is coded of an embedding, its main directions at unit norm, (B, A)."""
-        unit_BD = F.normalize(embedding_BD, dim=1)
+        """What is coded of an embedding, its main directions at unit norm, (B, A)."""
+        return self._main(F.normalize(embedding_BD, dim=1))
+
+    def _main(self, unit_BD: Tensor) -> Tensor:
         return F.normalize(unit_BD @ self.main_DA, dim=1) if self.config.axes else unit_BD
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        return _signs(self._waves(self._main(unit_BD)))
 
     def _waves(self, coded_BA: Tensor) -> Tensor:
         return torch.cos(coded_BA @ self.secret_AS / self.config.width + self.phases_S)
 
     @torch.no_grad()
     def opened(self, stored_BS: Tensor, known_KA: Tensor, *, starts: int = 4, steps: int = 60) -> Tensor:
-        """Of ``codes``: what whoever has the key finds behind them, (B, A) at unit norm; :meth:`coded` was the truth.
+        """What whoever has the key finds behind codes, (B, A) at unit norm; :meth:`coded` was the truth.
 
         Where a code's signs agree best with the waves: sought from the best ``starts`` of what is ``known_KA`` of
         others and of as many random directions, by ascent. That takes a start within about twice the waves' width.
@@ -229,37 +321,40 @@ class Store(nn.Module):
     def _agreement(self, signs_BS: Tensor, place_BTA: Tensor) -> Tensor:
         return (self._waves(F.normalize(place_BTA, dim=2)) * signs_BS[:, None]).mean(2)
 
-    def _signs(self, smooth_BS: Tensor) -> Tensor:
-        """At unit norm. 0 has a sign too: a bit that was left out would tell."""
-        signs_BS = torch.where(smooth_BS.detach() < 0, -1.0, 1.0) / self.dim**0.5
-        return _straight_through(signs_BS, F.normalize(smooth_BS, dim=1))
 
-    def _away(self, plain_BD: Tensor, decoder: Generator) -> Tensor:
-        """What takes a feature, within the strength, to where the decoder draws something else than from it.
+KINDS: dict[str, type[Store]] = {
+    "plain": Store,
+    "noise": Noise,
+    "adversarial": Adversarial,
+    "pca": Pca,
+    "rotation": Rotation,
+    "signs": Signs,
+    "codes": Codes,
+}
 
-        Ascent by steps of a fixed length along each row's gradient (Madry et al., ICLR 2018).
-        """
-        drawn_B3hw, strength, steps = decoder(plain_BD), self.config.strength, self.config.ascent
-        shift_BD = F.normalize(self._noise(plain_BD), dim=1) * strength / steps  # the gradient at the feature is 0
-        with torch.enable_grad():
-            for _ in range(steps):
-                shift_BD = shift_BD.detach().requires_grad_(True)
-                error = (decoder(plain_BD + shift_BD) - drawn_B3hw).square().flatten(1).mean(1).sum()
-                (gradient_BD,) = torch.autograd.grad(error, shift_BD)
-                shift_BD = shift_BD.detach() + 2.5 * strength / steps * F.normalize(gradient_BD, dim=1)
-                shift_BD = shift_BD * (strength / shift_BD.norm(dim=1, keepdim=True)).clamp_max(1)
-        return shift_BD.detach()
 
-    def _noise(self, plain_BD: Tensor) -> Tensor:
-        """Gaussian, drawn by the key and the embedding itself, so that it does not hang on what else is in the batch.
+def make_store(config: StoreConfig, dim: int) -> Store:
+    """What keeps embeddings of ``dim`` numbers as ``config`` says, on the CPU. ConfigError naming the setting that
+    suits no such embedding."""
+    return KINDS[config.kind](config, dim)
 
-        Each component is a wave over the embeddings, so short that features a hundredth apart share nothing, and so
-        long that another batch's rounding (1e-6) hardly moves it; its height, evenly spread, is made Gaussian.
-        """
-        phase_BD = plain_BD.detach().double() @ self.secret_AS.double() * NOISE_WAVES
-        even_BD = (2 * (phase_BD - phase_BD.floor()) - 1).abs().clamp(1e-6, 1 - 1e-6)
-        normal_BD = math.sqrt(2) * torch.erfinv(2 * even_BD - 1)
-        return (normal_BD * self.config.strength / plain_BD.shape[1] ** 0.5).to(plain_BD.dtype)
+
+def main_directions(plain_ND: Tensor) -> Tensor:
+    """(D, D) float64, a column each, the main one first: of the second moment, since a gallery compares features
+    without centring."""
+    moment_DD = plain_ND.double().mT @ plain_ND.double()
+    return torch.linalg.eigh(moment_DD)[1].flip(1)
+
+
+def _check_directions(setting: str, asked: int, dim: int) -> None:
+    if asked > dim:
+        raise ConfigError(f"model.store.{setting}: {asked} is more than the embedding's {dim}")
+
+
+def _signs(smooth_BS: Tensor) -> Tensor:
+    """At unit norm. 0 has a sign too: a bit that was left out would tell."""
+    signs_BS = torch.where(smooth_BS.detach() < 0, -1.0, 1.0) / smooth_BS.shape[1] ** 0.5
+    return _straight_through(signs_BS, F.normalize(smooth_BS, dim=1))
 
 
 def _drawn(key: int, what: str, *shape: int) -> Tensor:
@@ -270,12 +365,6 @@ def _drawn(key: int, what: str, *shape: int) -> Tensor:
     label = f"ppreid_dist model.store {what} {key}"
     words = np.frombuffer(hashlib.shake_256(label.encode()).digest(4 * math.prod(shape)), dtype="<u4")
     return torch.from_numpy((words + 0.5) * 2.0**-32).reshape(shape)
-
-
-def _rotation(normal_DD: Tensor) -> Tensor:
-    """Evenly spread over all rotations and reflections, if ``normal_DD`` is Gaussian."""
-    directions_DD, triangle_DD = torch.linalg.qr(normal_DD)
-    return directions_DD * triangle_DD.diagonal().sign()  # which sign a library gives a column is its own affair
 
 
 def int8_step(dim: int) -> float:

@@ -2,6 +2,7 @@
 
 OUT/
     sweep.json              what it was last asked: the sweep's settings and the whole configuration of its base
+    base.yaml               that configuration, for the programs that trials start: the user's file may change meanwhile
     shared/NAME/            runs that several trials want: the judge, each control, what is stored in several ways;
                             NAME.json beside it: why it failed
     trained/                trainings of attackers, kept for all trials, each made by whoever comes first
@@ -29,14 +30,14 @@ from ppreid_dist.attacks.kept import digest, source_digest
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.experiment import Config, flat
 from ppreid_dist.files import read_json, sha256_of, write_json
-from ppreid_dist.settings import defaults, load_settings, to_dict
+from ppreid_dist.settings import defaults, load_settings, save_settings, to_dict
 from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.space import Trial, as_overrides, corners, listed_trials
 
 # What may differ when a sweep goes on: nothing of it is in the figures of a trial, whose name says its own point.
 _POINTS = ("grid", "methods")
-_FREE = ("output", "concurrent", "resources.", "min_utility", "axis", *_POINTS)
+_FREE = ("output", "concurrent", "resources.", "min_utility", "axis", "trials", *_POINTS)
 _ATTACKERS = ("attack.", "judges")  # may differ where trials are attacked again
 _PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
@@ -51,6 +52,11 @@ class Folder:
     @property
     def claims(self) -> Claims:
         return Claims(self.path / "claims")
+
+    @property
+    def base(self) -> Path:
+        """The configuration that every trial's begins with, the settings of all among it."""
+        return self.path / "base.yaml"
 
     def of(self, trial: Trial) -> Path:
         return self.path / "trials" / trial.name
@@ -200,6 +206,8 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
         raise RunError(f"{config.output}: holds something that isn't a sweep; choose another output")
     else:
         write_json(file, asked)  # first of all: another task of an array may look meanwhile
+    if not only_look:
+        save_settings(base, folder.base)
     try:
         for part in _PARTS:
             (folder.path / part).mkdir(parents=True, exist_ok=True)

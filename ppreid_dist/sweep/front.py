@@ -68,9 +68,14 @@ def _point(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
                 "leak": mean([row["axes"][axis]["leak"] for row in rows]),
                 "urr": _urr([row["axes"][axis]["urr"] for row in rows]),
             }
-            for axis in rows[0]["axes"]
+            for axis in shared_axes(rows)
         },
     }
+
+
+def shared_axes(of: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those that all of these rows or points have."""
+    return [axis for axis in of[0]["axes"] if all(axis in each["axes"] for each in of)]
 
 
 def mean(intervals: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -173,6 +178,16 @@ def of_several_sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def of_other_axes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where some trials lack axes that others have, as where a judge has come or gone."""
+    done = [row for row in rows if row["status"] == "done"]
+    every = dict.fromkeys(axis for row in done for axis in row["axes"])
+    missing = [axis for axis in every if any(axis not in row["axes"] for row in done)]
+    if not missing:
+        return []
+    return [f"Left out, since not all trials have it: {', '.join(missing)}. --resume --reattack gives it to all."]
+
+
 def of_reranking(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line where mAP isn't that of the features' own distances."""
     done = [row for row in rows if row["status"] == "done"]
@@ -194,7 +209,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
     points = make_points(rows)
     expected = folder.expected()
     recommended = recommend(points, config.axis, config.min_utility)
-    axes = list(points[0]["axes"]) if points else [config.axis]
+    axes = shared_axes(points) if points else [config.axis]
     controls = {row["control"]: row["control_mAP"] for row in rows if row["status"] == "done"}
     return {
         "schema": SCHEMA,
@@ -217,6 +232,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
             *(remarks(points, recommended, config.axis, config.min_utility) if points else []),
             *of_several_sources(rows),
             *of_several_controls(rows),
+            *of_other_axes(rows),
             *of_reranking(rows),
         ],
         "people": max((row["people"] for row in rows if row["status"] == "done"), default=None),

@@ -126,7 +126,7 @@ class Worker:
         runs = ("--control", control.run, "--protected", protected.run, *judges)
         several = ["--processes", self.folder.config.resources.processes]
         # The sweep's attackers: those in the run's own configuration may be older.
-        asked = ["--config", self.folder.config.base, *self.folder.config.settings, *trial.overrides]
+        asked = ["--config", self.folder.base, *trial.overrides]
         command = self.programs.attack(
             [str(word) for word in (*runs, "--out", out, "--trained", trained, *several, "--no-estimate", *asked)]
         )
@@ -207,7 +207,7 @@ class Worker:
             return
         config, run = self.folder.config, training.run
         (run / "stop").unlink(missing_ok=True)  # of a wish that came when nothing ran any more
-        arguments = ["--config", config.base, "--resume", *config.settings, *training.overrides, f"output={run}"]
+        arguments = ["--config", str(self.folder.base), "--resume", *training.overrides, f"output={run}"]
         command = self.programs.train(config.resources.processes, arguments)
         grouped = {**environment, "WANDB_RUN_GROUP": self.folder.path.name, "WANDB_NAME": training.name}
         self._start(command, training.finished, training.role, claim, grouped, training.log, lambda: look(run))

@@ -64,15 +64,18 @@ def write_tree(folder: Path, tree: Any) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, in one line; None if they are as they were written."""
+    """What is wrong with the files of a checkpoint, in one line; None if they are as they were written. RunError where
+    that can't be told, as while a disk or a server fails."""
     try:
         lines = [line.split("  ", 1) for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()]
         if [name for _, name in lines] != list(_FILES):
             return f"{folder / _SUMS}: not as it was written"
         changed = next((name for digest, name in lines if sha256_of(folder / name) != digest), None)
         return changed and f"{folder / changed}: not as it was written"
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         return f"{folder}: can't be read: {error}"
+    except OSError as error:
+        raise RunError(f"{folder}: can't be read: {error}") from error
 
 
 def load_tree(folder: Path) -> Any:
@@ -112,23 +115,29 @@ class CheckpointFolder:
     def newest_whole(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; newer ones are set aside, which is said.
 
-        None where there is no checkpoint at all; RunError where none is whole. Call on one process only.
+        None where there never was one; RunError where none is whole, and then all stay where they are, or the next
+        start would begin anew. Call on one process only.
         """
-        problem = None
+        wrong: dict[Path, str] = {}
+        found = None
         for folder in reversed(self.steps()):
-            if (wrong := damage(folder)) is None:
-                if problem is not None:
-                    _log.warning("going back to %s", folder)
-                    write_text(self.folder / "latest", folder.name + "\n")
-                return folder
-            problem = problem or wrong
+            if (problem := damage(folder)) is None:
+                found = folder
+                break
+            wrong[folder] = problem
+        if wrong and found is None:
+            raise RunError(f"{next(iter(wrong.values()))}; no other checkpoint is left")
+        if found is None and (named := self.latest()) is not None:
+            raise RunError(f"{named}: is not there any more, and no other checkpoint is left")
+        for folder, problem in wrong.items():
             aside = folder.with_name(f"damaged_{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            _log.warning("%s; set aside as %s", wrong, aside.name)
-        if problem is not None:
-            raise RunError(f"{problem}; no other checkpoint is left")
-        return None
+            _log.warning("%s; set aside as %s", problem, aside.name)
+        if found is not None and wrong:
+            _log.warning("going back to %s", found)
+            write_text(self.folder / "latest", found.name + "\n")
+        return found
 
     def save(self, step: int, tree: Any) -> Path:
         """Write the checkpoint of ``step``, point to it, prune. Call on one process only."""

@@ -1,16 +1,12 @@
 """How modules are wrapped, losses are differentiated and processes are counted: Accelerate, and nothing else.
 
-An :class:`Engine` is a process's hold on the group, a :class:`Held` its hold on one player. Here are both for DDP and
-for a single process; ``training.zero`` has them for DeepSpeed's ZeRO. Every player has its own wrapper and optimiser,
-so that the one that is active is the only one whose gradients are reduced.
+An :class:`Engine` is a process's hold on the group; what it takes over it holds by ``training.held``. Here is the one
+for DDP and for a single process; ``training.zero`` has DeepSpeed's ZeRO. Every player has its own wrapper and
+optimiser, so that the one that is active is the only one whose gradients are reduced.
 """
 
-import copy
-import inspect
 import os
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,20 +19,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch import Tensor, nn
-from torch._functorch import config as functorch
+from torch import nn
 
 from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError, MissingExtra, RunError
-from ppreid_dist.kernels import clip
 from ppreid_dist.models.batchnorm import convert_batchnorm
 from ppreid_dist.settings import Settings, option
 from ppreid_dist.training.finite import FiniteWatch
+from ppreid_dist.training.held import Held, Split, Whole
 from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched, meet_again
-from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_optimiser, moments
-
-_DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"  # torch 2.13
+from ppreid_dist.training.optimiser import OptimiserConfig
 
 
 @dataclass(kw_only=True)
@@ -83,174 +75,6 @@ class EngineConfig(Settings):
             if getattr(self, key) == "False":
                 setattr(self, key, "no")  # YAML reads a bare no as false
         super().__post_init__()
-
-
-class Held(ABC):
-    """One player in an engine's hands. All processes call every method but those of what :meth:`alone` returns.
-
-    ``module`` is bare, ``parameters`` are those that train. ``forward`` is what the active player is called through,
-    once for each :meth:`step`.
-    """
-
-    forward: Any
-
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig):
-        self.name, self.module, self.config = name, module, config
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-
-    @abstractmethod
-    def step(self, loss: Tensor, lr: float, beside: "Sequence[Held]" = ()) -> Tensor:
-        """Differentiate, clip, update; the gradient's norm before clipping. NotFinite, of this step or, on a GPU, of
-        the one before; nothing was updated by either.
-
-        ``beside`` are split players of the same loss, clipped and updated as if all were one.
-        """
-
-    @abstractmethod
-    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
-        """What ``module.state_dict()`` gives where the module is whole; only to be read, before the next step.
-
-        ``to_save``: the first process will write them, and no other needs any: a copy needn't lie on the device.
-        """
-
-    @abstractmethod
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Set them, strictly. RuntimeError or KeyError if they are another module's."""
-
-    @abstractmethod
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """Of every trained parameter, by its number, what the optimiser knows: step, exp_avg, exp_avg_sq.
-
-        Empty before the first step. Hyperparameters come from the configuration and are not kept.
-        """
-
-    @abstractmethod
-    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Set what :meth:`moments` gave, under whatever engine and number of processes."""
-
-    @abstractmethod
-    def copy(self) -> Any:
-        """A frozen module of its own with these weights, in eval mode."""
-
-    @abstractmethod
-    def alone(self) -> Any:
-        """What a single process may call and read while the player is frozen; not to be changed or kept."""
-
-
-class _Whole(Held):
-    """A player that every process has all of: DDP, or one process."""
-
-    def __init__(
-        self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine", *, compiled: bool = False
-    ):
-        super().__init__(name, module, config)
-        self._engine, self._seen = engine, False
-        self.forward = self._wrap()
-        if compiled:
-            # A function of its own for each phase: the frozen player is called bare, and never by this graph.
-            # A graph that the GPU replays is of one shape: steps of the game, which add strangers, have their own.
-            how: dict[str, Any] = {"backend": engine.compile}
-            # A graph's backward would be traced under the forward's autocast, and round what is to stay fp32.
-            if hasattr(functorch, "backward_pass_autocast"):  # not all versions can be told
-                functorch.backward_pass_autocast = "off"
-            if engine.compile == "reduce-overhead":
-                how = {"mode": engine.compile, "dynamic": False}
-            self.forward = torch.compile(self.forward, **how)
-        self._optimiser = make_optimiser(self.parameters, config)
-
-    def _wrap(self) -> nn.Module:
-        if distributed.world_size() == 1:
-            return self.module
-        device = self._engine.device
-        # Buffers are equal on all ranks, since BatchNorm is synchronised: broadcasting them would be wasted.
-        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
-        # A Linear of one output has a gradient of other strides in an axis of length 1, which costs nothing.
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        return nn.parallel.DistributedDataParallel(
-            self.module,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **buffers,
-        )
-
-    def step(self, loss: Tensor, lr: float, beside: Sequence[Held] = ()) -> Tensor:
-        together = [held for held in (self, *beside) if isinstance(held, _Whole)]
-        for held in together:
-            for parameter in held.parameters:
-                parameter.grad = None
-        self._engine.accelerator.backward(loss)
-        for held in together:
-            held._see_gradients()
-        norm = self._norm()
-        for held in together[1:]:
-            norm = (norm.square() + distributed.sum_over_ranks(held._norm().square())).sqrt()
-        # The reduced gradient is the same on every rank, so all of them stop here together.
-        self._engine.watch.see(self.name, norm, [held._optimiser for held in together])
-        for held in together:
-            clip.clip_(held.parameters, self.config.clip or float("inf"), norm)
-            for group in held._optimiser.param_groups:
-                group["lr"] = lr
-            held._optimiser.step()
-        return norm
-
-    def _see_gradients(self) -> None:
-        """Once: a graph that was traced while the player was frozen would train nothing, and say nothing."""
-        if not self._seen:
-            lost = [key for key, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-            if lost:
-                raise RunError(f"the {self.name} is not trained: {lost[0]} and {len(lost) - 1} more have no gradient")
-            self._seen = True
-
-    def _norm(self) -> Tensor:
-        return clip.total_norm([p.grad for p in self.parameters if p.grad is not None])
-
-    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
-        return self.module.state_dict()
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(state)
-
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        return moments(self._optimiser)
-
-    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        load_moments(self._optimiser, saved)
-
-    def copy(self) -> Any:
-        return copy.deepcopy(self.module).eval().requires_grad_(False)
-
-    def alone(self) -> Any:
-        return self.module
-
-
-class _Split(_Whole):
-    """A module of which every process has rows of its own: no wrapper, nothing reduced."""
-
-    def __init__(self, name: str, module: nn.Module, config: OptimiserConfig, engine: "Engine", rows: int):
-        super().__init__(name, module, config, engine)
-        self._rows = rows
-
-    def _wrap(self) -> nn.Module:
-        return self.module
-
-    def weights(self, *, to_save: bool = False) -> Mapping[str, Tensor]:
-        """Whole on the first process, which writes them; this process's share on the others."""
-        return {key: distributed.rows_on_main(known, self._rows) for key, known in self.module.state_dict().items()}
-
-    def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict({key: whole[distributed.share(self._rows)] for key, whole in state.items()})
-
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            number: {key: distributed.rows_on_main(t, self._rows) if t.ndim else t for key, t in sorted(known.items())}
-            for number, known in super().moments().items()
-        }
-
-    def load_moments(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        own = distributed.share(self._rows)
-        super().load_moments(
-            {number: {key: t[own] if t.ndim else t for key, t in known.items()} for number, known in saved.items()}
-        )
 
 
 def check_gpus(kind: str) -> None:
@@ -345,11 +169,14 @@ class Engine:
 
         ``twice`` says that a loss holds a gradient of the module, so that it is differentiated twice.
         """
-        return _Whole(name, self.place(module), config, self, compiled=self.compile != "no" and not twice)
+        return Whole(name, self.place(module), config, compile="no" if twice else self.compile, **self._how())
 
     def hold_split(self, name: str, module: nn.Module, config: OptimiserConfig, *, rows: int) -> Held:
         """Take over a module whose parameters are this process's share of ``rows`` rows."""
-        return _Split(name, module.to(self.device), config, self, rows)
+        return Split(name, module.to(self.device), config, rows=rows, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        return {"backward": self.accelerator.backward, "watch": self.watch}
 
     def wait(self) -> None:
         """For all processes."""

@@ -28,8 +28,9 @@ from ppreid_dist import distributed
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.kernels import choice
 from ppreid_dist.models.batchnorm import convert_batchnorm
-from ppreid_dist.training.engine import Engine, Held, one_step
+from ppreid_dist.training.engine import Engine, one_step
 from ppreid_dist.training.finite import FiniteWatch
+from ppreid_dist.training.held import Held
 from ppreid_dist.training.optimiser import OptimiserConfig, make_optimiser
 
 _log = logging.getLogger(__name__)
