@@ -81,6 +81,35 @@ check_environment() {
     [[ -f $1 ]] || fail "$1: no such configuration file"
 }
 
+# $output: the folder that the last output=… of the settings behind the configuration $2 names, or else the configuration
+# itself, or else $1, as Python reads it: what it interpolates (${oc.env:SCRATCH}), and a ~, which no shell expands there.
+read_output() {
+    local given=$2 setting said
+    for setting in "${@:3}"; do
+        if [[ $setting == output=* ]]; then given=$setting; fi
+    done
+    said=$(python -c '
+import os, sys
+from omegaconf import OmegaConf
+given, default = sys.argv[1:]
+read = OmegaConf.from_dotlist([given]) if given.startswith("output=") else OmegaConf.load(given)
+output = read.get("output") or default
+if not output:
+    sys.exit("no output in it: give output=FOLDER")
+print(os.path.expanduser(output))' "$given" "$1" 2>&1) || fail "$given: ${said##*$'\n'}"
+    output=$said
+}
+
+# A command of Slurm's, which on a busy cluster may not answer the first time.
+insist() {
+    local try
+    for try in 1 2 3 4; do
+        if ((try > 1)); then sleep "${PPREID_PAUSE:-10}"; fi
+        if "$@"; then return 0; fi
+    done
+    return 1
+}
+
 # End the job by status $1, or requeue it where that says that all is saved.
 leave() {
     (($1 == SAVED)) || exit "$1"
@@ -90,13 +119,17 @@ leave() {
         exit "$SAVED"
     fi
     # A job that its user cancels also saves and ends by 75, and must not come back.
-    state=$(squeue --noheader --jobs="$job" --format='%T %r') || state=''
+    state=$(insist squeue --noheader --jobs="$job" --format='%T %r') || state=''
+    if [[ -z $state ]]; then
+        say "saved; not requeued, since Slurm doesn't answer: continue it by submitting it again"
+        exit "$SAVED"
+    fi
     if [[ $state != RUNNING* && $state != *TimeLimit ]]; then
-        say "saved; not requeued, since Slurm is ending the job (${state:-unknown})"
+        say "saved; not requeued, since Slurm is ending the job ($state)"
         exit "$SAVED"
     fi
     say "saved; requeued, $((restarts + 1)) of at most $most times"
-    scontrol requeue "$job" || {
+    insist scontrol requeue "$job" || {
         say "saved; scontrol requeue failed: continue it by submitting it again"
         exit "$SAVED"
     }

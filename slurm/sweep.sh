@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=ppreid-sweep
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR2@300
 # Sweep on a Slurm cluster. From the repository's root:
@@ -28,6 +29,7 @@ tell_once() { kill -USR2 "$driver"; }
 
 source_site
 check_environment "$config"
+read_output runs/sweep "$config" "$@"
 
 sweep=(python -m ppreid_dist.sweep --config "$config" --resume)
 ray=''
@@ -49,11 +51,15 @@ else
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND SLURM_NTASKS SLURM_NTASKS_PER_NODE
     unset SLURM_TRES_PER_TASK SLURM_TRES_BIND
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${gpus[@]}" \
-        --cpus-per-task="$SLURM_CPUS_ON_NODE" --kill-on-bad-exit=1 --export=ALL \
+        --cpus-per-task="$SLURM_CPUS_ON_NODE" --mpi=none --kill-on-bad-exit=0 --no-kill --export=ALL \
         bash slurm/ray_node.sh "$MASTER_ADDR" "$port" &
     ray=$!
     sweep+=(--address "$MASTER_ADDR:$port" --nodes "$SLURM_JOB_NUM_NODES")
 fi
+
+# What is done: rows of trials, and the newest checkpoints.
+progress() { { find "$output" \( -name trial.json -o -name latest \) -printf '%p %T@\n' 2>/dev/null || :; } | sort; }
+before=$(progress)
 
 # An ignored signal stays so in Python until it listens.
 (
@@ -62,6 +68,10 @@ fi
 ) &
 driver=$!
 await "$driver"
+if ((status != 0 && status != 2 && status != SAVED)) && [[ $(progress) != "$before" ]]; then
+    say "crashed by status $status, after something was done"
+    status=$SAVED
+fi
 if [[ -n $ray ]]; then
     kill "$ray" 2>/dev/null || :
     wait "$ray" || :

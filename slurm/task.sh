@@ -6,17 +6,24 @@
 # first node, where rank 0 and the batch script run. The first failure there is kept: what follows from it is not news.
 set -euo pipefail
 
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 
-# Ignored signals stay so in Python until it listens, and after it: slurm/train.sh sends USR2 again and again.
+# A job that is preempted gets TERM in its tasks alone, maybe while Python still starts. Ignored signals stay so in Python
+# until it listens: it doesn't die of it, and is told again and again. (slurm/train.sh's own USR2 comes again by itself.)
 trap '' USR2
-# This shell must outlive the TERM that Slurm sends to all processes of a task, and see Python's status.
-trap : TERM
-
-status=0
-python train.py "$@" || status=$?
+trap hear TERM
+tell_once() { kill -USR2 "$python"; }
+(
+    trap '' TERM
+    exec python train.py "$@"
+) &
+python=$!
+await "$python"
 if ((status != 0)); then
     (set -o noclobber && echo "$status" >"$PPREID_STATUS") 2>/dev/null || :
 fi
-if ((status == 75)); then status=0; fi
+if ((status == SAVED)); then status=0; fi
 exit "$status"

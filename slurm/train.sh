@@ -35,25 +35,8 @@ tell_once() { scancel --quiet --signal=USR2 "$job"; }
 source_site
 check_environment "$config"
 
-output=''
-for setting in "$@"; do
-    if [[ $setting == output=* ]]; then output=${setting#output=}; fi
-done
-if [[ -z $output ]]; then
-    given=$config
-else
-    given=output=$output
-fi
-# As train.py does: what it interpolates (${oc.env:SCRATCH}), and a ~, which no shell expands there.
-read_output='
-import os, sys
-from omegaconf import OmegaConf
-given = sys.argv[1]
-read = OmegaConf.from_dotlist([given]) if given.startswith("output=") else OmegaConf.load(given)
-if not read.get("output"):
-    sys.exit(1)
-print(os.path.expanduser(read.output))'
-output=$(python -c "$read_output" "$given" 2>/dev/null) || fail "$given: no output in it: give output=FOLDER"
+read_output '' "$config" "$@"
+
 if [[ -v SLURM_ARRAY_TASK_ID ]]; then
     output=$output/seed_$SLURM_ARRAY_TASK_ID
     set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$output"
@@ -88,10 +71,11 @@ export PPREID_STATUS=$scratch/status
 before=$(newest)
 
 # --export: under `sbatch --export=NONE` the tasks would get nothing of what was set above.
-srun "${shape[@]}" --cpus-per-task="$cpus" --kill-on-bad-exit=1 --export=ALL \
+srun "${shape[@]}" --cpus-per-task="$cpus" --mpi=none --kill-on-bad-exit=1 --export=ALL \
     bash slurm/task.sh --config "$config" --resume "$@" &
 await $!
-if [[ -s $PPREID_STATUS ]]; then status=$(<"$PPREID_STATUS"); fi
+# A mistake stays one on whatever node it was seen; what else happened the first node knows best.
+if ((status != 2)) && [[ -s $PPREID_STATUS ]]; then status=$(<"$PPREID_STATUS"); fi
 if ((status != 0 && status != 2 && status != SAVED)) && [[ $(newest) != "$before" ]]; then
     say "crashed by status $status, after a checkpoint of this start"
     status=$SAVED

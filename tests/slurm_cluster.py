@@ -53,7 +53,10 @@ GresTypes=gpu
 KillWait=10
 MinJobAge=300
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -158,7 +161,7 @@ def cluster() -> Iterator[Cluster]:
 
 def _idle(here: Cluster) -> int:
     done = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"],
+        ["sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N"],
         env=here.environment, capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     return len(done.stdout.split())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from slurm_stand_ins import Door, make_door
+from sweep_stand_ins import until
 
 pytestmark = pytest.mark.slurm
 SCRIPTS = sorted(script for script in (ROOT / "slurm").glob("*.sh") if script.name != "site.sh")  # the user's own
@@ -144,11 +145,9 @@ def test_the_signal_that_follows_a_requeue_is_not_passed_on(door: Door) -> None:
 def test_a_killed_script_tells_nobody_any_more(door: Door) -> None:
     """It might be the job's next start."""
     process = door.start("a run.yaml", DEAF="20")
-    while not door.calls("python"):
-        time.sleep(0.01)
+    until(lambda: bool(door.calls("python")))
     process.send_signal(signal.SIGTERM)
-    while not door.calls("scancel"):
-        time.sleep(0.01)
+    until(lambda: bool(door.calls("scancel")))
     process.kill()
     process.wait()
     time.sleep(3.5)  # it tells every three seconds
@@ -170,7 +169,15 @@ def test_a_cancelled_job_stays_cancelled_and_a_late_one_comes_back(door: Door, s
 
 
 def test_a_requeue_that_fails_is_said(door: Door) -> None:
-    assert "scontrol requeue failed" in door.run("a run.yaml", STATUS="75", SCONTROL="1", expect=75)
+    assert "scontrol requeue failed" in door.run("a run.yaml", STATUS="75", SCONTROL="1", PPREID_PAUSE="0", expect=75)
+
+
+@pytest.mark.parametrize(("fails", "said"), [(2, "requeued, 1 of at most 50 times"), (9, "Slurm doesn't answer")])
+def test_a_slurm_that_is_busy_is_asked_again(door: Door, fails: int, said: str) -> None:
+    status = 0 if fails < 4 else 75
+    how = {"STATUS": "75", "SQUEUE_FAILS": str(fails), "PPREID_PAUSE": "0"}
+    assert said in door.run("a run.yaml", expect=status, **how)
+    assert door.requeued() == (["70001"] if status == 0 else []) and len(door.calls("squeue")) == min(fails + 1, 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
@@ -186,8 +193,7 @@ def test_a_signal_reaches_all_tasks_which_leave_unhurt(door: Door, number: signa
 
 def test_a_signal_is_repeated_until_python_listens(door: Door) -> None:
     process = door.start("a run.yaml", DEAF="1")
-    while not door.calls("python"):
-        time.sleep(0.01)
+    until(lambda: bool(door.calls("python")))
     process.send_signal(signal.SIGUSR2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, out + err
@@ -210,6 +216,8 @@ def test_an_array_gives_seeds_and_folders_of_their_own(door: Door) -> None:
 def test_a_job_without_an_output_is_an_error(door: Door, array: dict[str, str]) -> None:
     (door.root / "none.yaml").write_text("seed: 1\n")
     assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **array)
+    (door.root / "unset.yaml").write_text("output: ${oc.env:NO_SUCH_VARIABLE}/run\n")
+    assert "error: unset.yaml: " in (said := door.run("unset.yaml", expect=2, **array)) and "NO_SUCH_VARIABLE" in said
     assert door.calls("srun") == []
 
 
@@ -294,11 +302,19 @@ def test_the_driver_s_status_is_the_job_s_and_ray_is_taken_down(sweep_door: Door
         assert not Path(f"/proc/{call['pids'][0]}").exists()
 
 
+@pytest.mark.parametrize("saves", ["trials/a/run/checkpoints", "elsewhere"])
+def test_a_sweep_that_crashes_comes_back_if_something_was_done(sweep_door: Door, saves: str) -> None:
+    done = saves.startswith("trials")
+    where = f"runs/a run/{saves}" if done else saves
+    said = sweep_door.run("a run.yaml", TASKS="2", STATUS="134", SAVES=where, expect=0 if done else 134)
+    assert sweep_door.requeued() == (["70001"] if done else [])
+    assert ("crashed by status 134, after something was done" in said) == done
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_sweep_that_is_told_to_stop_saves_and_comes_back(sweep_door: Door, number: signal.Signals) -> None:
     process = sweep_door.start("a run.yaml", DEAF="1")
-    while not sweep_door.calls("python"):
-        time.sleep(0.01)
+    until(lambda: bool(sweep_door.calls("python")))
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, out + err
@@ -311,8 +327,7 @@ def test_a_signal_that_comes_before_anybody_can_hear_it_is_not_lost(tmp_path: Pa
     loading = tmp_path / "modules are loaded"
     (door.root / "slurm" / "site.sh").write_text(f"touch '{loading}'; sleep 1\n")
     process = door.start("a run.yaml")
-    while not loading.exists():
-        time.sleep(0.01)
+    until(loading.exists)
     process.send_signal(signal.SIGUSR2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, out + err

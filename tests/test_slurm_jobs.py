@@ -130,7 +130,9 @@ def test_however_gpus_are_asked_for_each_has_a_process_that_sees_all_of_its_node
 # The processes of a training as far as Slurm sees them: they say that they listen, and save when they are told to.
 LISTENER = """
 import os, pathlib, signal, sys, time
-if sys.argv[-1] == "a mistake" and os.environ["RANK"] == "0":
+pathlib.Path(f"starts{os.environ['RANK']}").touch()
+time.sleep(float(os.environ.get("DEAF", "0")))
+if sys.argv[-1] == f"a mistake on {os.environ['RANK']}":
     sys.exit(2)
 told = []
 signal.signal(signal.SIGUSR2, lambda *_: told.append(True))
@@ -149,8 +151,13 @@ def listener(repository: Path) -> Path:
     return repository
 
 
-def test_a_mistake_on_one_node_ends_the_job_by_2(slurm: Cluster, listener: Path) -> None:
-    job = submit(slurm, listener, "a mistake")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_on_one_node_ends_the_job_by_2(slurm: Cluster, listener: Path, rank: int) -> None:
+    """The other, told to end by srun, saves; and of the nodes only the first has the batch script's /tmp."""
+    task = listener / "slurm" / "task.sh"
+    own = "[[ $SLURM_NODEID == 0 ]] || PPREID_STATUS=/nowhere/status\nexport RANK="
+    task.write_text(task.read_text().replace("export RANK=", own, 1))
+    job = submit(slurm, listener, f"a mistake on {rank}")
     assert slurm.ended(job) == "FAILED"
     assert (slurm.field(job, "ExitCode"), slurm.field(job, "Restarts")) == ("2:0", "0")
 
@@ -162,6 +169,21 @@ def test_a_cancelled_job_saves_and_stays_away(slurm: Cluster, listener: Path) ->
     assert slurm.ended(job) == "CANCELLED"
     assert "train.sh: saved; not requeued, since Slurm is ending the job" in (listener / "job.log").read_text()
     assert slurm.field(job, "Restarts") == "0"
+
+
+def test_a_job_that_is_preempted_while_it_starts_comes_back(slurm: Cluster, listener: Path) -> None:
+    """Slurm gives it a minute, and sends TERM at once."""
+    site = listener / "slurm" / "site.sh"
+    site.write_text(site.read_text() + "export DEAF=3\n")
+    job = submit(slurm, listener)
+    until(lambda: len(list(listener.glob("starts*"))) == 2, listener)
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+    ).strip()
+    until(lambda: slurm.field(job, "Restarts") != "0", listener)
+    assert slurm.ended(urgent) == "COMPLETED"
+    slurm.run("scancel", job)
+    assert "train.sh: saved; " in (listener / "job.log").read_text()
 
 
 def test_a_seed_of_an_array_is_preempted_alone(slurm: Cluster, listener: Path) -> None:
@@ -230,3 +252,28 @@ def test_ray_over_two_nodes_sweeps_is_preempted_and_comes_back(
     until(lambda: slurm.field(job, "Restarts") != "0", repository, 120)
     assert slurm.ended(job, within=180) == "COMPLETED", slurm.logs()
     assert_swept(repository, out)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'sweep' is not installed")
+def test_a_node_of_ray_s_dies_and_the_sweep_goes_on_without_it(
+    slurm: Cluster, repository: Path, world: list[str], tmp_path: Path
+) -> None:
+    site = repository / "slurm" / "site.sh"
+    site.write_text(site.read_text() + "export STEP_SECONDS=1.5\n")
+    job = submit_sweep(slurm, repository, world, tmp_path, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
+    out = tmp_path / "out"
+    until(lambda: any(out.glob("trials/*/run/steps.txt")), repository, 180)
+    raylet_of_second_node(slurm).kill()
+    assert slurm.ended(job, within=240) == "COMPLETED", slurm.logs()
+    assert_swept(repository, out)
+
+
+def raylet_of_second_node(slurm: Cluster) -> psutil.Process:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            its = process.environ() if process.name() == "raylet" else {}
+            if (its.get("SLURM_CONF"), its.get("SLURM_PROCID")) == (str(slurm.folder / "slurm.conf"), "1"):
+                return process
+    raise AssertionError("no such process")

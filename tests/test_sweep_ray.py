@@ -100,13 +100,17 @@ def test_what_a_search_proposed_again_is_not_missing(sweep_file: Path) -> None:
     assert open_study(folder).missing == 0 and front_of(folder)["expected"] == 6 and front_of(folder)["complete"]
 
 
-def test_asha_compares_the_whole_objective() -> None:
+def test_asha_compares_the_whole_objective_of_trainings_that_are_not_nearly_done(tmp_path: Path) -> None:
     privacy = PrivacyConfig(adversaries=[AdversaryConfig(kind="ridge", weight=2.0)])
-    losses = Losses(privacy, NeighbourhoodConfig(weight=3.0))
+    losses = Losses(privacy, NeighbourhoodConfig(weight=3.0), images=9600)
     row = {"loss/identity": 1.0, "loss/triplet": 0.5, "loss/neighbourhood": 0.25, "loss/ridge": 0.1}
     assert losses.loss({**row, "privacy/strength": 4.0}) == pytest.approx(1.5 + 3 * 0.25 + 4 * 2 * 0.1)
     del row["loss/neighbourhood"]
     assert losses.loss({**row, "privacy/strength": 4.0}) == pytest.approx(1.5 + 4 * 2 * 0.1)
+    # Whether the last row is reported would hang on how long the training's process lives after it.
+    rows = [{**row, "privacy/strength": 0.0, "step": step, "images": 2400 * (step + 1)} for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert [each["images"] for each in losses.new(tmp_path)] == [2400, 4800, 7200]
 
 
 @needs_ray

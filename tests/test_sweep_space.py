@@ -231,12 +231,17 @@ def test_a_weight_that_is_no_number_is_refused(value: Any) -> None:
         load_settings(SweepConfig, None, asked)
 
 
+def folder_of(path: Path, *settings: str) -> Folder:
+    config = load_settings(SweepConfig, None, settings)
+    return Folder(path, config, Path(config.base))
+
+
 def test_a_row_that_the_network_s_file_system_hides_for_a_while_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NFS remembers that a file wasn't there; a look into its folder asks again."""
     asked = ["base=configs/demo.yaml", "grid={privacy.weight: [1]}", "seeds=[0]"]
-    folder = Folder(tmp_path, load_settings(SweepConfig, None, asked))
+    folder = folder_of(tmp_path, *asked)
     (trial,) = folder.known()
     write_json(folder.of(trial) / "trial.json", {"status": "done"})
     monkeypatch.setattr(Path, "is_file", lambda self: False)
@@ -251,10 +256,7 @@ def test_masking_is_unknown_where_no_probe_ran() -> None:
 
 def test_rows_that_another_task_takes_away_are_nobody_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the tasks of an array may be told to forget what failed, or what others attacked."""
-    folder = Folder(
-        tmp_path,
-        load_settings(SweepConfig, None, ["base=configs/demo.yaml", "grid={privacy.weight: [1, 2]}", "seeds=[0]"]),
-    )
+    folder = folder_of(tmp_path, "base=configs/demo.yaml", "grid={privacy.weight: [1, 2]}", "seeds=[0]")
     files = [folder.of(trial) / "trial.json" for trial in folder.known()]
     for file in files:
         write_json(file, {"status": "failed"})
@@ -276,7 +278,7 @@ def test_rows_that_another_task_takes_away_are_nobody_s_fault(tmp_path: Path, mo
 def test_a_judge_s_content_is_part_of_who_attacks(tmp_path: Path) -> None:
     judge = tmp_path / "judge.onnx"
     asked = ["base=configs/demo.yaml", "grid={privacy.weight: [1]}", f"judges=[{judge}]"]
-    folder = Folder(tmp_path, load_settings(SweepConfig, None, asked))
+    folder = folder_of(tmp_path, *asked)
     judge.write_bytes(b"one")
     before = folder.attackers
     assert folder.attackers == before != folder.attackers_of("another source")

@@ -20,6 +20,7 @@ def run_task(worker: Worker, task: int, tasks: int, say: Callable[[str], None]) 
     order = sorted(range(len(trials)), key=lambda i: (i % tasks != task, i))
     first_seen: dict[str, float] = {}
     while missing := [trial for i in order if folder.row(trial := trials[i]) is None]:
+        worker.check_wish()
         if (found := _take(folder, missing)) is not None:
             with progress.kept_up():
                 worker.do(*found)

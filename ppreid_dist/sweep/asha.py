@@ -10,22 +10,27 @@ from ppreid_dist.training.step import PrivacyConfig
 from ppreid_dist.training.tracking import read_metrics
 
 EVERY = 2.0  # seconds between looks at a training's log
+UNTIL = 0.75  # of a training: what is nearly done is worth its attack
 
 
 class Losses:
     """Of one training, which all trials share the objective of (see ``SweepConfig.asha``)."""
 
-    def __init__(self, privacy: PrivacyConfig, neighbourhood: NeighbourhoodConfig):
+    def __init__(self, privacy: PrivacyConfig, neighbourhood: NeighbourhoodConfig, images: int):
         self._weights = {adversary.kind: adversary.weight for adversary in privacy.adversaries}
-        self._neighbourhood = neighbourhood.weight
+        self._neighbourhood, self._until = neighbourhood.weight, UNTIL * images
         self._step, self._looked = -1, 0.0
 
     def new(self, run: Path) -> list[dict[str, float]]:
-        """``images`` and ``loss`` of every row of the log since the last look."""
+        """``images`` and ``loss`` of every row of the log since the last look; of none near the training's end."""
         if time.monotonic() - self._looked < EVERY:
             return []
         self._looked = time.monotonic()
-        rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss/identity" in row]
+        rows = [
+            row
+            for row in read_metrics(run / "metrics.jsonl")
+            if "loss/identity" in row and row["images"] <= self._until
+        ]
         found = [{"images": row["images"], "loss": self.loss(row)} for row in rows if row["step"] > self._step]
         self._step = max([self._step, *(row["step"] for row in rows)])
         return found

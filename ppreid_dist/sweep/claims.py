@@ -51,8 +51,8 @@ class Claims:
 
     def take(self, name: str) -> Claim | None:
         """The claim on ``name``, or None while another holds it. It must be guarded within ``STALE`` seconds."""
-        newest = self._newest(name)
-        if newest is not None and not self._free(newest):
+        newest = self._newest().get(name)
+        if newest is not None and not self._free(newest, self._now()):
             return None
         wanted = _numbered(newest, 1) if newest else self.folder / f"{name}.0001"
         mine = self.folder / f".{socket.gethostname()}.{os.getpid()}.{name}"
@@ -67,15 +67,16 @@ class Claims:
 
     def held(self) -> dict[str, float]:
         """The names that are held, each with its last heartbeat."""
-        names = {file.name.rpartition(".")[0] for file in self.folder.glob("[!.]*.[0-9]*")}
-        newest = {name: self._newest(name) for name in names}
-        return {name: file.stat().st_mtime for name, file in newest.items() if file and not self._free(file)}
+        now = self._now()
+        return {name: file.stat().st_mtime for name, file in self._newest().items() if not self._free(file, now)}
 
-    def _newest(self, name: str) -> Path | None:
-        return max(self.folder.glob(f"{name}.[0-9][0-9][0-9][0-9]"), default=None)
+    def _newest(self) -> dict[str, Path]:
+        """By name, the claim with the largest number."""
+        files = sorted(self.folder.glob("[!.]*.[0-9][0-9][0-9][0-9]"))
+        return {file.name.rpartition(".")[0]: file for file in files}
 
-    def _free(self, file: Path) -> bool:
-        return Claim(file).given_back() or self._now() - file.stat().st_mtime > STALE
+    def _free(self, file: Path, now: float) -> bool:
+        return Claim(file).given_back() or now - file.stat().st_mtime > STALE
 
     def _now(self) -> float:
         clock = self.folder / f".{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.clock"

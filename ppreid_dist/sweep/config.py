@@ -1,6 +1,7 @@
 """What a sweep is asked: the run it varies, what is varied and how, the seeds, what each trial gets."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class SweepConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.output, self.base = os.path.expanduser(self.output), os.path.expanduser(self.base)
         if not self.base:
             raise ConfigError("base: name the configuration file of the run to vary")
         if twice := [seed for seed, count in Counter(self.seeds).items() if count > 1]:

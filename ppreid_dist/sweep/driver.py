@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,8 +107,9 @@ def sweep_in_array(
     if not 0 <= task < tasks:
         raise ConfigError(f"--task: {task} is not one of 0 to {tasks - 1}")
     check_machine(config.resources)
-    with _listening():
+    with _listening() as heard:
         worker = _open(config, say, resume=resume, retry=retry, reattack=reattack, programs=programs)
+        worker = replace(worker, stopped=lambda: heard.wanted)
         try:
             run_task(worker, task, tasks, say)
         except Stopped as stopped:

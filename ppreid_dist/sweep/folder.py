@@ -2,7 +2,7 @@
 
 OUT/
     sweep.json              what it was last asked: the sweep's settings and the whole configuration of its base
-    base.yaml               that configuration, for the programs that trials start: the user's file may change meanwhile
+    base.yaml               that configuration, for the programs that trials start: the user's may change meanwhile
     shared/NAME/            runs that several trials want: the judge, each control, what is stored in several ways;
                             NAME.json beside it: why it failed
     trained/                trainings of attackers, kept for all trials, each made by whoever comes first
@@ -21,7 +21,7 @@ OUT/
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,16 @@ _PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
 @dataclass(frozen=True)
 class Folder:
-    """``path`` is absolute. The configuration's paths may be relative to the working directory, where train.py is."""
+    """``path`` is absolute, ``base`` the file of the run that is varied: the user's, or the copy of it that the trials
+    have. The configuration's paths may be relative to the working directory, where train.py is."""
 
     path: Path
     config: SweepConfig
+    base: Path
 
     @property
     def claims(self) -> Claims:
         return Claims(self.path / "claims")
-
-    @property
-    def base(self) -> Path:
-        """The configuration that every trial's begins with, the settings of all among it."""
-        return self.path / "base.yaml"
 
     def of(self, trial: Trial) -> Path:
         return self.path / "trials" / trial.name
@@ -102,7 +99,8 @@ class Folder:
 
     def run_config(self, overrides: list[str]) -> Config:
         """A run's configuration: the base, the settings of all, and these. Not to be changed."""
-        return _load(self.config.base, (*self.config.settings, *overrides))
+        changed = self.base.stat().st_mtime_ns if self.base.is_file() else 0
+        return _load(self.base, changed, (*self.config.settings, *overrides))
 
     @property
     def attackers(self) -> str:
@@ -164,7 +162,7 @@ def _digest_of_file(file: Path, changed: int) -> str:
 
 
 @lru_cache(maxsize=256)
-def _load(base: str, settings: tuple[str, ...]) -> Config:
+def _load(base: Path, changed: int, settings: tuple[str, ...]) -> Config:
     return load_settings(Config, base, settings)
 
 
@@ -176,7 +174,7 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
     ConfigError for a run key that doesn't exist or a value that it can't have; RunError where the folder holds a sweep
     and ``resume`` is false, or another sweep; DataError where it can't be written.
     """
-    folder = Folder(Path(config.output).resolve(), config)
+    folder = Folder(Path(config.output).resolve(), config, Path(config.base))
     if not Path("train.py").is_file():
         raise RunError(f"{Path('train.py').resolve()}: not there: start a sweep from the repository's root")
     base = folder.run_config([])
@@ -207,6 +205,7 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
     else:
         write_json(file, asked)  # first of all: another task of an array may look meanwhile
     if not only_look:
+        folder = replace(folder, base=folder.path / "base.yaml")
         save_settings(base, folder.base)
     try:
         for part in _PARTS:

@@ -202,6 +202,9 @@ def of_reranking(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+SAID = (of_several_sources, of_several_controls, of_other_axes, of_reranking)  # of trials, before comparing points
+
+
 def front_of(folder: Folder) -> dict[str, Any]:
     """``front.json`` of what is done so far."""
     config, known = folder.config, folder.known()
@@ -230,10 +233,7 @@ def front_of(folder: Folder) -> dict[str, Any]:
         "who are tested, which no interval counts",
         "remarks": [
             *(remarks(points, recommended, config.axis, config.min_utility) if points else []),
-            *of_several_sources(rows),
-            *of_several_controls(rows),
-            *of_other_axes(rows),
-            *of_reranking(rows),
+            *(line for said in SAID for line in said(rows)),
         ],
         "people": max((row["people"] for row in rows if row["status"] == "done"), default=None),
         "trials_per_hour": trials_per_hour(rows),

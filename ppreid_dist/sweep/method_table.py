@@ -9,10 +9,9 @@ from typing import Any
 
 from ppreid_dist.evaluation.bootstrap import in_words
 from ppreid_dist.files import write_json, write_text
-from ppreid_dist.sweep.front import mean, of_reranking, of_several_controls, of_several_sources
+from ppreid_dist.sweep.front import SAID, mean
 
 SCHEMA = "ppreid-table/2"
-SAID = (of_several_sources, of_several_controls, of_reranking)  # of trials, before comparing rows
 _WHOLE = {"value": 1.0, "low": 1.0, "high": 1.0, "least": 1.0, "most": 1.0}
 
 

@@ -189,7 +189,7 @@ def _reporter(folder: Folder) -> Look:
     from ray import tune
 
     run = folder.run_config([])
-    losses = Losses(run.privacy, run.neighbourhood)
+    losses = Losses(run.privacy, run.neighbourhood, run.training.images)
 
     def look(run: Path) -> None:
         for known in losses.new(run):
@@ -217,6 +217,7 @@ def _scheduler(folder: Folder) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
     images = folder.run_config([]).training.images
+    # Rungs at a quarter and a half; of the training's end nothing is reported, nor does max_t come.
     return ASHAScheduler(
         time_attr="images", metric="loss", mode="min", max_t=2 * images, grace_period=max(1, images // 4),
         reduction_factor=2,

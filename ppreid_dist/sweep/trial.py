@@ -57,6 +57,12 @@ class Worker:
     folder: Folder
     programs: Programs = field(default_factory=Programs)
     wait: float = 2.0  # seconds between looks at what others do
+    stopped: Callable[[], bool] = lambda: False  # whether it was asked to stop: a signal's exception may be lost
+
+    def check_wish(self) -> None:
+        """Stopped if it was asked to."""
+        if self.stopped():
+            raise Stopped("asked to stop")
 
     def do(self, trial: Trial, claim: Claim, look: Look = lambda run: None) -> dict[str, Any]:
         """The trial's row, also written; a trial that fails has a row with its reason. Stopped passes through."""
@@ -126,7 +132,7 @@ class Worker:
         runs = ("--control", control.run, "--protected", protected.run, *judges)
         several = ["--processes", self.folder.config.resources.processes]
         # The sweep's attackers: those in the run's own configuration may be older.
-        asked = ["--config", self.folder.base, *trial.overrides]
+        asked = ["--config", self.folder.base, *self.folder.config.settings, *trial.overrides]
         command = self.programs.attack(
             [str(word) for word in (*runs, "--out", out, "--trained", trained, *several, "--no-estimate", *asked)]
         )
@@ -181,6 +187,7 @@ class Worker:
     def _see_to(self, trainings: list[Training], look: Look = lambda run: None) -> None:
         """Return when all of them are done, by whomever. TrialFailed if one can't be."""
         while wanted := [training for training in trainings if not training.finished.is_file()]:
+            self.check_wish()
             for training in wanted:
                 failed = training.run.with_suffix(".json")
                 if failed.is_file():
@@ -207,8 +214,10 @@ class Worker:
             return
         config, run = self.folder.config, training.run
         (run / "stop").unlink(missing_ok=True)  # of a wish that came when nothing ran any more
-        arguments = ["--config", str(self.folder.base), "--resume", *training.overrides, f"output={run}"]
-        command = self.programs.train(config.resources.processes, arguments)
+        settings = [*config.settings, *training.overrides, f"output={run}"]
+        command = self.programs.train(
+            config.resources.processes, ["--config", str(self.folder.base), "--resume", *settings]
+        )
         grouped = {**environment, "WANDB_RUN_GROUP": self.folder.path.name, "WANDB_NAME": training.name}
         self._start(command, training.finished, training.role, claim, grouped, training.log, lambda: look(run))
 
@@ -227,7 +236,12 @@ class Worker:
         limited = {**environment, "OMP_NUM_THREADS": str(threads)}
         if not resources.gpus:  # Ray would leave it all of them
             limited["CUDA_VISIBLE_DEVICES"] = ""
-        carry_out(command, done, what=what, claim=claim, environment=limited, log=log, look=look)
+
+        def looked() -> None:
+            self.check_wish()
+            look()
+
+        carry_out(command, done, what=what, claim=claim, environment=limited, log=log, look=looked)
 
 
 def _parts(trial: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
