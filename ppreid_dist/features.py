@@ -1,6 +1,7 @@
 """Stored features of a user's own pictures: ``ppreid features RUN PICTURE… --out FILE.safetensors``.
 
-FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt
+FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt; in its metadata, as the JSON `about`, a
+                    digest of the model and how it stores (`evaluation.export.provenance`)
 FILE.keys.txt       the pictures' files, a line each
 
 N pictures, S the stored dim.
@@ -13,10 +14,10 @@ import torch
 
 from ppreid_dist.data.decode import Decoder
 from ppreid_dist.errors import ConfigError, DataError, RunError
-from ppreid_dist.evaluation.export import save_features, stored_features
+from ppreid_dist.evaluation.export import provenance, save_features, stored_features
 from ppreid_dist.experiment import load_run
 from ppreid_dist.models.folder import load_extractor
-from ppreid_dist.progress import progress_bar
+from ppreid_dist.progress import progress_bar, say
 from ppreid_dist.transfer import default_device
 
 _BATCH = 256  # as evaluation's, so that what follows from it in the last bits is alike
@@ -26,33 +27,54 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
 def write_features(run: Path, pictures: Sequence[Path], out: Path, *, progress: bool = True) -> torch.Size:
     """What the finished ``run`` stores of ``pictures``, a person each, files or folders of files; returns (N, S).
 
-    They are decoded as `ppreid evaluate` decodes: the same file gives the same feature. DataError naming a picture that
-    can't be read, RunError where ``out`` is there or the run isn't finished; then nothing is written.
+    Of folders, names that begin with a dot are passed over, other endings than a picture's are counted and told. They
+    are decoded as `ppreid evaluate` decodes: the same file gives the same feature. DataError naming a picture that
+    can't be read, or whose name can't be a line of UTF-8; RunError where ``out`` is there or the run isn't finished;
+    then nothing is written.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: {out} must end in .safetensors")
     if out.exists():
         raise RunError(f"{out}: already exists; choose another --out")
-    files = [file for picture in pictures for file in _files(picture)]
+    files = [file for picture in pictures for file in _files(picture, told=progress)]
+    for file in files:
+        _check_name(file)
     config, device = load_run(run), default_device()
     saved = load_extractor(run / "model", device)
-    decoder, parts = Decoder(config.data.stream.backend, saved.size, device), []
+    decoder = Decoder(config.data.stream.backend, saved.size, device)
+    features_NS = torch.empty(len(files), saved.extractor.store.dim)
     for start in progress_bar(range(0, len(files), _BATCH), desc="features", shown=progress):
         some = files[start : start + _BATCH]
         images_B3HW = decoder.decode([_read(file) for file in some], [str(file) for file in some])
-        parts.append(stored_features(saved.extractor, images_B3HW).cpu())
-    features_NS = torch.cat(parts)
-    save_features(out, features_NS, files)
+        features_NS[start : start + len(some)] = stored_features(saved.extractor, images_B3HW)
+    save_features(out, features_NS, files, provenance(run / "model", saved.extractor.store.config))
     return features_NS.shape
 
 
-def _files(picture: Path) -> list[Path]:
+def _files(picture: Path, *, told: bool) -> list[Path]:
     if not picture.is_dir():
         return [picture]
-    found = sorted(file for file in picture.rglob("*") if file.suffix.lower() in _ENDINGS)
+    seen = [file for file in sorted(picture.rglob("*")) if not file.is_dir() and not _hidden(file.relative_to(picture))]
+    found = [file for file in seen if file.suffix.lower() in _ENDINGS]
     if not found:
         raise DataError(f"{picture}: no picture in it ({', '.join(_ENDINGS)})")
+    if told and len(found) < len(seen):
+        say(f"{picture}: files skipped that don't end in {', '.join(_ENDINGS)}: {len(seen) - len(found):,}")
     return found
+
+
+def _hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _check_name(file: Path) -> None:
+    name = str(file)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name!a}: its name isn't UTF-8; rename it") from None
+    if name.splitlines() != [name]:
+        raise DataError(f"{name!a}: its name holds a line break; rename it")
 
 
 def _read(file: Path) -> bytes:

@@ -65,14 +65,29 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tensors(target: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors (of any device, copied) as safetensors, atomically."""
+def write_tensors(target: str | Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str] | None = None) -> None:
+    """Write tensors (of any device) as safetensors, atomically; ``about`` as JSON into its metadata of that name.
+
+    Under one name, since safetensors writes several in any order. CPU tensors are copied only where they have to be.
+    """
+    metadata = None if about is None else {"about": json.dumps(about, ensure_ascii=False)}
     with atomic(target) as temporary:
         try:
-            # Cloned, since safetensors refuses storage that two entries share (a snapshot just taken, a tied weight).
-            save_file({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, temporary)
+            save_file(_apart(tensors), temporary, metadata)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none in storage of another (as a snapshot just taken, a tied weight), which safetensors refuses."""
+    taken: set[int] = set()
+    apart = {}
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        storage = t.untyped_storage().data_ptr()
+        apart[name] = t.clone() if storage in taken else t
+        taken.add(storage)
+    return apart
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ppreid_dist.attacks.suite import SuiteResult
 from ppreid_dist.data.dataset import is_synthetic, open_split
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.export import stored_in_words
 from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import read_json
@@ -133,7 +134,7 @@ def _training(run: Path) -> dict[str, Any]:
     if config.neighbourhood.weight:
         method += f", neighbourhood × {config.neighbourhood.weight:g}"
     if (kept := config.model.store) != StoreConfig():
-        method += f", stored as {kept.in_words}"
+        method += f", stored as {stored_in_words(kept)}"
     wanted = ("steps", "images", "seconds", "images_per_second", "data_wait")
     return {**{key: result[key] for key in wanted}, "method": method}
 

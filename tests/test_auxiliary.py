@@ -227,9 +227,11 @@ def test_the_training_that_does_best_on_its_own_people_counts_not_the_best_of_th
     one, two, three = (attack(seeds) for seeds in (1, 2, 3))
     assert Lucky.fitted == [2, 2]  # the others were kept; ceiling and floor, for both victims store the same
     assert one.axes == two.axes
-    assert one.notes == [] and two.notes[0].startswith("attack.seeds: ") and "trained 2 times" in two.notes[0]
+    (tie,) = one.notes  # 0.9 times ridge's pictures: the judge finds hardly fewer people
+    assert tie.startswith("identity: ridge and regression are equally strong on unprotected features")
+    assert two.notes[0].startswith("attack.seeds: ") and "trained 2 times" in two.notes[0]
     cut = r"regression: not trained to its plateau: .* still fell by 2\.1 % \((protected|control), 60 people\).*"
-    assert len(two.notes) == 1 and re.fullmatch(cut, three.notes[1])
+    assert two.notes[1:] == [tie] and re.fullmatch(cut, three.notes[1])
     l1 = {i: result.pixels["regression"]["l1"]["protected"] for i, result in enumerate((one, two, three), 1)}
     assert l1[1] == l1[2] < l1[3]
     assert one.pixels["ridge"] == three.pixels["ridge"]

@@ -99,7 +99,8 @@ def test_a_finished_run_is_stored_otherwise_and_attacked(runs: Path, tmp_path: P
     attack(runs, tmp_path / "attack", "--config", str(kept / "config.yaml"), "attack.whitebox.people=0",
            "attack.attackers=[ridge]", "attack.people=[0]", protected=str(kept))  # fmt: skip
     found = json.loads((tmp_path / "attack" / "attack.json").read_text())["report"]
-    assert found["training"]["protected"]["method"] == "unprotected, neighbourhood × 0.25, stored as pca, int8"
+    method = "unprotected, neighbourhood × 0.25, stored as pca (dim 4), int8"
+    assert found["training"]["protected"]["method"] == method
     assert any("differ in the neighbourhood loss" in note for note in found["notes"])
     for arguments, message in (
         ([str(runs / "control"), "--out", str(kept), *words], "already exists"),

@@ -1,13 +1,22 @@
 """`ppreid features`: what a finished run stores of new pictures."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from commands import ppreid
+from safetensors import safe_open
 
+from ppreid_dist import files
+from ppreid_dist.errors import DataError
+from ppreid_dist.evaluation.export import provenance, stored_in_words
 from ppreid_dist.experiment import Config, train
-from ppreid_dist.files import read_tensors
+from ppreid_dist.features import write_features
+from ppreid_dist.files import read_json, read_tensors, write_json, write_tensors
+from ppreid_dist.models.store import StoreConfig
 from ppreid_dist.settings import load_settings
 
 
@@ -23,6 +32,11 @@ def run(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def features(file: Path) -> tuple[torch.Tensor, list[str]]:
     return read_tensors(file)["features"], file.with_suffix(".keys.txt").read_text().splitlines()
+
+
+def about(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["about"])
 
 
 def pictures(world: list[str]) -> Path:
@@ -45,6 +59,9 @@ def test_a_file_s_feature_is_that_of_evaluate(world: list[str], run: Path, tmp_p
     one, (name,) = features(tmp_path / "one.safetensors")
     torch.testing.assert_close(one, evaluated[3:4], rtol=0, atol=1e-6)
     assert name == str(folder / "b.JPG")
+    ours = about(tmp_path / "one.safetensors")
+    assert ours == about(run / "features" / "query.safetensors") == about(run / "features" / "gallery.safetensors")
+    assert ours == provenance(run / "model", StoreConfig()) and ours["stored"] == "plain"
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run: Path, tmp_path: Path) -> None:
@@ -62,3 +79,84 @@ def test_mistakes_are_one_line_and_leave_nothing(run: Path, tmp_path: Path) -> N
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert message in line and "Traceback" not in said
     assert not list(tmp_path.glob("new*"))
+
+
+def test_hidden_files_are_passed_over_and_other_endings_told(
+    world: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "some"
+    (folder / ".thumbs").mkdir(parents=True)
+    (folder / "folder.jpg").mkdir()
+    picture = next(pictures(world).glob("*.jpg")).read_bytes()
+    for name in ("a.jpg", "b.webp", ".thumbs/c.jpg"):
+        (folder / name).write_bytes(picture)
+    for name in ("._a.jpg", ".DS_Store", "notes.txt"):
+        (folder / name).write_text("no picture")
+    assert write_features(run, [folder], tmp_path / "new.safetensors")[0] == 1
+    assert features(tmp_path / "new.safetensors")[1] == [str(folder / "a.jpg")]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{folder}: files skipped that don't end in .jpg, .jpeg, .png, .bmp: 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(b"\xff.jpg", "'{}/\\udcff.jpg': its name isn't UTF-8"), (b"a\nb.jpg", "'{}/a\\nb.jpg': its")]
+)
+def test_a_name_that_is_no_line_is_refused_before_anything_is_decoded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, message: str
+) -> None:
+    monkeypatch.setattr("ppreid_dist.features.Decoder.decode", lambda *_: pytest.fail("decoded"))
+    (tmp_path / "a.jpg").touch()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+    with pytest.raises(DataError) as caught:
+        write_features(run, [tmp_path], tmp_path / "new.safetensors")
+    said = str(caught.value)
+    assert said.startswith(message.format(tmp_path)) and said.isascii() and "\n" not in said
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "plain"),
+        (["quantise=int8"], "int8"),
+        (["kind=pca", "dim=16", "quantise=int8"], "pca (dim 16), int8"),
+        (["kind=signs"], "signs (public key)"),
+        (["kind=noise", "strength=2", "key=71"], "noise (strength 2.0, key of its own)"),
+        (
+            ["kind=codes", "dim=1024", "axes=16", "spectrum=shell", "key=71"],
+            "codes (dim 1024, axes 16, width 0.5, spectrum shell, key of its own)",
+        ),
+        (
+            ["kind=adversarial"],
+            "adversarial (strength 0.5, ascent 20, decoder (size 64×32, width 32, steps 1500, batch 64, lr 0.002), "
+            "public key)",
+        ),
+    ],
+)
+def test_how_a_gallery_stores_is_told_without_the_key(settings: list[str], words: str) -> None:
+    assert stored_in_words(load_settings(StoreConfig, None, settings)) == words
+
+
+def test_a_features_file_tells_of_which_model_it_is(run: Path, tmp_path: Path) -> None:
+    whole = provenance(run / "model", StoreConfig())
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "model", copy)
+    assert provenance(copy, StoreConfig()) == whole
+    other = read_json(copy / "extractor.json")
+    other["settings"]["store"]["key"] = 71
+    write_json(copy / "extractor.json", other)
+    assert provenance(copy, StoreConfig())["model"] != whole["model"]
+
+
+def test_what_is_written_is_copied_only_where_storage_is_shared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save, given = files.save_file, {}
+    monkeypatch.setattr(files, "save_file", lambda tensors, *more: (given.update(tensors), save(tensors, *more)))
+    alone, shared = torch.rand(3, 4), torch.rand(6, 2)
+    tensors = {"alone": alone, "turned": alone.T, "first": shared[:3], "all": shared, "tied": shared}
+    write_tensors(tmp_path / "a.safetensors", tensors, about={"é": "|"})
+    found = read_tensors(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert given["alone"].data_ptr() == alone.data_ptr() and given["first"].data_ptr() == shared.data_ptr()
+    assert about(tmp_path / "a.safetensors") == {"é": "|"}

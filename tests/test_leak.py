@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ppreid_dist.attacks.notes import tie_notes
 from ppreid_dist.evaluation.bootstrap import Bootstrap
 from ppreid_dist.evaluation.leak import SOUND, AttackScores, measure_leak, over
 
@@ -102,3 +103,22 @@ def test_a_weaker_attacker_is_never_worth_leaving_out() -> None:
     assert whole.against == "a0"
     for name in ("a1", "a2", "a3"):
         assert measure(**{n: a for n, a in attackers.items() if n != name})[1].r.value <= whole.r.value
+
+
+def test_attackers_that_noise_can_not_tell_apart_on_the_control_are_tied() -> None:
+    strong, close, behind = attacker(0.2, 0.5, 0.1), attacker(0.1, 0.49, 0.1, seed=1), attacker(0.2, 0.3, 0.1, seed=2)
+    tied = measure(strong=strong, close=close, behind=behind)[1]
+    assert {tied.against, *tied.tied} == {"strong", "close"}
+    assert measure(strong=strong, behind=behind)[1].tied == ()
+    assert measure(strong=strong, same=strong)[1].tied == ()  # who always finds as much raises no maximum
+
+
+def test_ties_are_noted_in_a_line() -> None:
+    bootstrap = Bootstrap(PIDS, 200, 0, 0.95)
+    equal = {f"a{i}": attacker(0.5 if i else 0.1, 0.5, 0.1, seed=i) for i in range(3)}
+    (line,) = tie_notes(bootstrap, equal)
+    names, _, said = line.partition(" are ")
+    assert sorted(names.split(" and ")) == ["a0", "a1", "a2"] and said.startswith("equally strong on unprotected")
+    assert "upper end of its interval" in line and "\n" not in line
+    assert tie_notes(bootstrap, {"a0": equal["a0"], "weak": attacker(0.1, 0.2, 0.1)}) == []
+    assert tie_notes(bootstrap, {"blind": attacker(0.0, 0.0)}) == []

@@ -309,3 +309,28 @@ def test_a_card_without_the_parts_that_were_not_measured(tmp_path: Path) -> None
     write_report(report, tmp_path, panel=None)
     words = (tmp_path / "card.md").read_text()
     assert "Linkage" not in words and "Attributes" not in words
+
+
+def test_a_broken_attack_s_r_is_no_figure_of_the_first_screen_and_the_card(tmp_path: Path, good: Path) -> None:
+    report = good_report()
+    report["axes"]["pixel"]["urr"] |= {"status": "n/a", "reason": "attack broken: why", "broken": True}
+    write_report(report, tmp_path, panel=None)
+    first = [html_of(folder).split("What protection costs")[0] for folder in (good, tmp_path)]
+    assert [text.count("attack broken</p>") for text in first] == [0, 1]
+    assert [text.count('class="gauge"') for text in first] == [2, 1]
+    card, words = json.loads((tmp_path / "card.json").read_text()), (tmp_path / "card.md").read_text()
+    assert [leak["broken"] for leak in card["leak"].values()] == [True, False]
+    assert "| Pixels: leak r | no measure, since the attack is broken: 0.44 [0.38, 0.61], by ridge |" in words
+    assert "| Pixels: r of the worst 5 % of people | no measure, since" in words
+    assert "| Identity: leak r | 0.47 [0.38, 0.61], by ridge |" in words
+
+
+def test_names_on_the_card_are_no_markup(tmp_path: Path) -> None:
+    report, name = good_report(), "x|y <img src=x onerror=alert(1)>\n# z"
+    report["name"] = report["protocol"] = report["training"]["protected"]["method"] = name
+    report["linkage"][0]["other"] = name
+    write_report(report, tmp_path, panel=None)
+    words = (tmp_path / "card.md").read_text()
+    plain = "x\\|y &lt;img src=x onerror=alert(1)> # z"
+    assert words.count(plain) == 4 and "<" not in words.replace(plain, "")
+    assert json.loads((tmp_path / "card.json").read_text())["name"] == name

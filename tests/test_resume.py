@@ -160,9 +160,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
     honest, calls = files.save_file, []
 
-    def full(tensors: dict[str, Tensor], file: Path) -> None:
+    def full(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None) -> None:
         calls.append(1)
-        honest(tensors, file)
+        honest(tensors, file, metadata)
         if len(calls) == 2:
             file.write_bytes(file.read_bytes()[:50])
             raise OSError(28, "No space left on device")

@@ -102,6 +102,22 @@ def test_the_words_for_a_gate(change: dict[str, Any], headline: str) -> None:
     assert bool(verdict.warnings) == (change["status"] == "n/a")
 
 
+def test_r_of_a_broken_attack_is_no_finding() -> None:
+    report = good_report()
+    gate = {"status": "n/a", "reason": "attack broken: why", "broken": True, "display": "n/a", "value": None}
+    pixel = report["axes"]["pixel"]
+    pixel["urr"].update(gate)
+    pixel["leak"]["own"] = {**interval(0.93, 0.81, 1.04), "attacker": "gan"}
+    verdict = write_verdict(report)
+    pixels, identity, limits = verdict.lines[1].text, verdict.lines[2].text, verdict.lines[4].text
+    assert "r is no measure of the leak, since the attack is broken" in pixels and "remains" not in pixels
+    assert "of the unprotected model's leak remains" in identity
+    assert "grew with their number (identity from" in limits and "pixels from" not in limits
+    assert [line.label for line in verdict.warnings] == ["URR n/a, pixels"]
+    pixel["leak"] |= interval(1.2, 1.1, 1.3)
+    assert MORE in write_verdict(report).lines[1].text
+
+
 def test_an_attacker_that_loses_nothing_is_named_though_the_leak_fell() -> None:
     report = good_report()
     identity = report["axes"]["identity"]

@@ -1,10 +1,14 @@
 """What a reader of the leak has to know of how it was found: lines that stand beside the figures."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ppreid_dist.attacks.bench import Bench
 from ppreid_dist.attacks.plateau import StepsConfig
 from ppreid_dist.attacks.victims import Roles
+from ppreid_dist.evaluation.bootstrap import Bootstrap
+from ppreid_dist.evaluation.leak import AttackScores, measure_leak
 from ppreid_dist.settings import Settings
 
 PLATEAU = 0.01  # a training is over where its error fell by no more over the last quarter
@@ -39,6 +43,17 @@ def training_notes(bench: Bench, roles: Roles) -> list[str]:
             f"{', '.join(left_out)}: left out, the protected run was trained against no generator of this size"
         )
     return lines
+
+
+def tie_notes(bootstrap: Bootstrap, attackers: Mapping[str, AttackScores]) -> list[str]:
+    """A line where others are as strong on the control as the strongest there."""
+    leak = measure_leak(bootstrap, attackers)[1]
+    if leak is None or not leak.tied:
+        return []
+    return [
+        f"{' and '.join((leak.against, *leak.tied))} are equally strong on unprotected features, within noise, so that "
+        "r and the upper end of its interval are somewhat too low on this axis"
+    ]
 
 
 def _as_it_begins(config: Settings) -> bool:

@@ -23,7 +23,7 @@ from ppreid_dist.attacks.bench import Bench, Victim
 from ppreid_dist.attacks.informed import whitebox_leak, whitebox_trainings
 from ppreid_dist.attacks.judging import judge_quality, weak_judges
 from ppreid_dist.attacks.linkage import Stored, linkage_of
-from ppreid_dist.attacks.notes import training_notes
+from ppreid_dist.attacks.notes import tie_notes, training_notes
 from ppreid_dist.attacks.variants import auxiliary_leak, variant_bench, variant_trainings
 from ppreid_dist.attacks.victims import Roles, attack_victims, expected, leaked_by, scores_of, trainings_of
 from ppreid_dist.attacks.work import Training
@@ -137,6 +137,8 @@ def _summarise(
     for axis, found in axes.items():
         if found["urr"]["broken"]:
             notes.append(f"{axis}: {found['urr']['reason']}")
+        else:
+            notes += [f"{axis}: {line}" for line in tie_notes(bootstrap, scores[axis][0])]
         notes += [f"{axis}: {line}" for line in ruined_attackers(bootstrap, *scores[axis])]
     final = {role: {name: of for (name, n), of in runs.items() if n == largest} for role, runs in roles.items()}
     shown = {victims[role].name: final[role] for role in victims}

@@ -29,6 +29,8 @@ something leaks.
 
 **Intervals** come from a paired bootstrap over identities: all series share each resample, and both maxima are taken
 inside it. There a leak over a control that isn't above the floor is unbounded, and such an end of an interval is None.
+The larger of two noisy excesses is on average above either: where attackers are ``tied`` on the control, r and the
+upper end of its interval come out too low (how often: ``docs/report.md``).
 
 Shapes: Q query pictures, B the statistic itself, then each resample.
 """
@@ -71,8 +73,9 @@ class AttackerResult:
 @dataclass(frozen=True, kw_only=True)
 class Leak:
     """r in every resample and its interval; ``attacker`` finds most in protected features, ``against`` in unprotected
-    ones. ``own`` is the largest own ratio of the sound attackers, ``own_attacker``'s. ``resolution`` is the half-width
-    of the interval of the largest C − F as a share of it: the test sees no finer."""
+    ones, where those ``tied`` with it can't be told from it. ``own`` is the largest own ratio of the sound attackers,
+    ``own_attacker``'s. ``resolution`` is the half-width of the interval of the largest C − F as a share of it: the test
+    sees no finer."""
 
     r_B: np.ndarray
     r: Interval
@@ -80,6 +83,7 @@ class Leak:
     high: float
     attacker: str
     against: str
+    tied: tuple[str, ...]
     own: Interval
     own_attacker: str
     resolution: float
@@ -146,13 +150,15 @@ def measure_leak(
     r_B = over(np.fmax.reduce(list(excess.values())), most_B)
     low, high = bootstrap.ends(r_B)
     most_low, most_high = bootstrap.ends(most_B)
+    against = _first(gain)
     return results, Leak(
         r_B=r_B,
         r=bootstrap.interval(r_B),
         low=low,
         high=high,
         attacker=_first(excess),
-        against=_first(gain),
+        against=against,
+        tied=tuple(name for name, gain_B in gain.items() if _tied(bootstrap, gain[against] - gain_B)),
         own=bootstrap.interval(np.fmax.reduce(list(own.values()))),
         own_attacker=_first(own),
         resolution=(most_high - most_low) / 2 / most_B[0],
@@ -203,6 +209,12 @@ def worst_people(attackers: Mapping[str, AttackScores], pids_Q: np.ndarray, shar
         floor=finite(floor),
         r=None if against is None else finite(excess[name] / gain[against]),
     )
+
+
+def _tied(bootstrap: Bootstrap, lead_B: np.ndarray) -> bool:
+    """Whether a lead is within noise of 0; where there is none in any resample, the two are the same."""
+    low, high = bootstrap.ends(lead_B)
+    return low <= 0 < high
 
 
 def _first(by_name: Mapping[str, np.ndarray]) -> str:

@@ -6,9 +6,9 @@ from a checked report and say nothing that isn't in it.
 
 from typing import Any
 
-from ppreid_dist.reporting.verdict import axis_title, ends, learnt_from, number, percent, write_verdict
+from ppreid_dist.reporting.verdict import axis_title, ends, learnt_from, no_measure, number, percent, write_verdict
 
-SCHEMA = "ppreid-card/1"
+SCHEMA = "ppreid-card/2"
 
 
 def make_card(report: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def make_card(report: dict[str, Any]) -> dict[str, Any]:
                 **{key: axis["leak"][key] for key in ("value", "low", "high", "attacker")},
                 "worst_people": None if axis["worst"] is None else axis["worst"]["r"],
                 "urr": axis["urr"]["display"],
+                "broken": axis["urr"]["broken"],
             }
             for name, axis in report["axes"].items()
         },
@@ -48,6 +49,7 @@ def make_card(report: dict[str, Any]) -> dict[str, Any]:
 def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
     """``card.md``."""
     verdict, kept = write_verdict(report), card["utility"]["kept"]
+    broken = {name: no_measure(axis) for name, axis in report["axes"].items()}
     rows = [
         ("Method", card["method"]),
         (
@@ -57,9 +59,10 @@ def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
         ),
     ]
     for name, leak in card["leak"].items():
-        title = axis_title(name)
-        rows.append((f"{title}: leak r", f"{number(leak['value'])} {ends(leak)}, by {leak['attacker'] or 'nobody'}"))
-        rows.append((f"{title}: r of the worst 5 % of people", number(leak["worst_people"])))
+        title, counts = axis_title(name), "no measure, since the attack is broken: {}" if broken[name] else "{}"
+        found = f"{number(leak['value'])} {ends(leak)}, by {leak['attacker'] or 'nobody'}"
+        rows.append((f"{title}: leak r", counts.format(found)))
+        rows.append((f"{title}: r of the worst 5 % of people", counts.format(number(leak["worst_people"]))))
         rows.append((f"{title}: URR", leak["urr"]))
     if card["attributes"]:
         rows.append(("Attributes: r of a probe", f"{number(card['attributes']['value'])} {ends(card['attributes'])}"))
@@ -74,8 +77,14 @@ def as_markdown(card: dict[str, Any], report: dict[str, Any]) -> str:
         who = f"r for attackers with {found['people']:,} {learnt_from(found['variant'])}"
         for name, axis in found["axes"].items():
             rows.append((f"{axis_title(name)}: {who}", f"{number(axis['r']['value'])} {ends(axis['r'])}"))
-    lines = [f"# Privacy card: {card['name']}", "", f"**{card['headline']}.**", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {' '.join(text.split())} |" for name, text in rows]
-    lines += ["", *(f"- **{line.label}.** {line.text}" for line in (*verdict.warnings, *verdict.lines))]
-    lines += ["", f"{card['protocol']}. Made {card['created']}.", ""]
+    lines = [f"# Privacy card: {_plain(card['name'])}", "", f"**{_plain(card['headline'])}.**"]
+    lines += ["", "| | |", "| --- | --- |", *(f"| {_plain(name)} | {_plain(text)} |" for name, text in rows)]
+    said = (*verdict.warnings, *verdict.lines)
+    lines += ["", *(f"- **{_plain(line.label)}.** {_plain(line.text)}" for line in said)]
+    lines += ["", f"{_plain(card['protocol'])}. Made {card['created']}.", ""]
     return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """On one line, and with nothing that ends a table's cell or begins HTML: names are data."""
+    return " ".join(text.splitlines()).strip().replace("|", r"\|").replace("<", "&lt;")

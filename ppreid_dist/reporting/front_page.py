@@ -8,6 +8,7 @@ front/*.png        the page's figures, for a paper
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,29 @@ def write_front(front: dict[str, Any], folder: Path) -> None:
 
 
 def _table(front: dict[str, Any]) -> str:
-    """Empty is what was not or could not be measured."""
+    """Empty is what was not or could not be measured, ``inf`` the end of an interval that is unbounded."""
     keys = sorted({key for row in front["trials"] for key in row["settings"]})
     names = ["name", "point", "method", "seed", "status", "reason", *keys, "mAP", "control_mAP"]
     names += [f"utility_{end}" for end in _FIGURES]
     for axis in front["front"]:
-        names += [f"{axis}_leak_{end}" for end in _FIGURES] + [f"{axis}_attacker", f"{axis}_urr"]
+        names += [f"{axis}_leak_{end}" for end in _FIGURES]
+        names += [f"{axis}_{key}" for key in ("attacker", "urr", "urr_reason", "broken")]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in front["trials"]:
         cells = {**row, **row["settings"]}
         if row["status"] == "done":
-            cells |= {f"utility_{end}": row["utility"][end] for end in _FIGURES}
+            cells |= _cells("utility", row["utility"])
             for axis, figures in row["axes"].items():
-                cells |= {f"{axis}_leak_{end}": figures["leak"][end] for end in _FIGURES}
-                cells |= {f"{axis}_attacker": figures["leak"]["attacker"], f"{axis}_urr": figures["urr"]["display"]}
+                leak, urr = figures["leak"], figures["urr"]
+                cells |= _cells(f"{axis}_leak", leak) | {f"{axis}_attacker": leak["attacker"]}
+                cells |= {f"{axis}_urr": urr["display"]}
+                cells |= {f"{axis}_urr_reason": urr["reason"], f"{axis}_broken": urr["broken"]}
         writer.writerow(cells)
     return out.getvalue()
+
+
+def _cells(name: str, interval: dict[str, Any]) -> dict[str, float | None]:
+    unbounded = interval["low"] is not None and interval["high"] is None
+    return {f"{name}_{end}": interval[end] for end in _FIGURES} | ({f"{name}_high": math.inf} if unbounded else {})

@@ -20,7 +20,7 @@ from ppreid_dist.files import atomic, read_json, write_json, write_text
 from ppreid_dist.reporting.card import as_markdown, make_card
 from ppreid_dist.reporting.figures import DARK, LIGHT, Drawing, draw_report, draw_strip, ranked
 from ppreid_dist.reporting.schema import check_report
-from ppreid_dist.reporting.verdict import axis_title, ends, learnt_from, number, percent, write_verdict
+from ppreid_dist.reporting.verdict import axis_title, ends, learnt_from, no_measure, number, percent, write_verdict
 
 PANEL_ROWS = {"real": "real", "control": "from unprotected features", "protected": "from protected features"}
 
@@ -99,6 +99,7 @@ def templates() -> jinja2.Environment:
         learnt_from=learnt_from,
         ranked=ranked,
         gauge=_gauge,
+        no_measure=no_measure,
     )
     return environment
 

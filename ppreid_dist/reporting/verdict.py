@@ -1,7 +1,7 @@
 """The report in plain words: a headline, three to five sentences, and the warnings, all by rule from its numbers.
 
 The rules never say more than was measured: every statement on the leak names how many people the attackers had,
-an interval that reaches 1 establishes nothing, and the axes are never averaged.
+an interval that reaches 1 establishes nothing, neither does a broken attack, and the axes are never averaged.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def write_verdict(report: dict[str, Any]) -> Verdict:
     tone, headline = _headline(report)
     lines = [
         Line("Matching", _cost(report["utility"])),
-        *(Line(axis_title(name), _leak(axis["leak"], people)) for name, axis in axes.items()),
+        *(Line(axis_title(name), _leak(axis, people)) for name, axis in axes.items()),
         Line("Balance", _balance(axes)),
         Line("Limits", _limits(axes, people) + _attributes(report["attributes"]) + _whitebox(report["whitebox"])),
     ]
@@ -95,6 +95,11 @@ def _attack_broken(axis: dict[str, Any]) -> bool:
     return bool(axis["urr"]["broken"])
 
 
+def no_measure(axis: dict[str, Any]) -> bool:
+    """Whether r says nothing, since the attack is broken. One above 1 beyond noise is told all the same."""
+    return _attack_broken(axis) and not (axis["leak"]["low"] or 0) > 1
+
+
 def _reaches_one(leak: dict[str, Any]) -> bool:
     return leak["high"] is None or leak["high"] >= 1
 
@@ -103,7 +108,7 @@ def _hardly_hindered(axis: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The own ratios, by attacker, that r hides where it is below 1: a sound attacker's for whom no reduction is
     established, and anybody's that is above r beyond noise."""
     leak = axis["leak"]
-    if leak["value"] is None or _reaches_one(leak):
+    if leak["value"] is None or _attack_broken(axis) or _reaches_one(leak):
         return {}
     found = {leak["own"]["attacker"]: leak["own"]} if _reaches_one(leak["own"]) else {}
     for name, row in axis["attackers"].items():
@@ -133,11 +138,13 @@ def _cost(utility: dict[str, Any]) -> str:
     )
 
 
-def _leak(leak: dict[str, Any], people: str) -> str:
-    who = f"For attackers with {people} auxiliary people, "
+def _leak(axis: dict[str, Any], people: str) -> str:
+    who, leak = f"For attackers with {people} auxiliary people, ", axis["leak"]
     value, low = leak["value"], leak["low"]
     if value is None:
         return who + "the leak could not be measured: no attacker worked on the unprotected features."
+    if no_measure(axis):
+        return who + "r is no measure of the leak, since the attack is broken: no reduction is established."
     figures = f"r\u00a0=\u00a0{number(value)}, {_between(leak)}; strongest attacker: {leak['attacker']}"
     if value > 1:
         if low is not None and low > 1:
@@ -178,7 +185,7 @@ def _limits(axes: dict[str, Any], people: str) -> str:
     for name, axis in axes.items():
         known = [point for point in axis["curve"] if point["r"]["value"] is not None]
         few, most = (known[i]["r"]["value"] for i in (0, -1)) if known else (None, None)
-        if few is not None and most > few and number(most) != number(few):
+        if few is not None and not no_measure(axis) and most > few and number(most) != number(few):
             steps = " to ".join(f"{number(p['r']['value'])} at {p['n']:,}" for p in (known[0], known[-1]))
             grown.append(f"{axis_title(name).lower()} from {steps}")
     text = (
