@@ -104,20 +104,31 @@ def _store(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a finished run with plain features")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the new run")
     parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="holds model.store.key, a whole number, which on the command line others could see (/dev/stdin reads it)",
+    )
+    parser.add_argument(
         "settings", nargs="+", metavar=_SETTINGS, help="model.store.kind=… and the others of model.store"
     )
     options = parser.parse_intermixed_args(arguments)
     from ppreid_dist.models.store import KINDS, PUBLIC_KEY
-    from ppreid_dist.storing import STORED, store
+    from ppreid_dist.storing import STORED, read_key, store
 
-    chosen, key = store(options.run, options.out, options.settings), f"{STORED}key="
-    told = [f"{key}…" if setting.startswith(key) else setting for setting in options.settings]  # outputs are kept
+    settings, key = options.settings, f"{STORED}key="
+    if options.key_file is not None:
+        if any(setting.startswith(key) for setting in settings):
+            raise ConfigError(f"--key-file: {STORED}key is given too")
+        settings = [*settings, f"{key}{read_key(options.key_file)}"]
+    chosen = store(options.run, options.out, settings)
+    told = [f"{key}…" if setting.startswith(key) else setting for setting in settings]  # outputs are kept
     _say(f"{options.out}: {options.run}, stored by {' '.join(told)}")
     if KINDS[chosen.kind].keyed and chosen.key == PUBLIC_KEY:
         _say(
-            f"note: {key}{PUBLIC_KEY} is the public example key, right for measurements and wrong for a gallery: give "
-            f"your own, {key}$(python -c 'import secrets; print(secrets.randbits(128))'). It will lie in config.yaml "
-            f"and model/ of {options.out}: guard them as the gallery's other secrets"
+            f"note: {key}{PUBLIC_KEY} is the public example key, right for measurements and wrong for a gallery: make "
+            f"your own by python -c 'import secrets; print(secrets.randbits(128))' > FILE and give it by --key-file. "
+            f"It will lie in config.yaml and model/ of {options.out}: guard them as the gallery's other secrets"
         )
     return 0
 

@@ -28,9 +28,9 @@ def write_features(run: Path, pictures: Sequence[Path], out: Path, *, progress: 
     """What the finished ``run`` stores of ``pictures``, a person each, files or folders of files; returns (N, S).
 
     Of folders, names that begin with a dot are passed over, other endings than a picture's are counted and told. They
-    are decoded as `ppreid evaluate` decodes: the same file gives the same feature. DataError naming a picture that
-    can't be read, or whose name can't be a line of UTF-8; RunError where ``out`` is there or the run isn't finished;
-    then nothing is written.
+    are decoded as `ppreid evaluate` decodes: the same file gives the same feature (of ``adversarial`` only where the
+    same library decodes it). DataError naming a picture that can't be read, or whose name can't be a line of UTF-8;
+    RunError where ``out`` is there or the run isn't finished; then nothing is written.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: {out} must end in .safetensors")

@@ -12,12 +12,12 @@ from pathlib import Path
 from ppreid_dist.attacks.adaptive import hand_on
 from ppreid_dist.data.dataset import open_training
 from ppreid_dist.data.stream import load_pictures
-from ppreid_dist.errors import ConfigError, RunError
+from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import atomic
 from ppreid_dist.models.folder import load_extractor, save_extractor
-from ppreid_dist.models.store import KINDS, StoreConfig, make_store
+from ppreid_dist.models.store import KINDS, PUBLIC_KEY, StoreConfig, make_store
 from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.transfer import default_device
 
@@ -68,4 +68,17 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
         save_extractor(whole / "model", saved.extractor, config.model, saved.size, saved.about)
         hand_on(run, whole)
         save_settings(config, whole / "config.yaml")
+        if chosen.key != PUBLIC_KEY:  # both say it
+            for name in ("config.yaml", "model/extractor.json"):
+                (whole / name).chmod(0o600)
     return chosen
+
+
+def read_key(file: Path) -> int:
+    """The key that ``file`` holds, a whole number. DataError naming the file, and never what is in it."""
+    try:
+        return int(file.read_text(encoding="utf-8"), 0)
+    except OSError as error:
+        raise DataError(f"{file}: can't be read: {error.strerror}") from None
+    except ValueError:
+        raise DataError(f"{file}: holds no whole number (0x before a hexadecimal one)") from None

@@ -221,10 +221,21 @@ def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: 
     kept = tmp_path / "kept"
     trained, words = str(runs / "best_response"), ["model.store.kind=signs", "model.store.dim=24"]
     assert "note: model.store.key=0 is the public" in ppreid("store", trained, "--out", str(kept), *words).stdout
-    own = ["model.store.key=340282366920938463463374607431768211455", "model.store.quantise=int8"]
-    said = ppreid("store", trained, "--out", str(tmp_path / "own"), *words, *own).stdout
-    assert "note:" not in said and "3402823" not in said  # a secret doesn't belong into a log
+    own = ["--key-file", str(tmp_path / "key"), *words, "model.store.quantise=int8"]
+    for content, said in (("deadbeef\n", "key: holds no whole number"), (f"{2**128 - 1}\n", "")):
+        (tmp_path / "key").write_text(content)
+        done = ppreid("store", trained, "--out", str(tmp_path / "own"), *own, expect=2 if said else 0)
+        assert said in done.stderr and "note:" not in done.stdout
+        assert not any(content.strip() in text for text in (done.stdout, done.stderr))  # a secret is not for logs
     assert f"key: {2**128 - 1}" in (tmp_path / "own" / "config.yaml").read_text()
+    holds = [
+        file
+        for file in (tmp_path / "own").rglob("*")
+        if file.is_file() and str(2**128 - 1).encode() in file.read_bytes()
+    ]
+    assert len(holds) == 2 and all(file.stat().st_mode & 0o077 == 0 for file in holds)
+    twice = ppreid("store", trained, "--out", str(tmp_path / "c"), *own, "model.store.key=1", expect=2).stderr
+    assert "--key-file: model.store.key is given too" in twice
     ppreid("evaluate", str(tmp_path / "own"))
     asked = [
         "--config", str(kept / "config.yaml"), *ATTACK, "attack.whitebox.people=0", "attack.attackers=[ridge,adaptive]",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.files import read_json, write_json
-from ppreid_dist.models.store import KINDS, DecoderConfig, StoreConfig, int8_step, make_store, quantise_int8
+from ppreid_dist.models.store import KINDS, DecoderConfig, StoreConfig, int8_reach, make_store, quantise_int8
 from ppreid_dist.settings import load_settings, save_settings, to_dict
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.config import SweepConfig
@@ -118,6 +118,28 @@ def test_pca_keeps_the_main_directions() -> None:
     torch.testing.assert_close(kept @ kept.T, oracle @ oracle.T, rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match=r"model\.store\.dim: 17 is more than the embedding's 16"):
         make_store(StoreConfig(kind="pca", dim=17), 16)
+
+
+def test_int8_keeps_the_main_direction_whole() -> None:
+    """It is a third of a feature, or more, of however many: four root mean squares would cut it."""
+    x = F.normalize(features(400, 256) + 1.5, dim=1)
+    whole, rounded = (make_store(StoreConfig(kind="pca", quantise=how), 256) for how in ("none", "int8"))
+    for store in (whole, rounded):
+        store.fit(x)
+    assert whole(x)[:, 0].abs().min() > int8_reach(256)
+    assert (rounded(x) - whole(x)).abs().max() <= 0.501 / 127
+
+
+def test_directions_do_not_hang_on_the_library_that_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gallery that is stored again, elsewhere, must match what was stored before."""
+    x, honest = F.normalize(features(200), dim=1), torch.linalg.eigh
+    kept = []
+    for signs in (torch.ones(16), torch.where(torch.arange(16) % 3 == 0, -1.0, 1.0)):
+        monkeypatch.setattr(torch.linalg, "eigh", lambda a, signs=signs: (honest(a)[0], honest(a)[1] * signs))
+        store = make_store(StoreConfig(kind="codes", dim=256, axes=8, key=7), 16)
+        store.fit(x)
+        kept.append(store(x))
+    assert torch.equal(*kept)
 
 
 def test_codes_agree_as_near_features_do_and_forget_how_far_apart_others_are() -> None:
@@ -227,12 +249,13 @@ def test_int8_levels(dim: int, seed: int, gain: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     exact = F.normalize(torch.randn(3, dim, generator=draw) * torch.exp(gain * torch.randn(dim, generator=draw)), dim=1)
     exact.requires_grad_()
-    rounded = quantise_int8(exact)
-    codes = (rounded / int8_step(dim)).detach()
-    assert torch.equal(rounded.detach(), codes.round() * int8_step(dim))  # nothing between the levels
+    reach = int8_reach(dim)
+    step, rounded = reach / 127, quantise_int8(exact, reach)
+    codes = (rounded / step).detach()
+    assert torch.equal(rounded.detach(), codes.round() * step)  # nothing between the levels
     assert codes.abs().max() <= 127.001
-    inside = exact.abs() <= 127 * int8_step(dim)
-    assert ((rounded - exact).abs()[inside] <= 0.501 * int8_step(dim)).all()
+    inside = exact.abs() <= 127 * step
+    assert ((rounded - exact).abs()[inside] <= 0.501 * step).all()
     weights = torch.randn(3, dim, generator=draw)
     (rounded * weights).sum().backward()
     assert torch.equal(exact.grad, weights)  # straight through

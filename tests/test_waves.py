@@ -76,5 +76,5 @@ def test_a_sharpened_layout_keeps_who_is_in_it_and_places_others() -> None:
 
 def test_bits_are_told_from_other_features() -> None:
     x = unit(30, 1, 16)
-    assert are_bits(coded(x)) and are_bits(quantise_int8(coded(x)))
-    assert not are_bits(x) and not are_bits(quantise_int8(x))
+    assert are_bits(coded(x)) and are_bits(quantise_int8(coded(x), 1.0))
+    assert not are_bits(x) and not are_bits(quantise_int8(x, 1.0))

@@ -4,7 +4,8 @@ Plain, it is the embedding at unit norm. The other kinds are what galleries are 
 training anything; they are put on a finished extractor (``ppreid store``), and serve as rivals of training:
 
     noise      a Gaussian vector beside it, the same for the same embedding
-    adversarial   moved to where the gallery's own decoder errs most (after AdvFace, Wang et al., ECCV 2022)
+    adversarial   moved to where the gallery's own decoder errs most (after AdvFace, Wang et al., ECCV 2022); where that
+               is turns with the third digit of a feature, so that pictures decoded elsewhere are moved elsewhere
     pca        its projection on the ``dim`` main directions of the training people's features
     rotation   the same after a secret rotation, which keeps every distance
     signs      the signs of ``dim`` secret random projections (Charikar, STOC 2002)
@@ -102,7 +103,12 @@ class Store(nn.Module):
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
         stored_BS = self._kept(F.normalize(embedding_BD, dim=1))
-        return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS)
+        return stored_BS if self.config.quantise == "none" else quantise_int8(stored_BS, self.reach)
+
+    @property
+    def reach(self) -> float:
+        """What int8 represents at most of a component."""
+        return int8_reach(self.dim)
 
     def _kept(self, unit_BD: Tensor) -> Tensor:
         """(B, S): of an embedding at unit norm."""
@@ -223,6 +229,10 @@ class Pca(Store):
         _check_directions("dim", self.dim, dim)
         self.register_buffer("main_DA", torch.zeros(dim, self.dim))
 
+    @property
+    def reach(self) -> float:
+        return 1.0  # the first component is most of a feature, however many there are
+
     def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
         self.main_DA.copy_(main_directions(plain_ND)[:, : self.dim])
 
@@ -341,9 +351,11 @@ def make_store(config: StoreConfig, dim: int) -> Store:
 
 def main_directions(plain_ND: Tensor) -> Tensor:
     """(D, D) float64, a column each, the main one first: of the second moment, since a gallery compares features
-    without centring."""
+    without centring. Each one's largest component is positive: which sign a library gives it is its own affair."""
     moment_DD = plain_ND.double().mT @ plain_ND.double()
-    return torch.linalg.eigh(moment_DD)[1].flip(1)
+    directions_DD = torch.linalg.eigh(moment_DD)[1].flip(1)
+    largest_1D = directions_DD.abs().argmax(0, keepdim=True)
+    return directions_DD * directions_DD.gather(0, largest_1D).sign()
 
 
 def _check_directions(setting: str, asked: int, dim: int) -> None:
@@ -367,18 +379,19 @@ def _drawn(key: int, what: str, *shape: int) -> Tensor:
     return torch.from_numpy((words + 0.5) * 2.0**-32).reshape(shape)
 
 
-def int8_step(dim: int) -> float:
-    """The distance between two levels for unit vectors of ``dim`` components.
+def int8_reach(dim: int) -> float:
+    """How far 127 levels reach for unit vectors of ``dim`` components that are about equally large.
 
-    A component's root mean square is 1/√D, so 127 levels reach to four times that (or to 1, if that is less): the
-    obvious range, 1, would leave a 2048-dimensional feature three levels on either side.
+    A component's root mean square is 1/√D, so to four times that (or to 1, if that is less): the obvious range, 1,
+    would leave a 2048-dimensional feature three levels on either side.
     """
-    return min(1.0, INT8_SIGMAS / dim**0.5) / INT8_MAX
+    return min(1.0, INT8_SIGMAS / dim**0.5)
 
 
-def quantise_int8(stored_BS: Tensor) -> Tensor:
-    """Round unit vectors (B, S) to 255 levels; the gradient passes straight through (Bengio et al., 2013)."""
-    step = int8_step(stored_BS.shape[1])
+def quantise_int8(stored_BS: Tensor, reach: float) -> Tensor:
+    """Round unit vectors (B, S) to 255 levels between ``reach`` and its negative, beyond which they are cut; the
+    gradient passes straight through (Bengio et al., 2013)."""
+    step = reach / INT8_MAX
     return _straight_through((stored_BS.detach() / step).round().clamp(-INT8_MAX, INT8_MAX) * step, stored_BS)
 
 
