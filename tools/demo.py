@@ -112,7 +112,7 @@ def summary(out: Path, seconds: float) -> str:
 
     def axis(name: str) -> str:
         leak, urr = axes[name]["leak"], axes[name]["urr"]
-        value = "none measurable" if leak["value"] is None else in_words(leak)
+        value = "none measurable" if leak["value"] is None or urr["broken"] else in_words(leak)
         return f"{name}: leak r {value} of the unprotected, URR {urr['display']}"
 
     masked = "no probe"
