@@ -92,11 +92,16 @@ read_output() {
 import os, sys
 from omegaconf import OmegaConf
 given, default = sys.argv[1:]
-read = OmegaConf.from_dotlist([given]) if given.startswith("output=") else OmegaConf.load(given)
-output = read.get("output") or default
+try:
+    read = OmegaConf.from_dotlist([given]) if given.startswith("output=") else OmegaConf.load(given)
+    output = read.get("output") or default
+except Exception as error:
+    print(" ".join(str(error).split()))
+    sys.exit(1)
 if not output:
-    sys.exit("no output in it: give output=FOLDER")
-print(os.path.expanduser(output))' "$given" "$1" 2>&1) || fail "$given: ${said##*$'\n'}"
+    print("no output in it: give output=FOLDER")
+    sys.exit(1)
+print(os.path.expanduser(output))' "$given" "$1" 2>/dev/null) || fail "$given: $said"
     output=$said
 }
 

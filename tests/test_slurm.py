@@ -84,7 +84,7 @@ def test_gpus_without_cpus_are_an_error_that_says_so(door: Door) -> None:
 def test_on_cpus_the_job_s_own_tasks(door: Door) -> None:
     door.run("a run.yaml", STATUS="0", SLURM_CPUS_PER_TASK="3")
     asked = door.calls("srun")[0]["arguments"]
-    assert "--cpus-per-task=3" in asked and "--kill-on-bad-exit=1" in asked and "--export=ALL" in asked
+    assert {"--cpus-per-task=3", "--kill-on-bad-exit=1", "--mpi=none", "--export=ALL"} <= set(asked)
     assert not any(each.startswith(("--ntasks", "--gpu")) for each in asked)
     assert door.calls("python")[0]["environment"]["OMP_NUM_THREADS"] == "3"
 
@@ -113,8 +113,9 @@ def test_a_checkpoint_in_the_home_folder_is_found(door: Door, arguments: list[st
     """No shell expands a ~ or a variable behind output=, and none one in a file."""
     (door.root / "home.yaml").write_text("output: ~/a run\n")
     (door.root / "set.yaml").write_text("output: ${oc.env:HOME}/a run\n")
+    (door.root / "sitecustomize.py").write_text("import sys; print('a warning', file=sys.stderr)\n")
     home = door.root / "home"
-    door.run(*arguments, STATUS="1", HOME=str(home), SAVES=f"{home}/a run/checkpoints")
+    door.run(*arguments, STATUS="1", HOME=str(home), SAVES=f"{home}/a run/checkpoints", PYTHONPATH=str(door.root))
     assert door.requeued() == ["70001"]
 
 
@@ -279,6 +280,7 @@ def test_ray_runs_on_every_node_and_the_driver_on_the_first(sweep_door: Door) ->
     asked = sweep_door.calls("srun")[0]
     assert not ONE_EACH.keys() & asked["environment"].keys()
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--gpus-per-node=4"} <= set(asked["arguments"])
+    assert {"--mpi=none", "--kill-on-bad-exit=0", "--no-kill"} <= set(asked["arguments"])
     assert "SLURM_NTASKS" not in asked["environment"] or asked["environment"]["SLURM_NTASKS"] == "2"
     (driver,) = sweep_door.calls("python")
     assert driver["arguments"][:6] == ["-m", "ppreid_dist.sweep", "--config", "a run.yaml", "--resume", "--address"]

@@ -231,7 +231,7 @@ class Pca(Store):
 
     @property
     def reach(self) -> float:
-        return 1.0  # the first component is most of a feature, however many there are
+        return 1.0  # the first component is a third of a feature and more, however many there are
 
     def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
         self.main_DA.copy_(main_directions(plain_ND)[:, : self.dim])
