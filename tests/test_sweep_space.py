@@ -14,7 +14,7 @@ from ppreid_dist.errors import ConfigError, DataError
 from ppreid_dist.experiment import Config
 from ppreid_dist.files import read_json, write_json
 from ppreid_dist.reporting.front_figures import draw_front
-from ppreid_dist.settings import load_settings
+from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import check_machine
 from ppreid_dist.sweep.folder import Folder
@@ -233,7 +233,8 @@ def test_a_weight_that_is_no_number_is_refused(value: Any) -> None:
 
 def folder_of(path: Path, *settings: str) -> Folder:
     config = load_settings(SweepConfig, None, settings)
-    return Folder(path, config, Path(config.base))
+    save_settings(load_settings(Config, config.base, config.settings), path / "base.yaml")
+    return Folder(path, config)
 
 
 def test_a_row_that_the_network_s_file_system_hides_for_a_while_is_seen(

@@ -21,7 +21,7 @@ OUT/
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,19 @@ _PARTS = ("shared", "trained", "trials", "repeats", "claims")
 
 @dataclass(frozen=True)
 class Folder:
-    """``path`` is absolute, ``base`` the file of the run that is varied: the user's, or the copy of it that the trials
-    have. The configuration's paths may be relative to the working directory, where train.py is."""
+    """``path`` is absolute. The configuration's paths may be relative to the working directory, where train.py is."""
 
     path: Path
     config: SweepConfig
-    base: Path
 
     @property
     def claims(self) -> Claims:
         return Claims(self.path / "claims")
+
+    @property
+    def base(self) -> Path:
+        """The file that every trial's configuration begins with."""
+        return self.path / "base.yaml"
 
     def of(self, trial: Trial) -> Path:
         return self.path / "trials" / trial.name
@@ -98,9 +101,8 @@ class Folder:
         return file.parent
 
     def run_config(self, overrides: list[str]) -> Config:
-        """A run's configuration: the base, the settings of all, and these. Not to be changed."""
-        changed = self.base.stat().st_mtime_ns if self.base.is_file() else 0
-        return _load(self.base, changed, (*self.config.settings, *overrides))
+        """A run's configuration: the base, with the settings of all, and these. Not to be changed."""
+        return _load(self.base, self.base.stat().st_mtime_ns, tuple(overrides))
 
     @property
     def attackers(self) -> str:
@@ -174,14 +176,14 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
     ConfigError for a run key that doesn't exist or a value that it can't have; RunError where the folder holds a sweep
     and ``resume`` is false, or another sweep; DataError where it can't be written.
     """
-    folder = Folder(Path(config.output).resolve(), config, Path(config.base))
+    folder = Folder(Path(config.output).resolve(), config)
     if not Path("train.py").is_file():
         raise RunError(f"{Path('train.py').resolve()}: not there: start a sweep from the repository's root")
-    base = folder.run_config([])
+    base = load_settings(Config, config.base, config.settings)
     for settings in corners(config):
-        folder.run_config(as_overrides(settings))
+        load_settings(Config, config.base, [*config.settings, *as_overrides(settings)])
     for seed in config.seeds:
-        if judge_seed(folder) == seed:
+        if judge_seed(config) == seed:
             raise ConfigError(f"judge: its seed {seed} is one of seeds; an independent judge needs another")
     if absent := [judge for judge in config.judges if not Path(judge).exists()]:
         raise ConfigError(f"judges: {absent[0]}: no such file or folder")
@@ -205,7 +207,6 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
     else:
         write_json(file, asked)  # first of all: another task of an array may look meanwhile
     if not only_look:
-        folder = replace(folder, base=folder.path / "base.yaml")
         save_settings(base, folder.base)
     try:
         for part in _PARTS:
@@ -241,7 +242,7 @@ def _check_same(
                 raise ConfigError(f"{where}: is {new.get(key)!r} but {file} was begun with {old.get(key)!r}{hint}")
 
 
-def judge_seed(folder: Folder) -> int:
+def judge_seed(config: SweepConfig) -> int:
     """The judge's seed: as configured, or else the first that no trial has."""
-    given = [setting for setting in folder.config.judge if setting.startswith("seed=")]
-    return folder.run_config(given).seed if given else max(folder.config.seeds) + 1
+    given = [setting for setting in config.judge if setting.startswith("seed=")]
+    return load_settings(Config, None, given).seed if given else max(config.seeds) + 1

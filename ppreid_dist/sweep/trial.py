@@ -132,7 +132,7 @@ class Worker:
         runs = ("--control", control.run, "--protected", protected.run, *judges)
         several = ["--processes", self.folder.config.resources.processes]
         # The sweep's attackers: those in the run's own configuration may be older.
-        asked = ["--config", self.folder.base, *self.folder.config.settings, *trial.overrides]
+        asked = ["--config", self.folder.base, *trial.overrides]
         command = self.programs.attack(
             [str(word) for word in (*runs, "--out", out, "--trained", trained, *several, "--no-estimate", *asked)]
         )
@@ -157,7 +157,9 @@ class Worker:
         return self._shared("control", [*as_overrides(rest), f"seed={trial.seed}", f"{WEIGHT}=0"])
 
     def _judge(self) -> Training:
-        return self._shared("judge", [f"seed={judge_seed(self.folder)}", f"{WEIGHT}=0", *self.folder.config.judge])
+        return self._shared(
+            "judge", [f"seed={judge_seed(self.folder.config)}", f"{WEIGHT}=0", *self.folder.config.judge]
+        )
 
     def _own(self, trial: Trial) -> Training:
         place = self.folder.of(trial)
@@ -212,12 +214,10 @@ class Worker:
         """Train to the end, from wherever it is."""
         if training.finished.is_file():
             return
-        config, run = self.folder.config, training.run
+        run = training.run
         (run / "stop").unlink(missing_ok=True)  # of a wish that came when nothing ran any more
-        settings = [*config.settings, *training.overrides, f"output={run}"]
-        command = self.programs.train(
-            config.resources.processes, ["--config", str(self.folder.base), "--resume", *settings]
-        )
+        arguments = ["--config", str(self.folder.base), "--resume", *training.overrides, f"output={run}"]
+        command = self.programs.train(self.folder.config.resources.processes, arguments)
         grouped = {**environment, "WANDB_RUN_GROUP": self.folder.path.name, "WANDB_NAME": training.name}
         self._start(command, training.finished, training.role, claim, grouped, training.log, lambda: look(run))
 
