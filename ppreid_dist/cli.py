@@ -166,10 +166,13 @@ def _features(arguments: Sequence[str]) -> int:
         metavar="FILE.safetensors",
         help="where features go; files' names go to FILE.keys.txt",
     )
+    parser.add_argument(
+        "--packed", action="store_true", help="signs and codes as bits, int8 as int8, instead of float32 for all"
+    )
     options = parser.parse_args(arguments)
     from ppreid_dist.features import write_features
 
-    count, dim = write_features(options.run, options.pictures, options.out)
+    count, dim = write_features(options.run, options.pictures, options.out, packed=options.packed)
     _say(f"{options.out}: {count} features of {dim} numbers, their files in {options.out.with_suffix('.keys.txt')}")
     return 0
 

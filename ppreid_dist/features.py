@@ -1,7 +1,8 @@
 """Stored features of a user's own pictures: ``ppreid features RUN PICTURE… --out FILE.safetensors``.
 
-FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt; in its metadata, as the JSON `about`, a
-                    digest of the model and how it stores (`evaluation.export.provenance`)
+FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt, or packed (`models.store.Store.packed`); in
+                    its metadata, as the JSON `about`, a digest of the model and how it stores
+                    (`evaluation.export.provenance`)
 FILE.keys.txt       the pictures' files, a line each
 
 N pictures, S the stored dim.
@@ -24,13 +25,16 @@ _BATCH = 256  # as evaluation's, so that what follows from it in the last bits i
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
 
 
-def write_features(run: Path, pictures: Sequence[Path], out: Path, *, progress: bool = True) -> torch.Size:
+def write_features(
+    run: Path, pictures: Sequence[Path], out: Path, *, packed: bool = False, progress: bool = True
+) -> torch.Size:
     """What the finished ``run`` stores of ``pictures``, a person each, files or folders of files; returns (N, S).
 
     Of folders, names that begin with a dot are passed over, other endings than a picture's are counted and told. They
     are decoded as `ppreid evaluate` decodes: the same file gives the same feature (of ``adversarial`` only where the
     same library decodes it). DataError naming a picture that can't be read, or whose name can't be a line of UTF-8;
-    RunError where ``out`` is there or the run isn't finished; then nothing is written.
+    RunError where ``out`` is there, the run isn't finished, or what it stores isn't ``packed``; then nothing is
+    written.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: {out} must end in .safetensors")
@@ -41,13 +45,18 @@ def write_features(run: Path, pictures: Sequence[Path], out: Path, *, progress: 
         _check_name(file)
     config, device = load_run(run), default_device()
     saved = load_extractor(run / "model", device)
+    store = saved.extractor.store
+    about = provenance(run / "model", store.config)
+    if packed and not store.packs:
+        raise RunError(f"--packed: {run} stores float32 numbers ({about['stored']}); signs, codes and int8 are packed")
     decoder = Decoder(config.data.stream.backend, saved.size, device)
-    features_NS = torch.empty(len(files), saved.extractor.store.dim)
+    features_NS = torch.empty(len(files), store.dim)
     for start in progress_bar(range(0, len(files), _BATCH), desc="features", shown=progress):
         some = files[start : start + _BATCH]
         images_B3HW = decoder.decode([_read(file) for file in some], [str(file) for file in some])
         features_NS[start : start + len(some)] = stored_features(saved.extractor, images_B3HW)
-    save_features(out, features_NS, files, provenance(run / "model", saved.extractor.store.config))
+    tensors = store.packed(features_NS) if packed else {"features": features_NS}
+    save_features(out, tensors, files, about)
     return features_NS.shape
 
 

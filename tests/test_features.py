@@ -5,13 +5,14 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import ppreid
 from safetensors import safe_open
 
 from ppreid_dist import files
-from ppreid_dist.errors import DataError
+from ppreid_dist.errors import DataError, RunError
 from ppreid_dist.evaluation.export import provenance, stored_in_words
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.features import write_features
@@ -62,6 +63,27 @@ def test_a_file_s_feature_is_that_of_evaluate(world: list[str], run: Path, tmp_p
     ours = about(tmp_path / "one.safetensors")
     assert ours == about(run / "features" / "query.safetensors") == about(run / "features" / "gallery.safetensors")
     assert ours == provenance(run / "model", StoreConfig()) and ours["stored"] == "plain"
+
+
+def test_packed_codes_match_as_the_others_do(world: list[str], run: Path, tmp_path: Path) -> None:
+    codes = ["model.store.kind=codes", "model.store.dim=100", "model.store.axes=4"]
+    ppreid("store", str(run), "--out", str(tmp_path / "codes"), *codes)
+    some = [str(picture) for picture in sorted(pictures(world).glob("*.jpg"))[:5]]
+    for name, packed in (("plain", []), ("packed", ["--packed"])):
+        said = ppreid(
+            "features", str(tmp_path / "codes"), *some, "--out", str(tmp_path / f"{name}.safetensors"), *packed
+        )
+        assert "5 features of 100 numbers" in said.stdout
+    tensors = read_tensors(tmp_path / "packed.safetensors")
+    assert tensors["features"].shape == (5, 13) and tensors["features"].dtype == torch.uint8
+    bits = np.unpackbits(tensors["features"].numpy(), axis=1, count=int(tensors["dim"]))
+    apart = (bits[:, None] != bits).sum(2)
+    plain = features(tmp_path / "plain.safetensors")[0]
+    np.testing.assert_allclose(1 - 2 * apart / 100, plain @ plain.T, atol=1e-6)
+    assert about(tmp_path / "packed.safetensors") == about(tmp_path / "plain.safetensors")
+    with pytest.raises(RunError, match=r"^--packed: .*run stores float32 numbers \(plain\)"):
+        write_features(run, [Path(some[0])], tmp_path / "none.safetensors", packed=True)
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_mistakes_are_one_line_and_leave_nothing(run: Path, tmp_path: Path) -> None:

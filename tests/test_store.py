@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,6 +242,29 @@ def test_gradients_pass(kind: str) -> None:
     x = features().requires_grad_()
     (make_store(StoreConfig(kind=kind, quantise="int8"), 16)(x) * features(seed=1)).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dim", [16, 13])
+@pytest.mark.parametrize(
+    ("kind", "quantise"), [("plain", "int8"), ("pca", "int8"), ("signs", "none"), ("codes", "int8")]
+)
+def test_packed_features_are_the_same_numbers(kind: str, quantise: str, dim: int) -> None:
+    """As numpy unpacks them, which is what docs say."""
+    store = make_store(StoreConfig(kind=kind, quantise=quantise, dim=0 if kind == "plain" else dim), 16)
+    store.fit(features())
+    stored = store(features())
+    packed = {name: tensor.numpy() for name, tensor in store.packed(stored).items()}
+    if store.one_bit:
+        assert packed["features"].nbytes == 2 * len(stored)
+        bits = np.unpackbits(packed["features"], axis=1, count=packed["dim"])
+        unpacked = (2.0 * bits - 1) / dim**0.5
+    else:
+        assert packed["features"].nbytes == stored.numel()
+        unpacked = packed["features"] * packed["step"]
+        assert unpacked.std() > 0
+    # int8 of codes rounds their one height, which cosines don't see.
+    np.testing.assert_allclose(F.normalize(torch.from_numpy(unpacked), dim=1), F.normalize(stored, dim=1), atol=1e-6)
+    assert not make_store(StoreConfig(kind="noise"), 16).packs
 
 
 @settings(max_examples=30, deadline=None)

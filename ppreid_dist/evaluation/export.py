@@ -90,16 +90,14 @@ def provenance(model: Path, config: StoreConfig) -> dict[str, str]:
     return {"model": hashlib.sha256(sums.encode()).hexdigest(), "stored": stored_in_words(config)}
 
 
-def save_features(
-    file: Path, features_ND: Tensor, keys: Sequence[object], about: Mapping[str, str], **labels_N: Tensor
-) -> None:
-    """Write FILE.safetensors (``features``, what labels them, and :func:`provenance` as its metadata's ``about``) and
-    beside it FILE.keys.txt (a key a line)."""
+def save_features(file: Path, tensors: Mapping[str, Tensor], keys: Sequence[object], about: Mapping[str, str]) -> None:
+    """Write FILE.safetensors (``features``, what belongs to them, and :func:`provenance` as its metadata's ``about``)
+    and beside it FILE.keys.txt (a key a line)."""
     write_text(file.with_suffix(".keys.txt"), "".join(f"{key}\n" for key in keys))
-    write_tensors(file, {"features": features_ND, **labels_N}, about=about)
+    write_tensors(file, tensors, about=about)
 
 
 def save_split(folder: Path, split: str, features_ND: Tensor, pictures: Pictures, about: Mapping[str, str]) -> None:
     """The same of a split, SPLIT.safetensors in ``folder``, with its pids and camids."""
     labels = {"pids": torch.from_numpy(pictures.pids_N), "camids": torch.from_numpy(pictures.camids_N)}
-    save_features(folder / f"{split}.safetensors", features_ND, pictures.keys, about, **labels)
+    save_features(folder / f"{split}.safetensors", {"features": features_ND, **labels}, pictures.keys, about)

@@ -95,6 +95,8 @@ class Store(nn.Module):
     """Whether ``key`` is all of its secret."""
     needs_features = False
     """Whether :meth:`fit` has something to learn."""
+    one_bit = False
+    """Whether a number's sign is all that is kept of it."""
 
     def __init__(self, config: StoreConfig, dim: int):
         super().__init__()
@@ -109,6 +111,26 @@ class Store(nn.Module):
     def reach(self) -> float:
         """What int8 represents at most of a component."""
         return int8_reach(self.dim)
+
+    @property
+    def packs(self) -> bool:
+        """Whether what is stored takes less than a float32 a number."""
+        return self.one_bit or self.config.quantise == "int8"
+
+    def packed(self, stored_BS: Tensor) -> dict[str, Tensor]:
+        """What is stored in the space that it needs, without loss; only where it ``packs``.
+
+        Of signs ``features`` (B, ⌈S / 8⌉) uint8, 1 for a positive number, the first in a byte's highest bit, and
+        ``dim`` () int64, S: `numpy.unpackbits(features, axis=1, count=dim)`. Of int8 ``features`` (B, S) int8 and
+        ``step`` () float32: `features * step`.
+        """
+        assert self.packs
+        stored_BS = stored_BS.detach().cpu()
+        if self.one_bit:
+            bits = torch.from_numpy(np.packbits((stored_BS > 0).numpy(), axis=1))
+            return {"features": bits, "dim": torch.tensor(self.dim)}
+        step = torch.tensor(self.reach / INT8_MAX)
+        return {"features": (stored_BS / step).round().to(torch.int8), "step": step}
 
     def _kept(self, unit_BD: Tensor) -> Tensor:
         """(B, S): of an embedding at unit norm."""
@@ -256,6 +278,7 @@ class Rotation(_Secret):
 class Signs(_Secret):
     uses = ("dim", "key")
     keyed = True
+    one_bit = True
 
     def _kept(self, unit_BD: Tensor) -> Tensor:
         return _signs(unit_BD @ self.secret_AS)
@@ -266,6 +289,7 @@ class Codes(_Secret):
 
     uses = ("dim", "axes", "width", "spectrum", "key")
     keyed = True
+    one_bit = True
     main_DA: Tensor
     phases_S: Tensor
 
