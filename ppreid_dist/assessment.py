@@ -20,7 +20,8 @@ from ppreid_dist.attacks.kept import source_digest
 from ppreid_dist.attacks.suite import SuiteResult, help_suite, run_suite
 from ppreid_dist.data.dataset import is_synthetic, load_split
 from ppreid_dist.data.stream import Pictures
-from ppreid_dist.evaluation.export import provenance, rank_split, rerank_split, save_split, stored_features
+from ppreid_dist.evaluation.export import provenance, rank_split, rerank_split, save_split
+from ppreid_dist.evaluation.tracklets import Enrolment
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import check_writable, write_json, write_tensors
 from ppreid_dist.findings import findings
@@ -46,7 +47,9 @@ def evaluate(run: Path, *, reranking: "Reranking | None" = None, progress: bool 
     query, gallery = (
         load_split(config.data, split, saved.size, device, progress=progress) for split in ("query", "gallery")
     )
-    query_QD, gallery_GD = (stored_features(saved.extractor, split.images_N3HW) for split in (query, gallery))
+    enrolment = Enrolment(config.data.tracklet)
+    query_QD, gallery_GD = (enrolment.stored(saved.extractor, split) for split in (query, gallery))
+    query, gallery = enrolment.heads(query), enrolment.heads(gallery)
     about = provenance(run / "model", saved.extractor.store.config)
     save_split(run / "features", "query", query_QD, query, about)
     save_split(run / "features", "gallery", gallery_GD, gallery, about)

@@ -1,7 +1,7 @@
 """Finished runs as their attackers meet them: checked, opened, and what both store of the same people.
 
-Shapes: N auxiliary pictures, Q query pictures, G gallery pictures, S stored dim, D feature dim, A coded numbers, h w
-pixels.
+Shapes: N auxiliary pictures, Q query entries, G gallery entries, S stored dim, D feature dim, A coded numbers, h w
+pixels. With `data.tracklet` above 1 an entry holds several pictures; each of the attackers' heads one of its own.
 """
 
 import time
@@ -30,8 +30,9 @@ from ppreid_dist.data.dataset import load_split, open_split, open_training
 from ppreid_dist.data.index import read_meta
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
-from ppreid_dist.evaluation.export import rank_split, rerank_split, stored_features
+from ppreid_dist.evaluation.export import rank_split, rerank_split
 from ppreid_dist.evaluation.ranking import Ranking
+from ppreid_dist.evaluation.tracklets import Enrolment
 from ppreid_dist.experiment import Config, compared, load_run
 from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen, open_judges
 from ppreid_dist.models.extractor import Extractor
@@ -79,6 +80,7 @@ def set_up(
     """
     device, other = default_device(), _other_domain(config)
     _check_comparable(control, protected, judges)
+    enrolment = _enrolment(config, control)
     _check_leaked(config)
     extractors = {"control": load_extractor(control / "model", device)}
     extractors["protected"] = load_extractor(protected / "model", device)
@@ -93,26 +95,28 @@ def set_up(
 
     judging = open_judges(judges, config.attack.onnx, partial(pictures_of, "gallery"), device)
     aux, query, gallery = (pictures_of(split, size) for split in ("aux", "query", "gallery"))
+    query = enrolment.heads(query)
     splits = ("aux", "query", "gallery", *config.attack.leaked)
     seen = {role: {split: pictures_of(split, saved.size) for split in splits} for role, saved in extractors.items()}
     victims, rankings, galleries_GD = {}, {}, {}
     for role, saved in extractors.items():
-        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen[role], config.attack)
+        victims[role], rankings[role], galleries_GD[role] = _victim(role, saved, seen[role], config.attack, enrolment)
         if config.attack.whitebox.people:
             victims[role] = replace(victims[role], opened=_opened(saved, victims[role], seen[role]["aux"]))
     extractor, known = extractors["protected"].extractor, seen["protected"]
     victims["protected"] = replace(
         victims["protected"],
-        reversal=_reversal(protected, extractor, known["aux"], victims["protected"].aux_ND, size),
-        rekeyed=_rekeyed(extractor, known, config.attack.leaked),
+        reversal=_reversal(protected, extractor, enrolment, known["aux"], victims["protected"].aux_ND, size),
+        rekeyed=_rekeyed(extractor, enrolment, known, config.attack.leaked),
     )
     auxiliaries = []
     if other is not None:
-        auxiliaries.append(_strangers(*other, size, extractors, device, progress))
+        auxiliaries.append(_strangers(*other, size, extractors, enrolment, device, progress))
     if "same_people" in config.attack.auxiliary.variants:
-        auxiliaries.append(same_people(gallery, query, galleries_GD))
+        auxiliaries.append(same_people(enrolment.heads(gallery), query, galleries_GD))
     if "extractor" in config.attack.auxiliary.variants:
-        auxiliaries += _with_extractor(config.attack, extractor, known["aux"], aux, victims, Kept(kept), progress)
+        plain_ND = _plain(extractor, enrolment, known["aux"])
+        auxiliaries += _with_extractor(config.attack, extractor, plain_ND, aux, victims, Kept(kept), progress)
     bench = partial(
         Bench,
         aux=aux,
@@ -138,7 +142,7 @@ def _storing(extractor: Extractor, store: Store) -> Iterator[Extractor]:
 
 
 def _reversal(
-    run: Path, extractor: Extractor, aux: Pictures, stored_NS: Tensor, size: tuple[int, int]
+    run: Path, extractor: Extractor, enrolment: Enrolment, aux: Pictures, stored_NS: Tensor, size: tuple[int, int]
 ) -> Generator | None:
     """The generator that the run was trained against, if it draws pictures of this size, for what the run stores."""
     config = load_run(run)
@@ -149,33 +153,33 @@ def _reversal(
     generator = generator.to(stored_NS.device)
     if config.model.store.kind not in TURNED:
         return generator
-    return for_stored(generator, stored_NS, _plain(extractor, aux), aux.pids_N, seed=config.seed)
+    return for_stored(generator, stored_NS, _plain(extractor, enrolment, aux), aux.pids_N, seed=config.seed)
 
 
-def _plain(extractor: Extractor, pictures: Pictures) -> Tensor:
-    """(N, D): the features as they are before anything else is made of them."""
+def _plain(extractor: Extractor, enrolment: Enrolment, aux: Pictures) -> Tensor:
+    """(N, D): the attackers' features as they are before anything else is made of them."""
     with _storing(extractor, Store(StoreConfig(), extractor.feature_dim)):
-        return stored_features(extractor, pictures.images_N3HW)
+        return enrolment.stored(extractor, aux, each=True)
 
 
 def _with_extractor(
     config: AttackConfig,
     extractor: Extractor,
-    seen: Pictures,
+    plain_ND: Tensor,
     aux: Pictures,
     victims: Mapping[str, Victim],
     kept: Kept,
     progress: bool,
 ) -> list[Auxiliary]:
     """What the database reads like by the extractor and few people enrolled, for each of their numbers; nothing where
-    no key hides it. ``seen`` are the auxiliary pictures as the extractor sees them, ``aux`` as attackers do."""
+    no key hides it. ``plain_ND`` is what the extractor makes of ``aux``, before it is stored."""
     store, stolen_LS, people = extractor.store.config, leaked_by(victims["protected"]), np.unique(aux.pids_N)
     if not extractor.store.keyed or store.kind not in TURNED:  # noise leaves the numbers what they are
         return []
     if (most := max(config.auxiliary.enrolled)) > len(people):
         raise ConfigError(f"attack.auxiliary.enrolled: {most}, but there are {len(people)} auxiliary people")
     order, found = np.random.default_rng([config.seed, 0xE1]).permutation(people), []
-    plain_ND, stored_NS = _plain(extractor, seen), victims["protected"].aux_ND
+    stored_NS = victims["protected"].aux_ND
     for count in config.auxiliary.enrolled:
         rows_E = np.flatnonzero(np.isin(aux.pids_N, order[:count]))
         parts, directions = (stolen_LS, stored_NS[torch.from_numpy(rows_E)], plain_ND, rows_E), store.axes or DIRECTIONS
@@ -201,12 +205,17 @@ def _with_extractor(
     return found
 
 
-def _rekeyed(extractor: Extractor, pictures: Mapping[str, Pictures], leaked: Sequence[str]) -> Stored | None:
+def _rekeyed(
+    extractor: Extractor, enrolment: Enrolment, pictures: Mapping[str, Pictures], leaked: Sequence[str]
+) -> Stored | None:
     """The same people as the same extractor would store them under another key; None where there is no key."""
     if not extractor.store.keyed:
         return None
     with _storing(extractor, extractor.store.rekeyed()):
-        kept = {split: stored_features(extractor, pictures[split].images_N3HW) for split in ("aux", "query", *leaked)}
+        kept = {
+            split: enrolment.stored(extractor, pictures[split], each=split == "aux")
+            for split in ("aux", "query", *leaked)
+        }
     return Stored(kept["aux"], kept["query"], torch.cat([kept[split] for split in ("query", *leaked)]))
 
 
@@ -228,13 +237,14 @@ def _strangers(
     split: str,
     size: tuple[int, int],
     extractors: dict[str, SavedExtractor],
+    enrolment: Enrolment,
     device: torch.device,
     progress: bool,
 ) -> Auxiliary:
     """The other data set's people, as the attackers and as both extractors see them."""
     features = {
-        role: stored_features(
-            saved.extractor, load_split(other.data, split, saved.size, device, progress=progress).images_N3HW
+        role: enrolment.stored(
+            saved.extractor, load_split(other.data, split, saved.size, device, progress=progress), each=True
         )
         for role, saved in extractors.items()
     }
@@ -243,14 +253,15 @@ def _strangers(
 
 
 def _victim(
-    role: str, saved: SavedExtractor, pictures: dict[str, Pictures], config: AttackConfig
+    role: str, saved: SavedExtractor, pictures: dict[str, Pictures], config: AttackConfig, enrolment: Enrolment
 ) -> tuple[Victim, Ranking, Tensor]:
     """The victim, how well it ranks, and its features of the gallery."""
-    features = {split: stored_features(saved.extractor, of.images_N3HW) for split, of in pictures.items()}
+    features = {split: enrolment.stored(saved.extractor, of, each=split == "aux") for split, of in pictures.items()}
     for split, of_split in features.items():
         if not torch.isfinite(of_split).all():
             raise RunError(f"{role}: what it stores of {split} holds numbers that aren't finite")
-    matched = features["query"], features["gallery"], pictures["query"], pictures["gallery"]
+    heads = enrolment.heads(pictures["query"]), enrolment.heads(pictures["gallery"])
+    matched = features["query"], features["gallery"], *heads
     ranking = by_cosine = rank_split(*matched)
     if config.rerank:
         ranking = rerank_split(*matched)
@@ -310,6 +321,12 @@ def _check_comparable(control: Path, protected: Path, judges: Sequence[Path]) ->
             raise RunError(f"{run}: trained on the attackers' people (data.train_splits names aux)")
         check_unseen(run)
     check_judges(judges, protected)
+
+
+def _enrolment(config: Config, control: Path) -> Enrolment:
+    if (most := load_run(control).data.tracklet) != config.data.tracklet:
+        raise ConfigError(f"data.tracklet: {config.data.tracklet}, but entries of {control} hold up to {most} pictures")
+    return Enrolment(most)
 
 
 def _check_leaked(config: Config) -> None:

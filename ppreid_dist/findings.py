@@ -121,7 +121,8 @@ def _protocol(
             f"attackers: {max(result.people)} other people, {stored} features, pictures {height}×{width}; "
             f"and the features of all {result.leaked} entries of the stolen database",
             *(f"judge {judge['name']}, mAP {judge['mAP']:.2f} on real queries" for judge in judges.values()),
-            f"{len(pids_Q)} queries of {len(np.unique(pids_Q))} identities",
+            f"{len(pids_Q)} queries of {len(np.unique(pids_Q))} identities"
+            + (f", entries of up to {most} pictures" if (most := config.data.tracklet) > 1 else ""),
             f"identity bootstrap {config.attack.resamples} × 95 %",
         ]
     )

@@ -45,6 +45,12 @@ class DataConfig(Settings):
     width: int = option(128, "pixels of the extractor's input", at_least=8)
     identities_per_batch: int = option(16, "P, people in a batch, over all ranks", at_least=2)
     pictures_per_identity: int = option(4, "K, pictures of each", at_least=2)
+    tracklet: int = option(
+        1,
+        "pictures of a person by one camera that query and gallery hold as one entry, their mean embedding, at most; "
+        "1: each picture is one",
+        at_least=1,
+    )
     strangers_split: str = option(
         "train", "where the privacy loss takes its strangers", choices=("train", "unlabelled")
     )

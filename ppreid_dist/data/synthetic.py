@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from ppreid_dist.data.pedestrian import STATURE, VIEWS, Colour, Pen, Person, Pose, draw_figure, draw_person, shade
-from ppreid_dist.errors import DataError, TakenError
+from ppreid_dist.errors import ConfigError, DataError, TakenError
 from ppreid_dist.files import atomic
 from ppreid_dist.progress import progress_bar
 from ppreid_dist.settings import Settings, load_settings, option, save_settings
@@ -40,11 +40,17 @@ class SyntheticConfig(Settings):
     aux: int = option(160, "people of the attackers, whom the extractor never sees", at_least=0)
     test: int = option(60, "people of query and gallery", at_least=1)
     cameras: int = option(4, "cameras; each sees every person but the strangers", at_least=2)
-    shots: int = option(3, "pictures of a person by a camera; the first is the query", at_least=2)
+    shots: int = option(3, "pictures of a person by a camera", at_least=2)
+    queries: int = option(1, "of those of a tested person, the first so many are queries", at_least=1)
     height: int = option(64, "pixels", at_least=32, at_most=512)
     width: int = option(32, "pixels", at_least=16, at_most=512)
     seed: int = option(0, "everything is drawn from it", at_least=0)
     domain: int = option(0, "a world of its own people, cameras, colours and light; 0 is the usual one", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.queries >= self.shots:
+            raise ConfigError(f"queries: {self.queries} of {self.shots} shots leave none for the gallery")
 
 
 def _random(config: SyntheticConfig, *tags: int) -> np.random.Generator:
@@ -133,7 +139,8 @@ def _shots(config: SyntheticConfig) -> Iterator[_Shot]:
                 yield _Shot(split, pid, int(rng.integers(1, config.cameras + 1)), 0)
                 continue
             for camid, number in product(range(1, config.cameras + 1), range(config.shots)):
-                yield _Shot(("gallery" if number else "query") if split == "test" else split, pid, camid, number)
+                tested = "query" if number < config.queries else "gallery"
+                yield _Shot(tested if split == "test" else split, pid, camid, number)
 
 
 class Camera:
