@@ -38,7 +38,7 @@ from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import Codes, Store, StoreConfig
+from ppreid_dist.models.store import Coded, Store, StoreConfig
 from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.progress import say
 from ppreid_dist.settings import load_settings, to_dict
@@ -283,10 +283,10 @@ def _victim(
 
 
 def _opened(saved: SavedExtractor, victim: Victim, aux: Pictures) -> Opened | None:
-    """Codes, opened by their key, sought from what is known of other people. Of the other kinds there is nothing to
-    open."""
+    """Codes and cells, opened by their key, sought from what is known of other people. Of the other kinds there is
+    nothing to open."""
     store = saved.extractor.store
-    if not isinstance(store, Codes):
+    if not isinstance(store, Coded):
         return None
 
     def see(images_B3hw: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def test_rotation_keeps_every_cosine_and_hides_every_component() -> None:
     assert torch.equal(again(x), kept) and not again.state_dict()
 
 
-KEYED = ("noise", "rotation", "signs", "codes")
+KEYED = ("noise", "rotation", "signs", "codes", "cells")
 KEYS = (7, 7 + 2**32, 7 + 2**64, 7 + 2**127)
 
 
@@ -175,6 +175,38 @@ def test_whoever_has_the_key_opens_codes(axes: int, dim: int, width: float, spec
     assert (store.coded(known) @ truth.T).max(0).values.median() < 0.97
 
 
+def test_bits_of_cells_agree_where_features_share_a_cell_and_nowhere_else() -> None:
+    """Of one pair of walls with a random place, the share that parts two points is their distance across it over the
+    walls'; of a cell all 8 pairs. What is in another cell agrees as coins do, near or far."""
+    store = make_store(StoreConfig(kind="cells", dim=20_000, width=0.6, key=2), 8)
+    angles = torch.linspace(0, math.pi, 25)
+    x = torch.stack([angles.cos(), angles.sin(), *torch.zeros(6, 25)], dim=1)
+    kept = store(x)
+    assert kept.unique().numel() == 2 and kept.norm(dim=1).sub(1).abs().max() < 1e-4
+    assert abs(kept.sign().mean()) < 0.02
+    walls = F.normalize(torch.randn(5000, 8, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    across = ((x[0] - x) @ walls.mT).abs() / 0.6
+    oracle = (1 - across).clamp_min(0).prod(2).mean(0)
+    torch.testing.assert_close(kept @ kept[0], oracle, rtol=0, atol=0.025)
+    assert oracle[1] > 0.5 and oracle[12:].max() < 0.002
+    assert not torch.allclose(make_store(StoreConfig(kind="cells", dim=20_000, width=0.6, key=3), 8)(x), kept)
+
+
+def test_whoever_has_the_key_opens_cells() -> None:
+    config = StoreConfig(kind="cells", dim=1024, axes=6, width=0.8, key=1)
+    known, asked = features(400, 12, seed=1), features(30, 12, seed=2)
+    store, thief = make_store(config, 12), make_store(replace(config, key=2), 12)
+    for one in (store, thief):
+        one.fit(known)
+    kept, truth = store(asked), store.coded(asked)
+    assert (store.opened(kept, store.coded(known)) * truth).sum(1).min() > 0.98
+    assert (thief.opened(kept, store.coded(known)) * truth).sum(1).mean() < 0.6
+    # No slope leads there.
+    x = asked.clone().requires_grad_()
+    (store(x) * features(30, 1024)).sum().backward()
+    assert not x.grad.any()
+
+
 def test_who_has_the_extractor_compares_without_noise() -> None:
     """The noise of a picture says nothing of that of the next, near as it may be."""
     x = F.normalize(features(40), dim=1)
@@ -246,7 +278,7 @@ def test_gradients_pass(kind: str) -> None:
 
 @pytest.mark.parametrize("dim", [16, 13])
 @pytest.mark.parametrize(
-    ("kind", "quantise"), [("plain", "int8"), ("pca", "int8"), ("signs", "none"), ("codes", "int8")]
+    ("kind", "quantise"), [("plain", "int8"), ("pca", "int8"), ("signs", "none"), ("codes", "int8"), ("cells", "none")]
 )
 def test_packed_features_are_the_same_numbers(kind: str, quantise: str, dim: int) -> None:
     """As numpy unpacks them, which is what docs say."""

@@ -32,7 +32,13 @@ from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree, load_we
 from ppreid_dist.training.reversal import ReversalConfig
 
 LEARNED = ("gan", "regression")  # adversaries with a generator, the first that a run has
-TURNED = ("pca", "rotation", "signs", "codes")  # stored features whose components are not those of the embedding
+TURNED = (
+    "pca",
+    "rotation",
+    "signs",
+    "codes",
+    "cells",
+)  # stored features whose components are not those of the embedding
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppreid_dist.attacks.isomap import Manifold
-from ppreid_dist.attacks.layout import Sharpened
+from ppreid_dist.attacks.layout import Flipped, Sharpened
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, laid_out
 from ppreid_dist.attacks.waves import are_bits
 from ppreid_dist.models.store import main_directions
@@ -31,6 +31,7 @@ BLURS = (0.2, 0.1, 0.05, 0.03, 0.02)  # of the transport, one after another, in 
 TURNS = 4  # with each
 SHARE = 0.1  # of those whose place is known, against all others
 BALANCINGS = 50
+ENOUGH = 8  # enrolled pictures for each direction, from which on waves follow from them
 
 
 def read(
@@ -50,7 +51,8 @@ def read(
     own_NK = _main(plain_ND, min(directions, plain_ND.shape[1]))
     pool_PS = torch.cat([stolen_LS, enrolled_ES]).float()
     if are_bits(pool_PS):
-        ways = _ways(pool_PS, own_NK.shape[1], config, seed)
+        told_EK = own_NK[torch.from_numpy(rows_E).to(own_NK.device)]
+        ways = _ways(pool_PS, own_NK.shape[1], told_EK, config, seed)
     else:
         ways = [_main(pool_PS, min(own_NK.shape[1], pool_PS.shape[1]))]
     rows = torch.from_numpy(rows_E).to(own_NK.device)
@@ -64,8 +66,9 @@ def _main(features_MD: Tensor, directions: int) -> Tensor:
     return F.normalize(x_MD @ main_directions(x_MD)[:, :directions], dim=1)
 
 
-def _ways(pool_PS: Tensor, directions: int, config: UnfoldedConfig, seed: int) -> list[Tensor]:
-    """Positions of bits, float64, and those sharpened by the waves behind them: which are better the transport says."""
+def _ways(pool_PS: Tensor, directions: int, told_EK: Tensor, config: UnfoldedConfig, seed: int) -> list[Tensor]:
+    """Positions of bits, float64, those sharpened by the waves behind them, and those of waves that follow from the
+    enrolled, the pool's last, where these are many: which are best the transport says."""
     pool_PS = F.normalize(pool_PS, dim=1)
     draw = np.random.default_rng([seed, 0xE2])
     graph = pool_PS[torch.from_numpy(draw.permutation(len(pool_PS))[: config.entries])]
@@ -74,6 +77,9 @@ def _ways(pool_PS: Tensor, directions: int, config: UnfoldedConfig, seed: int) -
     ways = [layout.places_LK]
     if config.waves.candidates:
         ways.append(Sharpened(layout, config.waves, seed).places_LK)
+    if config.waves.candidates and len(told_EK) > ENOUGH * directions:
+        rows_E = torch.arange(len(pool_PS) - len(told_EK), len(pool_PS), device=pool_PS.device)
+        ways.append(Flipped(pool_PS, rows_E, told_EK.float(), config.waves, seed).places_LK)
     return [way.double() for way in ways]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ITSELF
-from ppreid_dist.attacks.waves import Waves, WavesConfig
+from ppreid_dist.attacks.waves import FlippedWaves, Waves, WavesConfig
 from ppreid_dist.transfer import to_device
 
 ALL_PAIRS = 10_000  # features at most of which all cosines are computed beforehand, 400 MB
@@ -43,12 +43,22 @@ class Layout:
 class Sharpened(Layout):
     """A layout of bits, sharpened by the waves behind them."""
 
+    waves: Waves
+
     def __init__(self, layout: Layout, config: WavesConfig, seed: int):
         self.waves = Waves(layout.pool_LD.sign(), layout.places_LK, rate=layout.rate, config=config, seed=seed)
         self.pool_LD, self.places_LK, self.residual = layout.pool_LD, self.waves.places_LK, layout.residual
 
     def _among(self, x_BD: Tensor, near_BK: Tensor) -> Tensor:
         return self.waves(x_BD.sign(), near_BK)
+
+
+class Flipped(Sharpened):
+    """Bits laid out by waves alone, which follow from roughly known positions of the pool's ``rows_A``."""
+
+    def __init__(self, pool_LD: Tensor, rows_A: Tensor, places_AK: Tensor, config: WavesConfig, seed: int):
+        self.waves = FlippedWaves(pool_LD.sign(), rows_A, places_AK, config=config, seed=seed)
+        self.pool_LD, self.places_LK = pool_LD, self.waves.places_LK
 
 
 def _laid_out(

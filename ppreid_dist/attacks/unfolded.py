@@ -28,7 +28,7 @@ from ppreid_dist.attacks.agreement import WeighedConfig, agreement, weighed
 from ppreid_dist.attacks.averaged import ALPHA, Average
 from ppreid_dist.attacks.base import register
 from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
-from ppreid_dist.attacks.layout import Layout, Sharpened
+from ppreid_dist.attacks.layout import Flipped, Layout, Sharpened
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
@@ -39,14 +39,15 @@ from ppreid_dist.settings import option
 # Features of its own, and entries of the database, that are laid out at most: of more, the others are placed by those
 # that lie nearest, which keeps less of them (docs/LOG.md).
 LAID_OUT = 50_000
-STARTS = ("isomap", "anchors")
+STARTS = ("isomap", "anchors", "flips")
 
 
 @dataclass(kw_only=True)
 class UnfoldedConfig(WeighedConfig, IsomapConfig):
     starts: list[str] = option(
-        ["isomap", "anchors"],
-        "where layouts start, to try; anchors need what attack.recogniser sees, and are left out where it is not asked",
+        ["isomap", "anchors", "flips"],
+        "where layouts start, to try; flips are for bits and need no layout; these and anchors need what "
+        "attack.recogniser sees, and are left out where it is not asked",
         choices=STARTS,
     )
     neighbours: list[int] = option([20], "neighbours of a feature in the graph that the layout starts from", at_least=2)
@@ -60,8 +61,8 @@ class UnfoldedConfig(WeighedConfig, IsomapConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.starts == ["anchors"] and not self.likeness:
-            raise ConfigError("starts: anchors alone need likeness more than 0")
+        if "isomap" not in self.starts and not self.likeness:
+            raise ConfigError("starts: without isomap they need likeness more than 0")
 
 
 @register
@@ -96,41 +97,50 @@ class UnfoldedRegression(Regression):
         config, found = self.config, []
         leaked_LD = None if self.leaked_LD is None else weigh(self.leaked_LD)
         graph, pool_LD, own_A = _pool(weigh(features_ND), leaked_LD, config, self.asked, split.seed)
+        bits = bool(config.waves.candidates) and are_bits(features_ND)
+        layouts: dict[str, Layout] = {}
         for start, neighbours in product(config.starts, config.neighbours):
+            if start == "flips" or (start == "anchors" and self.recogniser is None):
+                continue
             if start == "anchors":
-                if self.recogniser is None:
-                    continue
-                start_LK = self._anchored(pool_LD, own_A, pictures_N3hw, split, neighbours)
+                start_LK = propagated(pool_LD, *self._seen(own_A, pictures_N3hw, split), neighbours)
             else:
                 start_LK = Manifold(graph, neighbours, max(config.coordinates))(pool_LD)
-            for asked in config.coordinates:
-                count = min(asked, start_LK.shape[1])
+            for count in self._counts(start_LK):
                 layout = laid_out(pool_LD, start_LK[:, :count], config, split.seed)
-                layouts = {f"residual {layout.residual:.3f}": layout}
-                if config.waves.candidates and are_bits(features_ND):
+                where = f"from {start}, {count} dimensions"
+                layouts[f"{where} (residual {layout.residual:.3f})"] = layout
+                if bits:
                     sharp = Sharpened(layout, config.waves, split.seed)
-                    layouts[f"waves that agree by {sharp.waves.agreement:.3f}"] = sharp
-                for (how, placed), near in product(layouts.items(), config.averaged):
-                    average = Average(F.normalize(placed.places_LK, dim=1), near, ALPHA) if near else as_stored
-                    prepare = partial(_prepared, weigh, placed, average)
-                    found += decoders(
-                        prepare(features_ND), pictures_N3hw, split,
-                        noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
-                        label=f"{label}from {start}, {count} dimensions ({how}), {near} neighbours, ",
-                    )  # fmt: skip
+                    layouts[f"{where} (waves that agree by {sharp.waves.agreement:.3f})"] = sharp
+        if bits and "flips" in config.starts and self.recogniser is not None:
+            rows_A, seen_AK = self._seen(own_A, pictures_N3hw, split)
+            for count in self._counts(seen_AK):
+                known = torch.from_numpy(rows_A).to(pool_LD.device), seen_AK[:, :count]
+                flipped = Flipped(pool_LD, *known, config.waves, split.seed)
+                layouts[f"by flips, {count} dimensions (waves that agree by {flipped.waves.agreement:.3f})"] = flipped
+        for (how, placed), near in product(layouts.items(), config.averaged):
+            average = Average(F.normalize(placed.places_LK, dim=1), near, ALPHA) if near else as_stored
+            prepare = partial(_prepared, weigh, placed, average)
+            found += decoders(
+                prepare(features_ND), pictures_N3hw, split,
+                noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
+                label=f"{label}{how}, {near} neighbours, ",
+            )  # fmt: skip
         return found
 
-    def _anchored(
-        self, pool_LD: Tensor, own_A: np.ndarray, pictures_N3hw: Tensor, split: Split, neighbours: int
-    ) -> Tensor:
-        """(L, K): the main directions of what the recogniser sees in the pictures that are fitted, handed on. Of the
-        people held out nothing is told, so that they can choose between starts."""
+    def _counts(self, start_LK: Tensor) -> list[int]:
+        return [min(asked, start_LK.shape[1]) for asked in self.config.coordinates]
+
+    def _seen(self, own_A: np.ndarray, pictures_N3hw: Tensor, split: Split) -> tuple[np.ndarray, Tensor]:
+        """Rows of the pool, and (A, K) the main directions of what the recogniser sees in their pictures. Of the people
+        held out nothing is told, so that they can choose between starts."""
         assert self.recogniser is not None
         fitted_A = np.isin(own_A, split.fit_F)
         seen_AE = self.recogniser.of_pictures(pictures_N3hw[torch.from_numpy(own_A[fitted_A])])
         seen_AE = seen_AE - seen_AE.mean(0)
         directions_EK = torch.linalg.svd(seen_AE, full_matrices=False)[2][: max(self.config.coordinates)].T
-        return propagated(pool_LD, np.flatnonzero(fitted_A), seen_AE @ directions_EK, neighbours)
+        return np.flatnonzero(fitted_A), seen_AE @ directions_EK
 
 
 def _prepared(

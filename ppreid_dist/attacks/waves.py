@@ -3,12 +3,15 @@
 A bit of a code says on which half of a secret wave a position is (``model.store.kind=codes``). Whoever knows the scheme
 lacks the positions and the waves, and can have both: positions that explain how alike the codes are
 (``attacks.unfolded``) are near enough to the truth to tell which of many drawn waves agrees with a bit over all entries
-of a database. Waves and positions then make each other sharper, by ascent of how much both agree (as in bundle
-adjustment, Triggs et al., 1999). Positions that agree badly with their bits are sought anew from where others lie. No
-key is needed, and no picture; with the waves every further code is opened like those of the database
-(``Store.opened`` does the same with the key).
+of a database. Where codes are so narrow that no chain of near entries joins people, no such positions are found; then
+what his own ReID model sees of his own people are positions, and bits in which near entries differ tell along which
+line a wave runs (:class:`FlippedWaves`). Waves and positions then make each other sharper, by ascent of how much both
+agree (as in bundle adjustment, Triggs et al., 1999). Positions that agree badly with their bits are sought anew from
+where others lie. No key is needed, and no picture; with the waves every further code is opened like those of the
+database (``Store.opened`` does the same with the key).
 
-Shapes: L features of the pool, M features to place, S bits, K dimensions of a position, C candidates, T starts.
+Shapes: L features of the pool, A of them whose positions are roughly known, M features to place, S bits, K dimensions
+of a position, C candidates, T starts, P pairs.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,10 @@ from ppreid_dist.transfer import to_device
 
 AT_ONCE = 2000  # compared at once
 BATCH = 512
+NEAR = 0.15  # mean product of bits from which on a pair is near: about two widths
+PAIRS = 50_000  # near ones at most, by which lines are found
+TURNS = torch.linspace(0.3, 12.0, 80)  # deviations of a wave's phases that are tried
+MIXED = 20_000  # places between two known ones where others are sought
 ENOUGH = 0.6  # mean agreement from which on nothing is left to gain: signs of waves and waves themselves have 2 / π
 
 
@@ -43,20 +50,15 @@ def are_bits(features_MD: Tensor) -> bool:
 class Waves:
     """What is found of them. ``places_LK`` are the pool's positions, ``agreement`` the mean of bits times waves."""
 
+    places_LK: Tensor
+    agreement: float
+
     def __init__(self, bits_LS: Tensor, places_LK: Tensor, *, rate: float, config: WavesConfig, seed: int):
         """``bits_LS`` are ±1; ``rate`` is that at which their likeness falls with the square of a distance, which says
         how long the waves are."""
-        device = places_LK.device
         random = torch.Generator().manual_seed(seed)
-        some_S = torch.randperm(bits_LS.shape[1], generator=random)[: config.bits]
-        self.chosen_S = to_device(some_S, device)
-        bits_LS = bits_LS[:, self.chosen_S]
-        places_LK = (places_LK - places_LK.mean(0)).clone()
+        bits_LS = self._begin(bits_LS, places_LK, config, random)
         self.mean_length = (2 * rate) ** 0.5  # the deviation of a wave's numbers, per unit of distance
-        self.scale = float(places_LK.square().mean().sqrt())
-        self.directions_KS = places_LK.new_zeros(places_LK.shape[1], len(some_S))
-        self.phases_S = places_LK.new_zeros(len(some_S))
-        self.places_LK, self.agreement = places_LK, 0.0
         for _ in range(config.rounds):
             self._search(bits_LS, config.candidates, random)
             self._ascend(bits_LS, config.steps, random, with_places=False)
@@ -65,6 +67,16 @@ class Waves:
             before, self.agreement = self.agreement, float(self._agree(self.places_LK, bits_LS).mean())
             if self.agreement > ENOUGH or self.agreement < before + 0.01:
                 break
+
+    def _begin(self, bits_LS: Tensor, places_LK: Tensor, config: WavesConfig, random: torch.Generator) -> Tensor:
+        """The bits whose waves are sought."""
+        some_S = torch.randperm(bits_LS.shape[1], generator=random)[: config.bits]
+        self.chosen_S = to_device(some_S, places_LK.device)
+        self.places_LK, self.agreement = (places_LK - places_LK.mean(0)).clone(), 0.0
+        self.scale = float(self.places_LK.square().mean().sqrt())
+        self.directions_KS = places_LK.new_zeros(places_LK.shape[1], len(some_S))
+        self.phases_S = places_LK.new_zeros(len(some_S))
+        return bits_LS[:, self.chosen_S]
 
     def __call__(self, bits_MD: Tensor, start_MK: Tensor) -> Tensor:
         """(M, K): where codes lie that aren't in the pool, sought from ``start_MK`` and from where the pool's best
@@ -145,3 +157,86 @@ class Waves:
             best_B = self._fit(place_BTK, bits_BS).argmax(1)
             found.append(place_BTK[torch.arange(len(best_B)), best_B])
         return torch.cat(found)
+
+
+class FlippedWaves(Waves):
+    """The same where positions are roughly known of some features only, in terms of their own, and how alike codes are
+    says nothing of the rest.
+
+    Of two near features the bits differ whose waves run along the line between them: over many near pairs, the line
+    along which bits differ most is the wave's. How long it is and where it begins is then one number each. Others lie
+    where the waves say, sought from the known positions and from between them.
+    """
+
+    def __init__(self, bits_LS: Tensor, rows_A: Tensor, places_AK: Tensor, *, config: WavesConfig, seed: int):
+        random = torch.Generator().manual_seed(seed)
+        known_AS = self._begin(bits_LS[rows_A], places_AK.float(), config, random)
+        bits_LS = bits_LS[:, self.chosen_S]
+        self._follow(known_AS, random)
+        self._ascend(known_AS, config.steps, random, with_places=False)
+        self._ascend(known_AS, config.steps, random, with_places=True)
+        self.weight_S = self._agree(self.places_LK, known_AS).clamp_min(0)
+        places_LK = self._between(bits_LS, random)
+        places_LK[rows_A] = self.places_LK
+        self.places_LK = places_LK
+        for _ in range(config.rounds):
+            self._ascend(bits_LS, config.steps, random, with_places=True)
+            self._move(bits_LS)
+        self.agreement = float(self._agree(self.places_LK, bits_LS).mean())
+
+    def _follow(self, bits_AS: Tensor, random: torch.Generator) -> None:
+        """A wave for each bit, by the pairs in which it differs."""
+        one_P, other_P = _near_pairs(bits_AS, random)
+        apart_PK = self.places_LK[one_P] - self.places_LK[other_P]
+        moment_KK = apart_PK.mT @ apart_PK / max(1, len(apart_PK))
+        ridge_KK = 1e-6 * moment_KK.trace() * torch.eye(len(moment_KK), device=moment_KK.device)
+        white_KK = torch.linalg.inv(
+            torch.linalg.cholesky(moment_KK + ridge_KK + 1e-12 * torch.eye(len(moment_KK)).to(moment_KK))
+        )
+        line_PK = apart_PK @ white_KK.mT
+        count, sums_SKK = len(line_PK), bits_AS.new_zeros(bits_AS.shape[1], line_PK.shape[1] ** 2)
+        for start in range(0, count, AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            differ_PS = (bits_AS[one_P[some]] != bits_AS[other_P[some]]).float()
+            differ_PS -= differ_PS.mean(0)
+            sums_SKK += differ_PS.mT @ (line_PK[some, :, None] * line_PK[some, None]).flatten(1)
+        lines_SK = torch.linalg.eigh(sums_SKK.unflatten(1, white_KK.shape))[1][:, :, -1] @ white_KK
+        along_AS = self.places_LK @ lines_SK.mT
+        lines_SK, along_AS = lines_SK / along_AS.std(0)[:, None], along_AS / along_AS.std(0)
+        best_S = bits_AS.new_zeros(bits_AS.shape[1])
+        for turn in TURNS.tolist():
+            real_S, imaginary_S = (of(along_AS * turn).mul(bits_AS).mean(0) for of in (torch.cos, torch.sin))
+            found_S = torch.hypot(real_S, imaginary_S)
+            better_S = found_S > best_S
+            self.directions_KS[:, better_S] = turn * lines_SK[better_S].mT
+            self.phases_S[better_S] = torch.atan2(-imaginary_S, real_S)[better_S]
+            best_S = torch.maximum(best_S, found_S)
+        self.mean_length = float(self.directions_KS.square().mean().sqrt())
+
+    def _between(self, bits_LS: Tensor, random: torch.Generator) -> Tensor:
+        """(L, K): of the known positions and those between two, from where each feature's is sought."""
+        known_AK = self.places_LK
+        one, other = (
+            to_device(torch.randint(len(known_AK), (MIXED,), generator=random), known_AK.device) for _ in "ab"
+        )
+        share = to_device(torch.rand(MIXED, 1, generator=random), known_AK.device)
+        self.places_LK = torch.cat([known_AK, share * known_AK[one] + (1 - share) * known_AK[other]])
+        waves_XS = self._waves(self.places_LK) * self.weight_S
+        start_LK = torch.cat([self.places_LK[(some @ waves_XS.mT).argmax(1)] for some in bits_LS.split(512)])
+        found_LK = self._sought(bits_LS, start_LK)
+        self.places_LK = known_AK
+        return found_LK
+
+
+def _near_pairs(bits_AS: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows of pairs of near features, (P,) each, at most PAIRS drawn ones."""
+    found = []
+    for start in range(0, len(bits_AS), AT_ONCE):
+        alike = bits_AS[start : start + AT_ONCE] @ bits_AS.mT / bits_AS.shape[1]
+        one_P, other_P = torch.nonzero(alike > NEAR, as_tuple=True)
+        one_P = one_P + start
+        found.append(torch.stack([one_P, other_P])[:, one_P < other_P])
+    pairs_2P = torch.cat(found, 1)
+    some_P = torch.randperm(pairs_2P.shape[1], generator=random)[:PAIRS]
+    one_P, other_P = pairs_2P[:, to_device(some_P, pairs_2P.device)]
+    return one_P, other_P

@@ -13,6 +13,10 @@ training anything; they are put on a finished extractor (``ppreid store``), and 
                beyond a few ``width`` it is lost how far two are apart (Boufounos & Rane, WIFS 2011). Their waves'
                lengths are drawn too, and long ones tell of far distances: whoever has people of his own finds them
                out (``attacks.agreement``). With ``spectrum: shell`` all are equally long
+    cells      ``dim`` secret bits, each of the cell in which its main directions lie, between secret walls ``width``
+               apart (locality-sensitive hashing; Indyk & Motwani, STOC 1998): features in the same cell have the same
+               bit, and of others' cells a bit says nothing. Waves go on beyond where somebody's people are; a hash of
+               cells doesn't, so that what it tells is how many bits two features share, and no more
 
 All but ``noise`` at unit norm again. int8 comes last of all. A kind is a class here, under its name in :data:`KINDS`.
 
@@ -39,6 +43,7 @@ PUBLIC_KEY = 0  # for measurements; a gallery takes its own
 NOISE_WAVES = 64.0  # of noise, per unit of distance
 INT8_MAX = 127
 INT8_SIGMAS = 4.0
+CELL_WALLS = 16  # directions of walls at most; with fewer a cell would be a slab, of which many are seen
 
 
 @dataclass(kw_only=True)
@@ -57,21 +62,25 @@ class StoreConfig(Settings):
     kind: str = option(
         "plain",
         "what is kept of an embedding; all but plain are for `ppreid store`, after training",
-        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs", "codes"),
+        choices=("plain", "noise", "adversarial", "pca", "rotation", "signs", "codes", "cells"),
     )
     strength: float = option(0.5, "the norm of what is added: of noise on average, of adversarial at most", more_than=0)
     ascent: int = option(20, "of adversarial: steps to where the decoder errs most", at_least=1)
     decoder: DecoderConfig = option(DecoderConfig(), "")
-    dim: int = option(0, "of pca, signs and codes: the stored dimension; 0 is the embedding's", at_least=0)
-    axes: int = option(0, "of codes: the main directions that are coded; 0 is all", at_least=0)
-    width: float = option(0.5, "of codes: features at distance d agree as exp(-d^2 / (2 width^2)) says", more_than=0)
+    dim: int = option(0, "of pca, signs, codes and cells: the stored dimension; 0 is the embedding's", at_least=0)
+    axes: int = option(0, "of codes and cells: the main directions that are coded; 0 is all", at_least=0)
+    width: float = option(
+        0.5,
+        "of codes: features at distance d agree as exp(-d^2 / (2 width^2)) says; of cells: how far apart walls are",
+        more_than=0,
+    )
     spectrum: str = option(
         "gaussian", "of codes: lengths of the waves, drawn or all the same (shell)", choices=("gaussian", "shell")
     )
     key: int = option(
         PUBLIC_KEY,
-        "of noise, rotation, signs and codes: the secret that they are drawn from, of any length; 0 is public, for "
-        "measurements only",
+        "of noise, rotation, signs, codes and cells: the secret that they are drawn from, of any length; 0 is public, "
+        "for measurements only",
         at_least=0,
     )
     quantise: str = option("none", "how what is kept is rounded", choices=("none", "int8"))
@@ -284,14 +293,13 @@ class Signs(_Secret):
         return _signs(unit_BD @ self.secret_AS)
 
 
-class Codes(_Secret):
-    """ConfigError naming ``model.store.axes`` where more directions are asked for than there are."""
+class Coded(_Secret):
+    """Secret bits of the main directions. ConfigError naming ``model.store.axes`` where more are asked for than there
+    are."""
 
-    uses = ("dim", "axes", "width", "spectrum", "key")
     keyed = True
     one_bit = True
     main_DA: Tensor
-    phases_S: Tensor
 
     def __init__(self, config: StoreConfig, dim: int):
         _check_directions("axes", config.axes, dim)
@@ -299,15 +307,10 @@ class Codes(_Secret):
         self.needs_features = config.axes > 0
         if config.axes:
             self.register_buffer("main_DA", torch.zeros(dim, config.axes))
-        phases_S = (2 * math.pi * _drawn(config.key, "phases", self.dim)).float()
-        self.register_buffer("phases_S", phases_S, persistent=False)
 
-    def _draw(self) -> Tensor:
-        waves = _drawn(self.config.key, "directions", self.config.axes or self.embedding_dim, self.dim)
-        secret_AS = torch.special.ndtri(waves)
-        if self.config.spectrum == "shell":
-            secret_AS = F.normalize(secret_AS, dim=0) * len(secret_AS) ** 0.5  # the mean of their squares stays
-        return secret_AS
+    @property
+    def axes(self) -> int:
+        return self.config.axes or self.embedding_dim
 
     def fit(self, plain_ND: Tensor, pictures_N3hw: Tensor | None = None) -> None:
         if self.config.axes:
@@ -320,6 +323,28 @@ class Codes(_Secret):
     def _main(self, unit_BD: Tensor) -> Tensor:
         return F.normalize(unit_BD @ self.main_DA, dim=1) if self.config.axes else unit_BD
 
+    def opened(self, stored_BS: Tensor, known_KA: Tensor) -> Tensor:
+        """What whoever has the key finds behind bits, (B, A) at unit norm, knowing what is coded of other people;
+        :meth:`coded` was the truth."""
+        raise NotImplementedError
+
+
+class Codes(Coded):
+    uses = ("dim", "axes", "width", "spectrum", "key")
+    phases_S: Tensor
+
+    def __init__(self, config: StoreConfig, dim: int):
+        super().__init__(config, dim)
+        phases_S = (2 * math.pi * _drawn(config.key, "phases", self.dim)).float()
+        self.register_buffer("phases_S", phases_S, persistent=False)
+
+    def _draw(self) -> Tensor:
+        waves = _drawn(self.config.key, "directions", self.axes, self.dim)
+        secret_AS = torch.special.ndtri(waves)
+        if self.config.spectrum == "shell":
+            secret_AS = F.normalize(secret_AS, dim=0) * len(secret_AS) ** 0.5  # the mean of their squares stays
+        return secret_AS
+
     def _kept(self, unit_BD: Tensor) -> Tensor:
         return _signs(self._waves(self._main(unit_BD)))
 
@@ -328,9 +353,7 @@ class Codes(_Secret):
 
     @torch.no_grad()
     def opened(self, stored_BS: Tensor, known_KA: Tensor, *, starts: int = 4, steps: int = 60) -> Tensor:
-        """What whoever has the key finds behind codes, (B, A) at unit norm; :meth:`coded` was the truth.
-
-        Where a code's signs agree best with the waves: sought from the best ``starts`` of what is ``known_KA`` of
+        """Where a code's signs agree best with the waves: sought from the best ``starts`` of what is ``known_KA`` of
         others and of as many random directions, by ascent. That takes a start within about twice the waves' width.
         """
         random = torch.Generator().manual_seed(seed_of(self.config.key))
@@ -356,6 +379,73 @@ class Codes(_Secret):
         return (self._waves(F.normalize(place_BTA, dim=2)) * signs_BS[:, None]).mean(2)
 
 
+class Cells(Coded):
+    """Features W walls from each other in every cell; a bit is a keyed hash (splitmix64, which is no cryptographic one)
+    of between which walls a position lies. No gradient passes: a cell has none."""
+
+    uses = ("dim", "axes", "width", "key")
+    shifts_SW: Tensor
+    factors_SW: Tensor
+
+    def __init__(self, config: StoreConfig, dim: int):
+        super().__init__(config, dim)
+        shape = self.dim, self.walls
+        self.register_buffer("shifts_SW", _drawn(config.key, "shifts", *shape).float(), persistent=False)
+        self.register_buffer("factors_SW", _words(config.key, "factors", *shape) | 1, persistent=False)
+
+    @property
+    def walls(self) -> int:
+        """Directions across which each cell has walls."""
+        return min(self.axes, CELL_WALLS)
+
+    def _draw(self) -> Tensor:
+        normal = torch.special.ndtri(_drawn(self.config.key, "directions", self.axes, self.dim * self.walls))
+        return F.normalize(normal, dim=0)
+
+    def _kept(self, unit_BD: Tensor) -> Tensor:
+        main_BA = self._main(unit_BD)
+        bits_BS = torch.cat([self._bits(some) for some in main_BA.detach().split(256)])
+        return _straight_through(bits_BS / self.dim**0.5, 0 * main_BA.sum(1, keepdim=True).expand_as(bits_BS))
+
+    def _bits(self, main_BA: Tensor) -> Tensor:
+        """(B, S), ±1."""
+        across_BSW = (main_BA @ self.secret_AS / self.config.width).unflatten(1, self.shifts_SW.shape)
+        cells_BSW = (across_BSW + self.shifts_SW).floor().long()
+        return 2.0 * (_mixed((cells_BSW * self.factors_SW).sum(2)) >> 40 & 1) - 1
+
+    @torch.no_grad()
+    def opened(self, stored_BS: Tensor, known_KA: Tensor, *, tried: int = 50_000, steps: int = 40) -> Tensor:
+        """Where a feature's bits agree best: sought from what is known of others, from between two of them, and then
+        in ever smaller steps at random, since cells have no slope."""
+        random = torch.Generator().manual_seed(seed_of(self.config.key))
+        one, other = torch.randint(len(known_KA), (2, tried), generator=random).to(known_KA.device)
+        share = torch.rand(tried, 1, generator=random).to(known_KA)
+        known_KA = torch.cat([known_KA, share * known_KA[one] + (1 - share) * known_KA[other]])
+        known_KA, found = F.normalize(known_KA, dim=1), []
+        known_KS = torch.cat([self._bits(some).to(torch.int8) for some in known_KA.split(256)])
+        for signs_BS in stored_BS.sign().split(64):
+            agree_KB = torch.cat([some.float() @ signs_BS.mT for some in known_KS.split(4096)])
+            best_TB = agree_KB.topk(4, dim=0).indices
+            place_BTA = known_KA[best_TB.mT]
+            for step in range(steps):
+                moved_BTMA = place_BTA[:, :, None] + self._moves(place_BTA, 0.3 * 0.9**step, random)
+                moved_BTMA = F.normalize(torch.cat([place_BTA[:, :, None], moved_BTMA], 2), dim=3)
+                agree_BTM = self._agreement(signs_BS, moved_BTMA)
+                best_BT1A = agree_BTM.argmax(2)[:, :, None, None].expand(*place_BTA.shape[:2], 1, place_BTA.shape[2])
+                place_BTA = moved_BTMA.gather(2, best_BT1A)[:, :, 0]
+            first_B = self._agreement(signs_BS, place_BTA[:, :, None])[:, :, 0].argmax(1)
+            found.append(place_BTA[torch.arange(len(first_B)), first_B])
+        return torch.cat(found)
+
+    def _moves(self, place_BTA: Tensor, far: float, random: torch.Generator) -> Tensor:
+        shape = *place_BTA.shape[:2], 16, place_BTA.shape[2]
+        return torch.randn(shape, generator=random).to(place_BTA) * far / shape[-1] ** 0.5
+
+    def _agreement(self, signs_BS: Tensor, place_BTMA: Tensor) -> Tensor:
+        bits_XS = torch.cat([self._bits(some) for some in place_BTMA.flatten(0, 2).split(256)])
+        return (bits_XS.unflatten(0, place_BTMA.shape[:3]) * signs_BS[:, None, None]).mean(3)
+
+
 KINDS: dict[str, type[Store]] = {
     "plain": Store,
     "noise": Noise,
@@ -364,6 +454,7 @@ KINDS: dict[str, type[Store]] = {
     "rotation": Rotation,
     "signs": Signs,
     "codes": Codes,
+    "cells": Cells,
 }
 
 
@@ -401,6 +492,20 @@ def _drawn(key: int, what: str, *shape: int) -> Tensor:
     label = f"ppreid_dist model.store {what} {key}"
     words = np.frombuffer(hashlib.shake_256(label.encode()).digest(4 * math.prod(shape)), dtype="<u4")
     return torch.from_numpy((words + 0.5) * 2.0**-32).reshape(shape)
+
+
+def _words(key: int, what: str, *shape: int) -> Tensor:
+    """The same as int64, evenly spread."""
+    label = f"ppreid_dist model.store {what} {key}"
+    words = np.frombuffer(hashlib.shake_256(label.encode()).digest(8 * math.prod(shape)), dtype="<i8")
+    return torch.from_numpy(words.astype(np.int64)).reshape(shape)
+
+
+def _mixed(word: Tensor) -> Tensor:
+    """splitmix64's finaliser, of int64 (Steele, Lea & Flood, OOPSLA 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        word = (word ^ (word >> shift & (1 << 64 - shift) - 1)) * factor
+    return word
 
 
 def int8_reach(dim: int) -> float:
