@@ -167,12 +167,19 @@ def _features(arguments: Sequence[str]) -> int:
         help="where features go; files' names go to FILE.keys.txt",
     )
     parser.add_argument(
+        "--by-folder",
+        action="store_true",
+        help="the pictures in one folder, a person's by one camera, are one entry, their mean (see data.tracklet)",
+    )
+    parser.add_argument(
         "--packed", action="store_true", help="signs and codes as bits, int8 as int8, instead of float32 for all"
     )
     options = parser.parse_args(arguments)
     from ppreid_dist.features import write_features
 
-    count, dim = write_features(options.run, options.pictures, options.out, packed=options.packed)
+    count, dim = write_features(
+        options.run, options.pictures, options.out, by_folder=options.by_folder, packed=options.packed
+    )
     _say(f"{options.out}: {count} features of {dim} numbers, their files in {options.out.with_suffix('.keys.txt')}")
     return 0
 

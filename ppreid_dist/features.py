@@ -3,9 +3,9 @@
 FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt, or packed (`models.store.Store.packed`); in
                     its metadata, as the JSON `about`, a digest of the model and how it stores
                     (`evaluation.export.provenance`)
-FILE.keys.txt       the pictures' files, a line each
+FILE.keys.txt       the pictures' files, a line each; of entries that are folders, these
 
-N pictures, S the stored dim.
+N pictures, or entries of several, S the stored dim, D the embedding's.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import torch
 from ppreid_dist.data.decode import Decoder
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.evaluation.export import provenance, save_features, stored_features
+from ppreid_dist.evaluation.tracklets import padded, stored_means, unit_embeddings
 from ppreid_dist.experiment import load_run
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.progress import progress_bar, say
@@ -26,10 +27,18 @@ _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 def write_features(
-    run: Path, pictures: Sequence[Path], out: Path, *, packed: bool = False, progress: bool = True
+    run: Path,
+    pictures: Sequence[Path],
+    out: Path,
+    *,
+    by_folder: bool = False,
+    packed: bool = False,
+    progress: bool = True,
 ) -> torch.Size:
     """What the finished ``run`` stores of ``pictures``, a person each, files or folders of files; returns (N, S).
 
+    ``by_folder``: all pictures that lie in one folder, a person's by one camera, are one entry
+    (:mod:`ppreid_dist.evaluation.tracklets`), and its key is the folder.
     Of folders, names that begin with a dot are passed over, other endings than a picture's are counted and told. They
     are decoded as `ppreid evaluate` decodes: the same file gives the same feature (of ``adversarial`` only where the
     same library decodes it). DataError naming a picture that can't be read, or whose name can't be a line of UTF-8;
@@ -50,13 +59,18 @@ def write_features(
     if packed and not store.packs:
         raise RunError(f"--packed: {run} stores float32 numbers ({about['stored']}); signs, codes and int8 are packed")
     decoder = Decoder(config.data.stream.backend, saved.size, device)
-    features_NS = torch.empty(len(files), store.dim)
+    see = unit_embeddings if by_folder else stored_features
+    seen = torch.empty(len(files), saved.extractor.feature_dim if by_folder else store.dim)
     for start in progress_bar(range(0, len(files), _BATCH), desc="features", shown=progress):
         some = files[start : start + _BATCH]
         images_B3HW = decoder.decode([_read(file) for file in some], [str(file) for file in some])
-        features_NS[start : start + len(some)] = stored_features(saved.extractor, images_B3HW)
-    tensors = store.packed(features_NS) if packed else {"features": features_NS}
-    save_features(out, tensors, files, about)
+        seen[start : start + len(some)] = see(saved.extractor, images_B3HW)
+    keys, features_NS = files, seen
+    if by_folder:
+        keys = list(dict.fromkeys(file.parent for file in files))
+        rows_ET = padded([[row for row, file in enumerate(files) if file.parent == key] for key in keys])
+        features_NS = stored_means(saved.extractor, seen.to(device), rows_ET).cpu()
+    save_features(out, store.packed(features_NS) if packed else {"features": features_NS}, keys, about)
     return features_NS.shape
 
 

@@ -123,7 +123,13 @@ def test_a_stored_run_is_handed_the_generator_and_nothing_else(tmp_path: Path, g
 def test_the_generator_reads_what_is_stored_otherwise(kind: str, generator: Generator, aux: World, met: World) -> None:
     """Linear kinds, which here lose nothing, to the picture; signs and codes well enough to find people."""
     store = make_store(
-        StoreConfig(kind=kind, dim=256 if kind in ("signs", "codes", "cells") else 12, width=2.0 if kind == "cells" else 1.0, key=4), 24
+        StoreConfig(
+            kind=kind,
+            dim=256 if kind in ("signs", "codes", "cells") else 12,
+            width=2.0 if kind == "cells" else 1.0,
+            key=4,
+        ),
+        24,
     )
     store.fit(aux[1])
     reading = for_stored(generator, store(aux[1]), aux[1], aux[0].pids_N, seed=0)

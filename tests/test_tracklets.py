@@ -113,6 +113,32 @@ def test_evaluation_and_attack_are_of_entries(settings: list[str], runs: Path, t
     assert "error: data.tracklet: 1, but entries of" in said and "hold up to 2 pictures" in said
 
 
+def test_features_of_folders_are_those_of_evaluate(settings: list[str], runs: Path, tmp_path: Path) -> None:
+    """A folder for each person and camera, as the gallery has them."""
+    config = load_settings(Config, None, settings)
+    gallery = load_split(config.data, "gallery", (32, 16), "cpu", progress=False)
+    for pid, camid, key in zip(gallery.pids_N, gallery.camids_N, gallery.keys, strict=True):
+        folder = tmp_path / "pictures" / f"{pid:04d}_c{camid}"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{key.partition('_')[2]}.jpg"
+        (folder / name).symlink_to(Path(config.data.root) / "images" / name)
+    ppreid("evaluate", str(runs / "codes"))
+    ppreid(
+        "features",
+        str(runs / "codes"),
+        str(tmp_path / "pictures"),
+        "--by-folder",
+        "--out",
+        str(tmp_path / "f.safetensors"),
+    )
+    evaluated = read_tensors(runs / "codes" / "features" / "gallery.safetensors")
+    order = np.lexsort((evaluated["camids"], evaluated["pids"]))
+    found = read_tensors(tmp_path / "f.safetensors")["features"]
+    torch.testing.assert_close(found, evaluated["features"][torch.from_numpy(order)])
+    keys = (tmp_path / "f.keys.txt").read_text().splitlines()
+    assert keys == sorted(map(str, (tmp_path / "pictures").iterdir())) and len(keys) == 16
+
+
 def test_some_pictures_are_left_for_the_gallery() -> None:
     with pytest.raises(ConfigError, match="queries: 3 of 3 shots leave none for the gallery"):
         SyntheticConfig(shots=3, queries=3)

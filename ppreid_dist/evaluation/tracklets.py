@@ -7,6 +7,7 @@ to the mean. An entry is shown, labelled and tested as its first picture, its he
 Shapes: N pictures, E entries, T pictures of the longest tracklet, D the embedding's dim, S the stored dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ def tracklets(pids_N: np.ndarray, camids_N: np.ndarray, most: int, *, each: bool
     left. With ``each`` every picture heads one, of itself and those after it, round and round: as many entries as
     pictures, for whoever may enrol what he has as he likes.
     """
-    found = []
+    found: list[list[int]] = []
     groups: dict[tuple[int, int], list[int]] = {}
     for row, (pid, camid) in enumerate(zip(pids_N.tolist(), camids_N.tolist(), strict=True)):
         groups.setdefault((pid, camid), []).append(row)
@@ -36,9 +37,13 @@ def tracklets(pids_N: np.ndarray, camids_N: np.ndarray, most: int, *, each: bool
             found += [[rows[(i + k) % len(rows)] for k in range(min(most, len(rows)))] for i in range(len(rows))]
         else:
             found += [rows[i : i + most] for i in range(0, len(rows), most)]
-    longest = max(map(len, found), default=1)
-    padded = [rows + [-1] * (longest - len(rows)) for rows in sorted(found)]
-    return np.array(padded, np.int64).reshape(-1, longest)
+    return padded(sorted(found))
+
+
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """(E, T) of rows of different lengths, -1 behind the shorter ones."""
+    longest = max(map(len, rows), default=1)
+    return np.array([[*row, *[-1] * (longest - len(row))] for row in rows], np.int64).reshape(-1, longest)
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,21 @@ class Enrolment:
         of each picture's, so that E is N."""
         if self.most == 1:
             return stored_features(extractor, pictures.images_N3HW)
-        return _stored_means(extractor, pictures.images_N3HW, torch.from_numpy(self.rows(pictures, each=each)))
+        return stored_means(extractor, unit_embeddings(extractor, pictures.images_N3HW), self.rows(pictures, each=each))
 
 
 @torch.no_grad()
-def _stored_means(extractor: Extractor, images_N3HW: Tensor, rows_ET: Tensor, *, batch: int = 256) -> Tensor:
+def unit_embeddings(extractor: Extractor, images_N3HW: Tensor, *, batch: int = 256) -> Tensor:
+    """(N, D) float32 on the extractor's device, of uint8 or float [0,1] pictures."""
     device = next(extractor.parameters()).device
-    unit_ND = torch.cat([_unit(extractor, images.to(device)) for images in images_N3HW.split(batch)])
-    rows_ET = rows_ET.to(device)
-    known_ET1 = (rows_ET >= 0)[:, :, None]
-    mean_ED = (unit_ND[rows_ET.clamp_min(0)] * known_ET1).sum(1) / known_ET1.sum(1)
+    seen = [extractor(to_float(images.to(device))).embedding_BD.float() for images in images_N3HW.split(batch)]
+    return F.normalize(torch.cat(seen), dim=1)
+
+
+@torch.no_grad()
+def stored_means(extractor: Extractor, unit_ND: Tensor, rows_ET: np.ndarray, *, batch: int = 256) -> Tensor:
+    """(E, S): T of the mean of each entry's embeddings; -1 among the rows is none."""
+    rows = torch.from_numpy(rows_ET).to(unit_ND.device)
+    known_ET1 = (rows >= 0)[:, :, None]
+    mean_ED = (unit_ND[rows.clamp_min(0)] * known_ET1).sum(1) / known_ET1.sum(1)
     return torch.cat([extractor.store(some).float() for some in mean_ED.split(batch)])
-
-
-def _unit(extractor: Extractor, images_B3HW: Tensor) -> Tensor:
-    return F.normalize(extractor(to_float(images_B3HW)).embedding_BD.float(), dim=1)
