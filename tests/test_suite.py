@@ -28,6 +28,7 @@ from ppreid_dist.attacks.whitebox import WhiteBoxConfig
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, DataError, MissingExtra, RunError
 from ppreid_dist.evaluation.images import scores
+from ppreid_dist.evaluation.tracklets import Enrolment
 from ppreid_dist.files import write_json
 from ppreid_dist.settings import load_settings
 
@@ -334,7 +335,9 @@ def test_what_is_kept_is_not_trained_again_unless_something_changed(
 
 def test_features_that_are_no_numbers_are_refused_before_anybody_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = {"query": torch.ones(2, 3), "aux": torch.tensor([[1.0, float("nan"), 0.0]])}
-    monkeypatch.setattr(attack_setup, "stored_features", lambda extractor, images: stored[images])
+    monkeypatch.setattr("ppreid_dist.evaluation.tracklets.stored_features", lambda extractor, images: stored[images])
     pictures: Any = {split: SimpleNamespace(images_N3HW=split) for split in stored}
     with pytest.raises(RunError, match=r"^protected: what it stores of aux holds numbers that aren't finite$"):
-        attack_setup._victim("protected", cast("Any", SimpleNamespace(extractor=None)), pictures, small_config())
+        attack_setup._victim(
+            "protected", cast("Any", SimpleNamespace(extractor=None)), pictures, small_config(), Enrolment()
+        )
