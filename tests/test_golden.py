@@ -243,11 +243,12 @@ def stored(golden: World, config: StoreConfig) -> Store:
         StoreConfig(kind="pca", dim=8),
         StoreConfig(kind="signs", dim=64),
         StoreConfig(kind="codes", dim=512, axes=8, width=0.5),
+        StoreConfig(kind="cells", dim=512, axes=8, width=0.8),
     ],
     ids=lambda config: config.kind,
 )
 def test_golden_stores_that_drop_something_are_harder_to_reverse(golden: World, config: StoreConfig) -> None:
-    # noise 1.10, 1.09, 1.10; pca 1.10, 1.11, 1.09; signs 1.14, 1.15, 1.14; codes 1.12, 1.14, 1.13
+    # noise 1.10, 1.09, 1.10; pca 1.10, 1.11, 1.09; signs 1.14, 1.15, 1.14; codes 1.12, 1.14, 1.13; cells (seed 0) 1.25
     assert golden.ridge_error("control", stored(golden, config)) > 1.05 * golden.ridge_error("control")
 
 
