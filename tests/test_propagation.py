@@ -95,6 +95,7 @@ def test_who_is_to_be_reconstructed_has_a_place_of_his_own_in_a_large_database()
 
 
 def test_anchors_alone_need_somebody_who_sees() -> None:
-    with pytest.raises(ConfigError, match=r"^starts: anchors alone need likeness more than 0$"):
-        UnfoldedConfig(starts=["anchors"], likeness=0.0)
+    for starts in (["anchors"], ["flips"], ["anchors", "flips"]):
+        with pytest.raises(ConfigError, match=r"^starts: without isomap they need likeness more than 0$"):
+            UnfoldedConfig(starts=starts, likeness=0.0)
     assert by_pixels(UnfoldedConfig(starts=["anchors"])).starts == ["isomap"]
