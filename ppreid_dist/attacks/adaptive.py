@@ -32,13 +32,8 @@ from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree, load_we
 from ppreid_dist.training.reversal import ReversalConfig
 
 LEARNED = ("gan", "regression")  # adversaries with a generator, the first that a run has
-TURNED = (
-    "pca",
-    "rotation",
-    "signs",
-    "codes",
-    "cells",
-)  # stored features whose components are not those of the embedding
+# Stored features whose components are not those of the embedding.
+TURNED = ("pca", "rotation", "signs", "codes", "cells")
 
 
 @dataclass(kw_only=True)

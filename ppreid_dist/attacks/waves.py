@@ -189,10 +189,8 @@ class FlippedWaves(Waves):
         one_P, other_P = _near_pairs(bits_AS, random)
         apart_PK = self.places_LK[one_P] - self.places_LK[other_P]
         moment_KK = apart_PK.mT @ apart_PK / max(1, len(apart_PK))
-        ridge_KK = 1e-6 * moment_KK.trace() * torch.eye(len(moment_KK), device=moment_KK.device)
-        white_KK = torch.linalg.inv(
-            torch.linalg.cholesky(moment_KK + ridge_KK + 1e-12 * torch.eye(len(moment_KK)).to(moment_KK))
-        )
+        ridge_KK = (1e-6 * moment_KK.trace() + 1e-12) * torch.eye(len(moment_KK), device=moment_KK.device)
+        white_KK = torch.linalg.inv(torch.linalg.cholesky(moment_KK + ridge_KK))
         line_PK = apart_PK @ white_KK.mT
         count, sums_SKK = len(line_PK), bits_AS.new_zeros(bits_AS.shape[1], line_PK.shape[1] ** 2)
         for start in range(0, count, AT_ONCE):
@@ -235,8 +233,13 @@ def _near_pairs(bits_AS: Tensor, random: torch.Generator) -> tuple[Tensor, Tenso
         alike = bits_AS[start : start + AT_ONCE] @ bits_AS.mT / bits_AS.shape[1]
         one_P, other_P = torch.nonzero(alike > NEAR, as_tuple=True)
         one_P = one_P + start
-        found.append(torch.stack([one_P, other_P])[:, one_P < other_P])
-    pairs_2P = torch.cat(found, 1)
-    some_P = torch.randperm(pairs_2P.shape[1], generator=random)[:PAIRS]
-    one_P, other_P = pairs_2P[:, to_device(some_P, pairs_2P.device)]
+        pairs_2P = torch.stack([one_P, other_P])[:, one_P < other_P]
+        # Of a part no more than are kept of all: wide codes have billions.
+        found.append(_some(pairs_2P, random) if pairs_2P.shape[1] > PAIRS else pairs_2P)
+    one_P, other_P = _some(torch.cat(found, 1), random)
     return one_P, other_P
+
+
+def _some(pairs_2P: Tensor, random: torch.Generator) -> Tensor:
+    some_P = torch.randperm(pairs_2P.shape[1], generator=random)[:PAIRS]
+    return pairs_2P[:, to_device(some_P, pairs_2P.device)]
