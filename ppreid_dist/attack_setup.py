@@ -38,7 +38,8 @@ from ppreid_dist.judges import check_judges, check_judges_pictures, check_unseen
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import SavedExtractor, load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import Coded, Store, StoreConfig
+from ppreid_dist.models.stores.base import Store, StoreConfig
+from ppreid_dist.models.stores.coded import Coded
 from ppreid_dist.pixels import resize, to_float
 from ppreid_dist.progress import say
 from ppreid_dist.settings import load_settings, to_dict

@@ -113,7 +113,8 @@ def _store(arguments: Sequence[str]) -> int:
         "settings", nargs="+", metavar=_SETTINGS, help="model.store.kind=… and the others of model.store"
     )
     options = parser.parse_intermixed_args(arguments)
-    from ppreid_dist.models.store import KINDS, PUBLIC_KEY
+    from ppreid_dist.models.store import KINDS
+    from ppreid_dist.models.stores.base import PUBLIC_KEY
     from ppreid_dist.storing import STORED, read_key, store
 
     settings, key = options.settings, f"{STORED}key="

@@ -1,8 +1,8 @@
 """Stored features of a user's own pictures: ``ppreid features RUN PICTURE… --out FILE.safetensors``.
 
-FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt, or packed (`models.store.Store.packed`); in
-                    its metadata, as the JSON `about`, a digest of the model and how it stores
-                    (`evaluation.export.provenance`)
+FILE.safetensors    features (N, S), float32, in the order of FILE.keys.txt, or packed
+                    (`models.stores.base.Store.packed`); in its metadata, as the JSON `about`, a digest of the model
+                    and how it stores (`evaluation.export.provenance`)
 FILE.keys.txt       the pictures' files, a line each; of entries that are folders, these
 
 N pictures, or entries of several, S the stored dim, D the embedding's.

@@ -25,7 +25,7 @@ from ppreid_dist.evaluation.ranking import Ranking
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import read_json
 from ppreid_dist.models.folder import load_extractor
-from ppreid_dist.models.store import StoreConfig
+from ppreid_dist.models.stores.base import StoreConfig
 from ppreid_dist.reporting.schema import SCHEMA
 from ppreid_dist.training.tracking import read_metrics
 

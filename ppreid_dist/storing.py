@@ -17,7 +17,8 @@ from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
 from ppreid_dist.files import atomic
 from ppreid_dist.models.folder import load_extractor, save_extractor
-from ppreid_dist.models.store import KINDS, PUBLIC_KEY, StoreConfig, make_store
+from ppreid_dist.models.store import KINDS, make_store
+from ppreid_dist.models.stores.base import PUBLIC_KEY, StoreConfig
 from ppreid_dist.settings import load_settings, save_settings
 from ppreid_dist.transfer import default_device
 

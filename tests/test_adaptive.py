@@ -22,7 +22,8 @@ from ppreid_dist.data.stream import Pictures
 from ppreid_dist.errors import ConfigError, RunError
 from ppreid_dist.models.generator import Generator, GeneratorConfig
 from ppreid_dist.models.seeding import seeded
-from ppreid_dist.models.store import StoreConfig, make_store
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import StoreConfig
 from ppreid_dist.training.checkpoint import CheckpointFolder, load_tree
 from ppreid_dist.training.reversal import ReversalConfig
 

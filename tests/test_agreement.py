@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ppreid_dist.attacks.agreement import LEAST, agreement, weighed
-from ppreid_dist.models.store import StoreConfig, make_store
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import StoreConfig
 
 
 def test_agreement_is_the_mean_over_people_of_the_correlation_over_their_pairs() -> None:

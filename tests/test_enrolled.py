@@ -10,7 +10,8 @@ from ppreid_dist.attacks import enrolled
 from ppreid_dist.attacks.enrolled import laid_onto, read, transport
 from ppreid_dist.attacks.unfolded import UnfoldedConfig
 from ppreid_dist.attacks.waves import WavesConfig
-from ppreid_dist.models.store import StoreConfig, make_store
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import StoreConfig
 
 CONFIG = UnfoldedConfig(
     neighbours=[12], layout_steps=300, waves=WavesConfig(candidates=1000, bits=300, rounds=1, steps=100)

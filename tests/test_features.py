@@ -17,7 +17,7 @@ from ppreid_dist.evaluation.export import provenance, stored_in_words
 from ppreid_dist.experiment import Config, train
 from ppreid_dist.features import write_features
 from ppreid_dist.files import read_json, read_tensors, write_json, write_tensors
-from ppreid_dist.models.store import StoreConfig
+from ppreid_dist.models.stores.base import StoreConfig
 from ppreid_dist.settings import load_settings
 
 

@@ -35,7 +35,8 @@ from ppreid_dist.losses.distance_correlation import distance_correlation
 from ppreid_dist.models.extractor import Extractor
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.models.generator import Generator
-from ppreid_dist.models.store import DecoderConfig, Store, StoreConfig, make_store
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import DecoderConfig, Store, StoreConfig
 from ppreid_dist.pixels import resize
 from ppreid_dist.settings import load_settings
 

@@ -9,7 +9,8 @@ from ppreid_dist.attacks.linkage import LinkageConfig, Stored, linkage_of, rotat
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
 from ppreid_dist.attacks.waves import WavesConfig
 from ppreid_dist.evaluation.unlinkability import BINS, d_sys, into_bins, linkage
-from ppreid_dist.models.store import StoreConfig, make_store
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import StoreConfig
 
 
 def of_similarities(mated: np.ndarray, others: np.ndarray) -> float:

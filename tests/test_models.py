@@ -15,7 +15,7 @@ from ppreid_dist.models.extractor import Extractor, ExtractorConfig, GeM
 from ppreid_dist.models.folder import load_extractor, save_extractor
 from ppreid_dist.models.generator import Generator, doublings
 from ppreid_dist.models.seeding import seeded
-from ppreid_dist.models.store import StoreConfig
+from ppreid_dist.models.stores.base import StoreConfig
 
 TINY = "configs/backbones/resnet_tiny"
 

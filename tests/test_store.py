@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.files import read_json, write_json
-from ppreid_dist.models.store import KINDS, DecoderConfig, StoreConfig, int8_reach, make_store, quantise_int8
+from ppreid_dist.models.store import KINDS, make_store
+from ppreid_dist.models.stores.base import DecoderConfig, StoreConfig, int8_reach, quantise_int8
+from ppreid_dist.models.stores.secret import siphash
 from ppreid_dist.settings import load_settings, save_settings, to_dict
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.config import SweepConfig
@@ -190,6 +192,23 @@ def test_bits_of_cells_agree_where_features_share_a_cell_and_nowhere_else() -> N
     torch.testing.assert_close(kept @ kept[0], oracle, rtol=0, atol=0.025)
     assert oracle[1] > 0.5 and oracle[12:].max() < 0.002
     assert not torch.allclose(make_store(StoreConfig(kind="cells", dim=20_000, width=0.6, key=3), 8)(x), kept)
+
+
+@pytest.mark.parametrize(
+    ("words", "published"), [(1, 0x93F5F5799A932462), (2, 0x3F2ACC7F57C29BDB), (3, 0xB8AD50C6F649AF94)]
+)
+def test_cells_are_hashed_as_siphash_is_published(words: int, published: int) -> None:
+    """The vectors of Aumasson & Bernstein: the bytes 0, 1, 2, … under the key 0, 1, …, 15."""
+    counted = torch.arange(8 * words).to(torch.int8).view(torch.int64)
+    assert int(siphash(torch.arange(16).to(torch.int8).view(torch.int64), list(counted))) % 2**64 == published
+
+
+def test_cells_too_narrow_to_be_counted_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.store\.width: of cells 0\.01 or more, not 0\.009"):
+        make_store(StoreConfig(kind="cells", dim=64, width=0.009), 16)
+    narrow = make_store(StoreConfig(kind="cells", dim=4096, width=0.01, key=1), 16)
+    x = features(2)
+    assert abs(float(narrow(x)[0] @ narrow(x)[1])) < 0.08 and torch.equal(narrow(x), narrow(x))
 
 
 def test_whoever_has_the_key_opens_cells() -> None:

@@ -11,7 +11,8 @@ from ppreid_dist.attacks.averaged import ITSELF
 from ppreid_dist.attacks.layout import Layout, Sharpened
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
 from ppreid_dist.attacks.waves import FlippedWaves, Waves, WavesConfig, are_bits
-from ppreid_dist.models.store import StoreConfig, make_store, quantise_int8
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import StoreConfig, quantise_int8
 
 CONFIG = WavesConfig(candidates=2000, bits=512, rounds=2, steps=150)
 

@@ -22,7 +22,7 @@ from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.layout import Flipped, Sharpened
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, laid_out
 from ppreid_dist.attacks.waves import are_bits
-from ppreid_dist.models.store import main_directions
+from ppreid_dist.models.stores.projected import main_directions
 
 DIRECTIONS = 16  # main ones that are laid onto each other where the scheme doesn't say how many it keeps
 MOST, SOME = 2000, 600  # points of either cloud that are, in the end and in the search for a start

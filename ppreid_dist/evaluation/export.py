@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.ranking import Entries, Ranking, rank_queries
 from ppreid_dist.files import sha256_of, write_tensors, write_text
-from ppreid_dist.models.store import KINDS, PUBLIC_KEY, StoreConfig
+from ppreid_dist.models.store import KINDS
+from ppreid_dist.models.stores.base import PUBLIC_KEY, StoreConfig
 from ppreid_dist.pixels import to_float
 from ppreid_dist.settings import Settings
 

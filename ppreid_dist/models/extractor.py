@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.models.backbone import FeatureMap, build_backbone
-from ppreid_dist.models.store import StoreConfig, make_store
+from ppreid_dist.models.store import make_store
+from ppreid_dist.models.stores.base import StoreConfig
 from ppreid_dist.settings import Settings, option
 
 
