@@ -5,7 +5,7 @@ Shapes: N its own pictures, M features to reverse, B batch, D feature dim, K vie
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppreid_dist.attacks.base import held_out_error, picture_size, register, to_uint8
+from ppreid_dist.attacks.expected import Expected
 from ppreid_dist.attacks.plateau import DescentConfig, Learner, RecipeConfig, Split, StepsConfig, Trainee, race
 from ppreid_dist.attacks.recogniser import Recogniser, likeness_loss
 from ppreid_dist.kernels import kernel_ridge
@@ -68,7 +69,8 @@ class Decoder(Trainee):
     it has a ``recogniser``, to pictures in which that sees what it sees in the real ones, from the start on that
     ``attacks.inverse`` describes.
 
-    It is given ``prepared_ND``, what ``prepare`` makes of stored features; ``label`` says how, in words.
+    It is given ``prepared_ND``, what ``prepare`` makes of stored features; ``label`` says how, in words. They may be
+    what the recogniser is ``expected`` to see: then it begins as the recogniser's inverse itself.
     """
 
     network: Generator
@@ -90,6 +92,7 @@ class Decoder(Trainee):
         recogniser: Recogniser | None = None,
         prepare: Callable[[Tensor], Tensor] = as_stored,
         label: str = "",
+        expected: bool = False,
     ):
         self.about = f"{label}{view} features, width {width}, lr {lr:g}"
         self.prepare, self.noise_dim, self.loss = prepare, noise_dim, config.loss
@@ -101,17 +104,25 @@ class Decoder(Trainee):
         super().__init__(prepared_ND, pictures_N3hw, split, view=view, lr=lr, build=build, config=config, seed=seed)
         self.ask(recogniser, config.likeness)
         if self.recogniser is not None and self.recogniser.inverse is not None:
-            self._begin_as(self.recogniser.inverse(width))
+            self._begin_as(self.recogniser.inverse(width), expected)
 
-    def _begin_as(self, inverse: Generator) -> None:
-        """Draw what ``inverse`` draws of what the recogniser is likely to see, by a linear map of the features."""
+    def _begin_as(self, inverse: Generator, expected: bool) -> None:
+        """Draw what ``inverse`` draws of what the recogniser is likely to see: by a linear map of the features, or
+        where these are that already, of them as they are."""
+        self.network.draw_as(inverse, *(self._identity(inverse) if expected else self._linear()))
+        self.go_on_from(self.network.state_dict())
+        self.look()  # if all that it learns is for the worse, it stays as it was
+
+    def _linear(self) -> tuple[Tensor, Tensor]:
         some = torch.randperm(len(self.x_FK), generator=torch.Generator().manual_seed(0))[:MAPPED]
         known, seen = self.x_FK[some], self.seen_FD[some]
         linear = [kernel_ridge.LINEAR]
         width, ridge, _ = kernel_ridge.choose(known, seen, self.view(self.held), self.held_seen, linear, RIDGES)
-        self.network.draw_as(inverse, *kernel_ridge.fit(known, seen, width=width, ridge=ridge).affine())
-        self.go_on_from(self.network.state_dict())
-        self.look()  # if all that it learns is for the worse, it stays as it was
+        return kernel_ridge.fit(known, seen, width=width, ridge=ridge).affine()
+
+    def _identity(self, inverse: Generator) -> tuple[Tensor, Tensor]:
+        matrix_EE = torch.eye(inverse.feature_dim, device=self.x_FK.device)
+        return matrix_EE, matrix_EE.new_zeros(inverse.feature_dim)
 
     def ask(self, recogniser: Recogniser | None, weight: float) -> None:
         """From now on by that weight for what the recogniser, if there is one, sees in the pictures."""
@@ -163,14 +174,28 @@ def decoders(
     seed: int,
     prepare: Callable[[Tensor], Tensor] = as_stored,
     label: str = "",
+    expecting: bool = False,
 ) -> list[Callable[[], Decoder]]:
-    """Entrants for a race: one of every view, width and learning rate."""
+    """Entrants for a race: one of every view, width and learning rate, and, if it is asked for and there is an inverse,
+    of what the recogniser is likely to see (``attacks.expected``) one of every width and learning rate."""
     enter = partial(
         Decoder, prepared_ND, pictures_N3hw, split,
         noise_dim=noise_dim, config=config, recogniser=recogniser, seed=seed, prepare=prepare, label=label,
     )  # fmt: skip
     choices = product(config.views, config.widths, config.lrs)
-    return [partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices]
+    found: list[Callable[[], Decoder]] = [partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices]
+    if expecting and recogniser is not None and recogniser.inverse is not None:
+        expected = cache(partial(Expected, prepared_ND, pictures_N3hw, split, recogniser))
+
+        def enter_expecting(width: int, lr: float) -> Decoder:
+            return Decoder(
+                expected()(prepared_ND), pictures_N3hw, split, view="stored", width=width, lr=lr, noise_dim=noise_dim,
+                config=config, recogniser=recogniser, seed=seed, prepare=lambda x_MD: expected()(prepare(x_MD)),
+                label=f"{label}as the recogniser may see them, ", expected=True,
+            )  # fmt: skip
+
+        found += [partial(enter_expecting, width, lr) for width, lr in product(config.widths, config.lrs)]
+    return found
 
 
 @register
