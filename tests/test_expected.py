@@ -1,5 +1,6 @@
 """What the attackers' ReID model is likely to see behind features, and decoders that begin with it."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from attack_world import small_config
 from torch import Tensor
 
+from ppreid_dist.attacks.base import to_uint8
 from ppreid_dist.attacks.expected import Expected
 from ppreid_dist.attacks.plateau import Split
+from ppreid_dist.attacks.recogniser import likeness_loss
 from ppreid_dist.attacks.regression import decoders
 from ppreid_dist.kernels import kernel_ridge
 from ppreid_dist.models.generator import Generator
@@ -85,7 +88,7 @@ def test_a_decoder_begins_as_the_inverse_of_what_is_expected(world: Any) -> None
     plain, expecting = (
         decoders(
             2 * world.features, world.pictures, split, noise_dim=0, config=config, recogniser=seer, seed=0,
-            prepare=lambda x: 2 * x, expecting=asked,
+            prepare=lambda x: 2 * x, for_people=asked,
         )
         for asked in (False, True)
     )  # fmt: skip
@@ -94,3 +97,16 @@ def test_a_decoder_begins_as_the_inverse_of_what_is_expected(world: Any) -> None
     assert "may see them" in last.name
     wanted = seer.inverse(config.widths[-1])(Expected(2 * world.features, world.pictures, split, seer)(2 * world.asked))
     torch.testing.assert_close(last.reconstruct(world.asked), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_entrants_for_people_race_by_what_the_recogniser_sees(world: Any) -> None:
+    """Not by pixels as well: of what a decoder is trained for, likeness is a tenth."""
+    split, seer, config = Split.of(world.pids, 0), Seer(), small_config(0, 0.1).regression
+    enter = partial(decoders, world.features, world.pictures, split, noise_dim=0, config=config, seed=0)
+    for people, entrant in ((True, enter(recogniser=seer, for_people=True)[0]()), (False, enter(recogniser=seer)[0]())):
+        seen = seer.of_pictures(to_uint8(entrant.draw(entrant.held)))
+        unlike = float(likeness_loss(seen, seer.of_pictures(entrant.held_pictures)))
+        assert entrant.standing == pytest.approx(unlike if people else entrant.best)
+        assert entrant.best != pytest.approx(unlike)
+    blind = enter(recogniser=None, for_people=True)
+    assert len(blind) == len(enter(recogniser=None)) and np.isinf(blind[0]().standing)

@@ -77,7 +77,7 @@ class AveragedRegression(Regression):
                 found += decoders(
                     prepare(features_ND), pictures_N3hw, split,
                     noise_dim=0, config=config, recogniser=self.recogniser, seed=seed,
-                    prepare=prepare, label=f"agreement {power:g}, {neighbours} neighbours, ", expecting=True,
+                    prepare=prepare, label=f"agreement {power:g}, {neighbours} neighbours, ", for_people=True,
                 )  # fmt: skip
         return found
 

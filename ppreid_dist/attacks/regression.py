@@ -70,12 +70,14 @@ class Decoder(Trainee):
     ``attacks.inverse`` describes.
 
     It is given ``prepared_ND``, what ``prepare`` makes of stored features; ``label`` says how, in words. They may be
-    what the recogniser is ``expected`` to see: then it begins as the recogniser's inverse itself.
+    what the recogniser is ``expected`` to see: then it begins as the recogniser's inverse itself. ``by_likeness`` it is
+    compared with others by what the recogniser sees alone, where there is one.
     """
 
     network: Generator
     opponent: Opponent | None = None
     recogniser: Recogniser | None = None
+    unlike = best_unlike = float("inf")  # what the recogniser last saw amiss in pictures of the people held out
 
     def __init__(
         self,
@@ -93,7 +95,9 @@ class Decoder(Trainee):
         prepare: Callable[[Tensor], Tensor] = as_stored,
         label: str = "",
         expected: bool = False,
+        by_likeness: bool = False,
     ):
+        self.by_likeness = by_likeness
         self.about = f"{label}{view} features, width {width}, lr {lr:g}"
         self.prepare, self.noise_dim, self.loss = prepare, noise_dim, config.loss
 
@@ -145,12 +149,22 @@ class Decoder(Trainee):
         if self.opponent is not None:
             self.opponent.learn(real_B3hw, fake_B3hw.detach(), x_BK)
 
+    @property
+    def standing(self) -> float:
+        return self.best_unlike if self.by_likeness and self.recogniser is not None else self.best
+
+    def look(self) -> bool:
+        if better := super().look():
+            self.best_unlike = self.unlike
+        return better
+
     def error(self) -> float:
         drawn = self.draw(self.held)
         error = held_out_error(drawn, self.held_pictures)
         if self.recogniser is not None:
             seen = self.recogniser.of_pictures(to_uint8(drawn))
-            error += self.likeness * float(likeness_loss(seen, self.held_seen))
+            self.unlike = float(likeness_loss(seen, self.held_seen))
+            error += self.likeness * self.unlike
         return error
 
     @torch.no_grad()
@@ -174,24 +188,29 @@ def decoders(
     seed: int,
     prepare: Callable[[Tensor], Tensor] = as_stored,
     label: str = "",
-    expecting: bool = False,
+    for_people: bool = False,
 ) -> list[Callable[[], Decoder]]:
-    """Entrants for a race: one of every view, width and learning rate, and, if it is asked for and there is an inverse,
-    of what the recogniser is likely to see (``attacks.expected``) one of every width and learning rate."""
+    """Entrants for a race: one of every view, width and learning rate.
+
+    Where finding people counts more than pixels, ``for_people``, they race by what the recogniser sees in their
+    pictures, and, if there is an inverse, one of every width and learning rate draws what the recogniser is likely to
+    see (``attacks.expected``).
+    """
     enter = partial(
         Decoder, prepared_ND, pictures_N3hw, split,
         noise_dim=noise_dim, config=config, recogniser=recogniser, seed=seed, prepare=prepare, label=label,
+        by_likeness=for_people,
     )  # fmt: skip
     choices = product(config.views, config.widths, config.lrs)
     found: list[Callable[[], Decoder]] = [partial(enter, view=view, width=width, lr=lr) for view, width, lr in choices]
-    if expecting and recogniser is not None and recogniser.inverse is not None:
+    if for_people and recogniser is not None and recogniser.inverse is not None:
         expected = cache(partial(Expected, prepared_ND, pictures_N3hw, split, recogniser))
 
         def enter_expecting(width: int, lr: float) -> Decoder:
             return Decoder(
                 expected()(prepared_ND), pictures_N3hw, split, view="stored", width=width, lr=lr, noise_dim=noise_dim,
                 config=config, recogniser=recogniser, seed=seed, prepare=lambda x_MD: expected()(prepare(x_MD)),
-                label=f"{label}as the recogniser may see them, ", expected=True,
+                label=f"{label}as the recogniser may see them, ", expected=True, by_likeness=True,
             )  # fmt: skip
 
         found += [partial(enter_expecting, width, lr) for width, lr in product(config.widths, config.lrs)]

@@ -125,7 +125,7 @@ class UnfoldedRegression(Regression):
             found += decoders(
                 prepare(features_ND), pictures_N3hw, split,
                 noise_dim=0, config=config, recogniser=self.recogniser, seed=seed, prepare=prepare,
-                label=f"{label}{how}, {near} neighbours, ", expecting=True,
+                label=f"{label}{how}, {near} neighbours, ", for_people=True,
             )  # fmt: skip
         return found
 
