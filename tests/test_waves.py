@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from ppreid_dist.attacks.averaged import ITSELF
 from ppreid_dist.attacks.layout import Layout, Sharpened
-from ppreid_dist.attacks.unfolded import UnfoldedConfig, positions
+from ppreid_dist.attacks.plateau import Split
+from ppreid_dist.attacks.unfolded import Own, UnfoldedConfig, positions
 from ppreid_dist.attacks.waves import FlippedWaves, Waves, WavesConfig, are_bits
 from ppreid_dist.models.store import make_store
 from ppreid_dist.models.stores.base import StoreConfig, quantise_int8
@@ -81,17 +83,38 @@ def test_bits_are_told_from_other_features() -> None:
     assert not are_bits(x) and not are_bits(quantise_int8(x, 1.0))
 
 
-@pytest.mark.parametrize(("kind", "found"), [("codes", True), ("cells", False)])
-def test_waves_follow_from_bits_that_differ_between_near_features(kind: str, found: bool) -> None:
-    """60 people so far apart that no two of different ones are alike, half of them roughly known in other terms. Cells
-    have no waves, and tell nothing of the rest."""
+def far_people(kind: str, width: float) -> tuple[Tensor, Tensor, Tensor]:
+    """60 people with ten features each, so far apart that no two of different ones are alike: the truth, bits of it,
+    and how half of the people are roughly known, in other terms."""
     people, draw = unit(60, 1), torch.Generator().manual_seed(4)
     truth = F.normalize(people.repeat_interleave(10, 0) + 0.12 * torch.randn(600, 6, generator=draw), dim=1)
-    width = {"codes": 0.3, "cells": 0.6}[kind]
     bits = make_store(StoreConfig(kind=kind, dim=700, width=width, key=5), 6)(truth).sign()
-    seen = 2 - 3 * (truth[:300] + 0.1 * torch.randn(300, 6, generator=draw)).flip(1)
+    return truth, bits, 2 - 3 * (truth[:300] + 0.1 * torch.randn(300, 6, generator=draw)).flip(1)
+
+
+@pytest.mark.parametrize(("kind", "found"), [("codes", True), ("cells", False)])
+def test_waves_follow_from_bits_that_differ_between_near_features(kind: str, found: bool) -> None:
+    """Cells have no waves, and tell nothing of the rest."""
+    truth, bits, seen = far_people(kind, {"codes": 0.3, "cells": 0.6}[kind])
     waves = FlippedWaves(bits, torch.arange(300), seen, config=CONFIG, seed=0)
     share = explained(waves.places_LK, truth, 300)
     assert (share > 0.9 and waves.agreement > 0.5) if found else share < 0.5
     again = FlippedWaves(bits, torch.arange(300), seen, config=CONFIG, seed=0)
     assert torch.equal(waves.places_LK, again.places_LK)
+
+
+def test_whoever_reads_positions_knows_their_own_pictures_too() -> None:
+    truth, bits, seen = far_people("codes", 0.3)
+
+    class Seer:
+        def of_pictures(self, rows: Tensor) -> Tensor:
+            return seen[rows]
+
+    config = UnfoldedConfig(neighbours=[10], coordinates=[6], pictures=300, entries=300, layout_steps=50, waves=CONFIG)
+    own = Own(Seer(), torch.arange(300), Split.of(np.arange(300) // 10, 0))  # type: ignore[arg-type]
+    shares = []
+    for known, starts in ((own, config.starts), (None, config.starts), (own, ["isomap", "anchors"])):
+        found = positions(bits[:300], bits[300:], replace(config, starts=starts), 300, 0, known)
+        assert found is not None
+        shares.append(explained(found(F.normalize(bits, dim=1)), truth, 300))
+    assert shares[0] > 0.9 and max(shares[1:]) < 0.5, shares

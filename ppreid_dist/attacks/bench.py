@@ -31,10 +31,10 @@ from ppreid_dist.attacks.kept import Kept, digest, source_digest
 from ppreid_dist.attacks.layout import Layout
 from ppreid_dist.attacks.linkage import Stored
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
-from ppreid_dist.attacks.plateau import Learner
+from ppreid_dist.attacks.plateau import Learner, Split
 from ppreid_dist.attacks.recogniser import Recogniser
 from ppreid_dist.attacks.recognisers import Recognisers, asked_widths
-from ppreid_dist.attacks.unfolded import positions
+from ppreid_dist.attacks.unfolded import Own, positions
 from ppreid_dist.attacks.waves import are_bits
 from ppreid_dist.attacks.whitebox import See
 from ppreid_dist.attacks.work import Training, Work
@@ -179,15 +179,31 @@ class Bench:
         """The ReID model that was, or now is, trained on these auxiliary pictures; None where no attacker asks one."""
         return self.recognisers.of(*self._people(rows)) if self.recognisers else None
 
-    def positions(self, features_ND: Tensor, leaked_LD: Tensor, asked: int) -> Layout | None:
-        """Where the numbers behind codes lie (``attacks.unfolded.positions``); None where features aren't bits."""
+    def positions(
+        self,
+        features_ND: Tensor,
+        leaked_LD: Tensor,
+        asked: int,
+        rows: np.ndarray | None = None,
+        pictured: np.ndarray | None = None,
+    ) -> Layout | None:
+        """Where the numbers behind codes lie (``attacks.unfolded.positions``); None where features aren't bits. The
+        features are those of the auxiliary ``rows``, told to be of the pictures ``pictured``: all, if nothing is
+        said."""
         if not are_bits(features_ND):
             return None
-        key = digest(features_ND, leaked_LD)
+        rows = np.arange(len(self.aux.pids_N)) if rows is None else rows
+        pictured = rows if pictured is None else pictured
+        key = digest(features_ND, leaked_LD, rows, pictured)
         if key not in self._positions:
             for older in list(self._positions)[: 1 - OPENED]:
                 del self._positions[older]
-            self._positions[key] = positions(features_ND, leaked_LD, self.config.unfolded, asked, self.config.seed)
+            config = self.config
+            own = None
+            if (recogniser := self.recogniser(rows)) is not None:
+                split = Split.of(self.groups_N[rows], config.seed)
+                own = Own(recogniser, self.aux.images_N3HW[torch.from_numpy(pictured)], split)
+            self._positions[key] = positions(features_ND, leaked_LD, config.unfolded, asked, config.seed, own)
         return self._positions[key]
 
     def _people(self, rows: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -277,9 +293,11 @@ class Bench:
                     settings = [name, to_dict(self.attacker(name, few=few).config), self.config.seed, draw]
                     make = partial(self._train, label, self.attacker(name, few=few), draw, *parts, reversal)
                     needs: list[str] = []
+                    asks = self.attacker(name).asks_recogniser
                     if self.attacker(name).asks_positions and are_bits(features_ND):
                         settings.append(to_dict(self.config.unfolded))
-                    if self.recognisers and self.attacker(name).asks_recogniser:
+                        asks = True
+                    if self.recognisers and asks:
                         settings += self.recognisers.settings
                         needs = self.recognisers.keys(*self._people(rows), asked_widths(self.config, [name]))
                     key = digest(made_of, settings, *start)
@@ -301,7 +319,7 @@ class Bench:
         attacker.leaked_LD, attacker.asked = leaked_LD, len(query_QD)
         attacker.people_N = self.aux.pids_N[rows]
         if attacker.asks_positions:
-            attacker.positions = self.positions(features_ND, leaked_LD, len(query_QD))
+            attacker.positions = self.positions(features_ND, leaked_LD, len(query_QD), rows, pictured)
         if attacker.asks_recogniser:
             attacker.recogniser = self.recogniser(rows)
         started, spent = time.monotonic(), self._spent()

@@ -77,6 +77,7 @@ class Decoder(Trainee):
     network: Generator
     opponent: Opponent | None = None
     recogniser: Recogniser | None = None
+    by_likeness = False
     unlike = best_unlike = float("inf")  # what the recogniser last saw amiss in pictures of the people held out
 
     def __init__(

@@ -31,6 +31,7 @@ from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
 from ppreid_dist.attacks.layout import Flipped, Layout, Sharpened
 from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
+from ppreid_dist.attacks.recogniser import Recogniser
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
 from ppreid_dist.attacks.waves import WavesConfig, are_bits
 from ppreid_dist.errors import ConfigError
@@ -133,14 +134,27 @@ class UnfoldedRegression(Regression):
         return [min(asked, start_LK.shape[1]) for asked in self.config.coordinates]
 
     def _seen(self, own_A: np.ndarray, pictures_N3hw: Tensor, split: Split) -> tuple[np.ndarray, Tensor]:
-        """Rows of the pool, and (A, K) the main directions of what the recogniser sees in their pictures. Of the people
-        held out nothing is told, so that they can choose between starts."""
         assert self.recogniser is not None
-        fitted_A = np.isin(own_A, split.fit_F)
-        seen_AE = self.recogniser.of_pictures(pictures_N3hw[torch.from_numpy(own_A[fitted_A])])
-        seen_AE = seen_AE - seen_AE.mean(0)
-        directions_EK = torch.linalg.svd(seen_AE, full_matrices=False)[2][: max(self.config.coordinates)].T
-        return np.flatnonzero(fitted_A), seen_AE @ directions_EK
+        return _seen(Own(self.recogniser, pictures_N3hw, split), own_A, max(self.config.coordinates))
+
+
+@dataclass(frozen=True)
+class Own:
+    """What attackers know of the pictures behind their own features."""
+
+    recogniser: Recogniser
+    pictures_N3hw: Tensor
+    split: Split
+
+
+def _seen(own: Own, own_A: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
+    """Rows of the pool, and (A, K) the ``count`` main directions of what the recogniser sees in their pictures. Of the
+    people held out nothing is told, so that they can choose between starts."""
+    fitted_A = np.isin(own_A, own.split.fit_F)
+    seen_AE = own.recogniser.of_pictures(own.pictures_N3hw[torch.from_numpy(own_A[fitted_A])])
+    seen_AE = seen_AE - seen_AE.mean(0)
+    directions_EK = torch.linalg.svd(seen_AE, full_matrices=False)[2][:count].T
+    return np.flatnonzero(fitted_A), seen_AE @ directions_EK
 
 
 def _prepared(
@@ -150,20 +164,31 @@ def _prepared(
 
 
 def positions(
-    features_ND: Tensor, leaked_LD: Tensor | None, config: UnfoldedConfig, asked: int, seed: int
+    features_ND: Tensor,
+    leaked_LD: Tensor | None,
+    config: UnfoldedConfig,
+    asked: int,
+    seed: int,
+    own: Own | None = None,
 ) -> Layout | None:
-    """Where the numbers behind codes lie, for whoever reads them one by one: a layout from Isomap's coordinates,
-    sharpened by the waves that agree best; no picture is asked. None where features aren't bits."""
+    """Where the numbers behind codes lie, for whoever reads them one by one: by the waves that agree best, sought from
+    a layout that starts from Isomap's coordinates, and, where something is known of the attackers' ``own`` pictures
+    and ``config`` says so, by flips. None where features aren't bits."""
     if not (config.waves.candidates and are_bits(features_ND)):
         return None
     unit_ND, unit_LD = F.normalize(features_ND.float(), dim=1), leaked_LD
     if leaked_LD is not None:
         unit_LD = F.normalize(leaked_LD.float(), dim=1)
-    graph, pool_LD, _ = _pool(unit_ND, unit_LD, config, asked, seed)
+    graph, pool_LD, own_A = _pool(unit_ND, unit_LD, config, asked, seed)
     start_LK = Manifold(graph, config.neighbours[0], max(config.coordinates))(pool_LD)
-    found = []
+    found: list[Sharpened] = []
     for count in sorted({min(asked, start_LK.shape[1]) for asked in config.coordinates}):
         found.append(Sharpened(laid_out(pool_LD, start_LK[:, :count], config, seed), config.waves, seed))
+    if own is not None and "flips" in config.starts:
+        rows_A, seen_AK = _seen(own, own_A, max(config.coordinates))
+        for count in sorted({min(asked, seen_AK.shape[1]) for asked in config.coordinates}):
+            known = torch.from_numpy(rows_A).to(pool_LD.device), seen_AK[:, :count]
+            found.append(Flipped(pool_LD, *known, config.waves, seed))
     return max(found, key=lambda sharp: sharp.waves.agreement)
 
 
