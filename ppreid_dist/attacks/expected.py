@@ -36,7 +36,7 @@ class Expected:
             for rows in (torch.from_numpy(fit), torch.from_numpy(held))
         )
         few = torch.from_numpy(np.random.default_rng([split.seed, 0xE5B]).permutation(len(fit))[:SEARCHED])
-        width, ridge, self.error = kernel_ridge.choose(x_FD[few], seen_FE[few], x_HD, seen_HE, WIDTHS, RIDGES)
+        width, ridge, _ = kernel_ridge.choose(x_FD[few], seen_FE[few], x_HD, seen_HE, WIDTHS, RIDGES)
         self.model = kernel_ridge.fit(x_FD, seen_FE, width=width, ridge=ridge)
 
     def __call__(self, features_MD: Tensor) -> Tensor:

@@ -99,27 +99,25 @@ class UnfoldedRegression(Regression):
         leaked_LD = None if self.leaked_LD is None else weigh(self.leaked_LD)
         graph, pool_LD, own_A = _pool(weigh(features_ND), leaked_LD, config, self.asked, split.seed)
         bits = bool(config.waves.candidates) and are_bits(features_ND)
+        own = None if self.recogniser is None else Own(self.recogniser, pictures_N3hw, split)
         layouts: dict[str, Layout] = {}
         for start, neighbours in product(config.starts, config.neighbours):
-            if start == "flips" or (start == "anchors" and self.recogniser is None):
+            if start == "flips" or (start == "anchors" and own is None):
                 continue
-            if start == "anchors":
-                start_LK = propagated(pool_LD, *self._seen(own_A, pictures_N3hw, split), neighbours)
+            if start == "anchors" and own is not None:
+                start_LK = propagated(pool_LD, *_seen(own, own_A, max(config.coordinates)), neighbours)
             else:
                 start_LK = Manifold(graph, neighbours, max(config.coordinates))(pool_LD)
-            for count in self._counts(start_LK):
+            for count in _counts(start_LK, config):
                 layout = laid_out(pool_LD, start_LK[:, :count], config, split.seed)
                 where = f"from {start}, {count} dimensions"
                 layouts[f"{where} (residual {layout.residual:.3f})"] = layout
                 if bits:
                     sharp = Sharpened(layout, config.waves, split.seed)
                     layouts[f"{where} (waves that agree by {sharp.waves.agreement:.3f})"] = sharp
-        if bits and "flips" in config.starts and self.recogniser is not None:
-            rows_A, seen_AK = self._seen(own_A, pictures_N3hw, split)
-            for count in self._counts(seen_AK):
-                known = torch.from_numpy(rows_A).to(pool_LD.device), seen_AK[:, :count]
-                flipped = Flipped(pool_LD, *known, config.waves, split.seed)
-                layouts[f"by flips, {count} dimensions (waves that agree by {flipped.waves.agreement:.3f})"] = flipped
+        for flipped in _flipped(pool_LD, own_A, own, config, split.seed) if bits else []:
+            count, agree = flipped.places_LK.shape[1], flipped.waves.agreement
+            layouts[f"by flips, {count} dimensions (waves that agree by {agree:.3f})"] = flipped
         for (how, placed), near in product(layouts.items(), config.averaged):
             average = Average(F.normalize(placed.places_LK, dim=1), near, ALPHA) if near else as_stored
             prepare = partial(_prepared, weigh, placed, average)
@@ -129,13 +127,6 @@ class UnfoldedRegression(Regression):
                 label=f"{label}{how}, {near} neighbours, ", for_people=True,
             )  # fmt: skip
         return found
-
-    def _counts(self, start_LK: Tensor) -> list[int]:
-        return [min(asked, start_LK.shape[1]) for asked in self.config.coordinates]
-
-    def _seen(self, own_A: np.ndarray, pictures_N3hw: Tensor, split: Split) -> tuple[np.ndarray, Tensor]:
-        assert self.recogniser is not None
-        return _seen(Own(self.recogniser, pictures_N3hw, split), own_A, max(self.config.coordinates))
 
 
 @dataclass(frozen=True)
@@ -155,6 +146,19 @@ def _seen(own: Own, own_A: np.ndarray, count: int) -> tuple[np.ndarray, Tensor]:
     seen_AE = seen_AE - seen_AE.mean(0)
     directions_EK = torch.linalg.svd(seen_AE, full_matrices=False)[2][:count].T
     return np.flatnonzero(fitted_A), seen_AE @ directions_EK
+
+
+def _flipped(pool_LD: Tensor, own_A: np.ndarray, own: Own | None, config: UnfoldedConfig, seed: int) -> list[Flipped]:
+    """The pool's bits laid out by flips; nothing where ``config`` doesn't say so, or nobody sees the own pictures."""
+    if own is None or "flips" not in config.starts:
+        return []
+    known_A, seen_AK = _seen(own, own_A, max(config.coordinates))
+    rows_A = torch.from_numpy(known_A).to(pool_LD.device)
+    return [Flipped(pool_LD, rows_A, seen_AK[:, :count], config.waves, seed) for count in _counts(seen_AK, config)]
+
+
+def _counts(start_LK: Tensor, config: UnfoldedConfig) -> list[int]:
+    return sorted({min(asked, start_LK.shape[1]) for asked in config.coordinates})
 
 
 def _prepared(
@@ -182,13 +186,9 @@ def positions(
     graph, pool_LD, own_A = _pool(unit_ND, unit_LD, config, asked, seed)
     start_LK = Manifold(graph, config.neighbours[0], max(config.coordinates))(pool_LD)
     found: list[Sharpened] = []
-    for count in sorted({min(asked, start_LK.shape[1]) for asked in config.coordinates}):
+    for count in _counts(start_LK, config):
         found.append(Sharpened(laid_out(pool_LD, start_LK[:, :count], config, seed), config.waves, seed))
-    if own is not None and "flips" in config.starts:
-        rows_A, seen_AK = _seen(own, own_A, max(config.coordinates))
-        for count in sorted({min(asked, seen_AK.shape[1]) for asked in config.coordinates}):
-            known = torch.from_numpy(rows_A).to(pool_LD.device), seen_AK[:, :count]
-            found.append(Flipped(pool_LD, *known, config.waves, seed))
+    found += _flipped(pool_LD, own_A, own, config, seed)
     return max(found, key=lambda sharp: sharp.waves.agreement)
 
 
