@@ -341,3 +341,34 @@ def test_features_that_are_no_numbers_are_refused_before_anybody_trains(monkeypa
         attack_setup._victim(
             "protected", cast("Any", SimpleNamespace(extractor=None)), pictures, small_config(), Enrolment()
         )
+
+
+@pytest.mark.parametrize("starts", [["isomap", "flips"], ["isomap"]])
+def test_who_reads_codes_is_told_the_pictures_that_an_attacker_is_told(
+    monkeypatch: pytest.MonkeyPatch, starts: list[str], aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
+) -> None:
+    """At the floor those of somebody else; and none where nobody asks for flips."""
+    (known, features), (met, _) = aux, strangers
+    config = small_config()
+    bench = Bench(
+        aux=known,
+        query=met,
+        gallery_pids=met.pids_N,
+        gallery_camids=met.camids_N,
+        judges=[colour_judge(met, np.arange(len(met.pids_N)))],
+        config=replace(config, unfolded=replace(config.unfolded, starts=starts, likeness=0.1)),
+        progress=lambda line: None,
+    )
+    told: list[Any] = []
+    monkeypatch.setattr(bench, "recogniser", lambda rows: SimpleNamespace(rows=rows))
+    monkeypatch.setattr("ppreid_dist.attacks.bench.positions", lambda *given: told.append(given[-1]))
+    rows, bits = np.arange(len(known.pids_N)), features.sign() + 0.0
+    bits[bits == 0] = 1
+    bench.positions(bits, bits, 4, rows, rows[::-1].copy())
+    bench.positions(bits, bits, 4)
+    if "flips" not in starts:
+        assert told == [None, None]
+        return
+    assert torch.equal(told[0].pictures_N3hw, known.images_N3HW.flip(0))
+    assert torch.equal(told[1].pictures_N3hw, known.images_N3HW)
+    assert np.array_equal(told[0].recogniser.rows, rows) and len(told[0].split.fit_F) < len(rows)
