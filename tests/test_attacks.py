@@ -335,7 +335,7 @@ def test_positions_are_read_off_codes_without_their_key() -> None:
         return float(1 - rest.square().sum() / (points - points.mean(0)).square().sum())
 
     start = Manifold(codes, 15, 8)(codes)
-    layout = Layout(codes, start, steps=400, lr=0.05, batch=200)
+    layout = Layout(codes, start, steps=400, lr=0.05)
     assert 1 - explained(layout.places_LK) < 0.3 * (1 - explained(start)) and explained(start) < 0.98
     assert layout.residual < 1.5 / 2048**0.5
     torch.testing.assert_close(layout(codes[:7]), layout.places_LK[:7])

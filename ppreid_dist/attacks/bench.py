@@ -200,7 +200,7 @@ class Bench:
                 del self._positions[older]
             config = self.config
             own = None
-            if "flips" in config.unfolded.starts and (recogniser := self.recogniser(rows)) is not None:
+            if config.unfolded.asks_pictures and (recogniser := self.recogniser(rows)) is not None:
                 split = Split.of(self.groups_N[rows], config.seed)
                 own = Own(recogniser, self.aux.images_N3HW[torch.from_numpy(pictured)], split)
             self._positions[key] = positions(features_ND, leaked_LD, config.unfolded, asked, config.seed, own)

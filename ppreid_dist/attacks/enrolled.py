@@ -73,7 +73,7 @@ def _ways(pool_PS: Tensor, directions: int, told_EK: Tensor, config: UnfoldedCon
     draw = np.random.default_rng([seed, 0xE2])
     graph = pool_PS[torch.from_numpy(draw.permutation(len(pool_PS))[: config.entries])]
     start_PK = Manifold(graph, config.neighbours[0], directions)(pool_PS)
-    layout = laid_out(pool_PS, start_PK, config, seed)
+    layout = laid_out(pool_PS, start_PK, config.smoothed[0], config, seed)
     ways = [layout.places_LK]
     if config.waves.candidates:
         ways.append(Sharpened(layout, config.waves, seed).places_LK)

@@ -6,11 +6,12 @@ Shapes: M features to place, L features of the pool, B batch, J Gaussians, D fea
 import torch
 from torch import Tensor
 
-from ppreid_dist.attacks.averaged import ITSELF
+from ppreid_dist.attacks.averaged import ITSELF, Average
 from ppreid_dist.attacks.waves import FlippedWaves, Waves, WavesConfig
 from ppreid_dist.transfer import to_device
 
-ALL_PAIRS = 10_000  # features at most of which all cosines are computed beforehand, 400 MB
+ALL_PAIRS = 20_000  # features at most of which all cosines are computed beforehand, 800 MB
+BATCH = 512
 NEAREST = 3  # of the pool, for a feature that isn't in it
 SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first positions' lengths, tried
 
@@ -18,9 +19,11 @@ SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # root mean squares of the first 
 class Layout:
     """Positions of a pool of unit features, and of unit features that are in it or near."""
 
-    def __init__(self, pool_LD: Tensor, start_LK: Tensor, *, steps: int, lr: float, batch: int = 512, seed: int = 0):
+    def __init__(self, pool_LD: Tensor, start_LK: Tensor, *, steps: int, lr: float, smoothed: int = 0, seed: int = 0):
+        """Where ``smoothed`` isn't 0, first by cosines of features averaged with so many of their nearest, in which far
+        distances stand out from much less noise, then, for a quarter of the steps more, by the features' own."""
         self.pool_LD = pool_LD
-        self.places_LK, self.residual, self.rate = _laid_out(pool_LD, start_LK.float(), steps, lr, batch, seed)
+        self.places_LK, self.residual, self.rate = _laid_out(pool_LD, start_LK.float(), steps, lr, smoothed, seed)
 
     def __call__(self, features_MD: Tensor) -> Tensor:
         """(M, K) float32: the position of the pool's entry that it is, or else the mean of its nearest ones."""
@@ -61,36 +64,59 @@ class Flipped(Sharpened):
         self.pool_LD, self.places_LK = pool_LD, self.waves.places_LK
 
 
+class _Likeness:
+    """Cosines of a pool's features, of some of them at a time."""
+
+    def __init__(self, x_LD: Tensor):
+        self.x_LD = x_LD
+        few = len(x_LD) <= ALL_PAIRS
+        self.alike_LL = torch.cat([(x_BD @ x_LD.T).half() for x_BD in x_LD.split(1024)]) if few else None
+
+    def some(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows (B,) of the pool, and how alike they are (B, B)."""
+        # In order they are read three times as fast.
+        rows = torch.randperm(len(self.x_LD), generator=random)[:BATCH].sort().values
+        rows_B = to_device(rows, self.x_LD.device)
+        if self.alike_LL is not None:
+            return rows_B, self.alike_LL[rows_B[:, None], rows_B].float()
+        return rows_B, self.x_LD[rows_B] @ self.x_LD[rows_B].T
+
+
 def _laid_out(
-    x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, batch: int, seed: int
+    x_LD: Tensor, start_LK: Tensor, steps: int, lr: float, smoothed: int, seed: int
 ) -> tuple[Tensor, float, float]:
     """Positions, the root mean square of what they leave unexplained of the cosines, over the last tenth, and the rate
     of the highest Gaussian."""
+    random = torch.Generator().manual_seed(seed)
     start_LK = start_LK - start_LK.mean(0)
     start_LK = start_LK / start_LK.square().sum(1).mean().sqrt().clamp_min(1e-12)
-    # Heights and rates of the Gaussians, by their logarithms, and what is left at any distance.
-    law = [torch.tensor(of, device=x_LD.device).log() for of in ([0.8, 0.1, 0.05], [0.5, 4.0, 12.0])]
-    law.append(torch.zeros((), device=x_LD.device))
-    alike_LL = x_LD @ x_LD.T if len(x_LD) <= ALL_PAIRS else None
-    random = torch.Generator().manual_seed(seed)
-
-    def some() -> tuple[Tensor, Tensor]:
-        # In order they are read three times as fast.
-        rows = torch.randperm(len(x_LD), generator=random)[:batch].sort().values
-        rows_B = to_device(rows, x_LD.device)
-        if alike_LL is not None:
-            return rows_B, alike_LL[rows_B[:, None], rows_B]
-        return rows_B, x_LD[rows_B] @ x_LD[rows_B].T
-
-    rows_B, alike_BB = some()
+    likeness = _Likeness(Average(x_LD, smoothed, 1.0)(x_LD) if smoothed else x_LD)
+    rows_B, alike_BB = likeness.some(random)
+    law = _first_law(x_LD)
     scale = min(SCALES, key=lambda scale: float(misfit(scale * start_LK[rows_B], alike_BB, *law)[0]))
     places_LK = scale * start_LK
-    groups = [{"params": [places_LK], "lr": lr}, {"params": law, "lr": lr / 5}]
-    optimiser = torch.optim.Adam(groups)
+    residual = _descend(places_LK, law, likeness, steps, lr, random)
+    if smoothed:
+        law = _first_law(x_LD)
+        residual = _descend(places_LK, law, _Likeness(x_LD), -(-steps // 4), lr, random)
+    return places_LK, residual, float(law[1][law[0].argmax()].exp())
+
+
+def _first_law(x_LD: Tensor) -> list[Tensor]:
+    """Heights and rates of the Gaussians, by their logarithms, and what is left at any distance."""
+    law = [torch.tensor(of, device=x_LD.device).log() for of in ([0.8, 0.1, 0.05], [0.5, 4.0, 12.0])]
+    return [*law, torch.zeros((), device=x_LD.device)]
+
+
+def _descend(
+    places_LK: Tensor, law: list[Tensor], likeness: _Likeness, steps: int, lr: float, random: torch.Generator
+) -> float:
+    """Changes positions and law; the root mean square of what the last tenth of the steps left unexplained."""
+    optimiser = torch.optim.Adam([{"params": [places_LK], "lr": lr}, {"params": law, "lr": lr / 5}])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
     last: list[Tensor] = []
     for step in range(steps):
-        rows_B, alike_BB = some()
+        rows_B, alike_BB = likeness.some(random)
         loss, by_places_BK, *by_law = misfit(places_LK[rows_B], alike_BB, *law)
         places_LK.grad = torch.zeros_like(places_LK).index_copy_(0, rows_B, by_places_BK)
         for of, gradient in zip(law, by_law, strict=True):
@@ -99,7 +125,7 @@ def _laid_out(
         schedule.step()
         if step >= 0.9 * (steps - 1):
             last.append(loss)
-    return places_LK, float(torch.stack(last).mean().sqrt()), float(law[1][law[0].argmax()].exp())
+    return float(torch.stack(last).mean().sqrt())
 
 
 def misfit(

@@ -33,7 +33,7 @@ from ppreid_dist.attacks.plateau import Split
 from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.recogniser import Recogniser
 from ppreid_dist.attacks.regression import Decoder, Regression, as_stored, decoders
-from ppreid_dist.attacks.waves import WavesConfig, are_bits
+from ppreid_dist.attacks.waves import ENOUGH, SOME, WavesConfig, are_bits
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.settings import option
 
@@ -56,6 +56,12 @@ class UnfoldedConfig(WeighedConfig, IsomapConfig):
     averaged: list[int] = option(
         [3], "nearest positions that each is averaged with, to try; 0 leaves them as they are", at_least=0
     )
+    smoothed: list[int] = option(
+        [0, 24],
+        "nearest features that each is averaged with while a layout begins, to try; 0: it goes by the features as they "
+        "are from its first step",
+        at_least=0,
+    )
     layout_steps: int = option(800, "steps of the layout, of 512 features each, for every 4,000 of them", at_least=1)
     layout_lr: float = option(0.05, "its learning rate, which falls to nothing", more_than=0)
     waves: WavesConfig = option(WavesConfig(), "")
@@ -64,6 +70,11 @@ class UnfoldedConfig(WeighedConfig, IsomapConfig):
         super().__post_init__()
         if "isomap" not in self.starts and not self.likeness:
             raise ConfigError("starts: without isomap they need likeness more than 0")
+
+    @property
+    def asks_pictures(self) -> bool:
+        """Whether a start needs what the recogniser sees in the attackers' own pictures."""
+        return not {"anchors", "flips"}.isdisjoint(self.starts)
 
 
 @register
@@ -104,13 +115,10 @@ class UnfoldedRegression(Regression):
         for start, neighbours in product(config.starts, config.neighbours):
             if start == "flips" or (start == "anchors" and own is None):
                 continue
-            if start == "anchors" and own is not None:
-                start_LK = propagated(pool_LD, *_seen(own, own_A, max(config.coordinates)), neighbours)
-            else:
-                start_LK = Manifold(graph, neighbours, max(config.coordinates))(pool_LD)
-            for count in _counts(start_LK, config):
-                layout = laid_out(pool_LD, start_LK[:, :count], config, split.seed)
-                where = f"from {start}, {count} dimensions"
+            start_LK = _start(start, graph, pool_LD, own_A, own, neighbours, max(config.coordinates))
+            for count, smoothed in product(_counts(start_LK, config), config.smoothed):
+                layout = laid_out(pool_LD, start_LK[:, :count], smoothed, config, split.seed)
+                where = f"from {start}, {count} dimensions, smoothed by {smoothed}"
                 layouts[f"{where} (residual {layout.residual:.3f})"] = layout
                 if bits:
                     sharp = Sharpened(layout, config.waves, split.seed)
@@ -175,21 +183,38 @@ def positions(
     seed: int,
     own: Own | None = None,
 ) -> Layout | None:
-    """Where the numbers behind codes lie, for whoever reads them one by one: by the waves that agree best, sought from
-    a layout that starts from Isomap's coordinates, and, where something is known of the attackers' ``own`` pictures
-    and ``config`` says so, by flips. None where features aren't bits."""
+    """Where the numbers behind bits lie, for whoever reads them one by one: by the waves that agree best, sought from
+    layouts and by flips until nothing is left to gain. Where none agree, as behind cells, by the last layout. None
+    where features aren't bits. ``own`` is what is known of the attackers' pictures; without it there is one layout,
+    from Isomap's coordinates."""
     if not (config.waves.candidates and are_bits(features_ND)):
         return None
     unit_ND, unit_LD = F.normalize(features_ND.float(), dim=1), leaked_LD
     if leaked_LD is not None:
         unit_LD = F.normalize(leaked_LD.float(), dim=1)
     graph, pool_LD, own_A = _pool(unit_ND, unit_LD, config, asked, seed)
-    start_LK = Manifold(graph, config.neighbours[0], max(config.coordinates))(pool_LD)
-    found: list[Sharpened] = []
-    for count in _counts(start_LK, config):
-        found.append(Sharpened(laid_out(pool_LD, start_LK[:, :count], config, seed), config.waves, seed))
-    found += _flipped(pool_LD, own_A, own, config, seed)
-    return max(found, key=lambda sharp: sharp.waves.agreement)
+    neighbours, found, layout = config.neighbours[0], list[Sharpened](), None
+    for start in ["isomap"] if own is None else sorted(config.starts, key=STARTS.index):
+        if start == "flips":
+            found += _flipped(pool_LD, own_A, own, config, seed)
+            continue
+        start_LK = _start(start, graph, pool_LD, own_A, own, neighbours, max(config.coordinates))
+        for count in _counts(start_LK, config):
+            layout = laid_out(pool_LD, start_LK[:, :count], config.smoothed[0], config, seed)
+            found.append(Sharpened(layout, config.waves, seed))
+            if found[-1].waves.agreement > ENOUGH:
+                return found[-1]
+    best = max(found, key=lambda sharp: sharp.waves.agreement)
+    return best if layout is None or best.waves.agreement > SOME else layout
+
+
+def _start(
+    start: str, graph: Tensor, pool_LD: Tensor, own_A: np.ndarray, own: Own | None, neighbours: int, count: int
+) -> Tensor:
+    """(L, K): where a layout starts, in so many dimensions or fewer."""
+    if start == "anchors" and own is not None:
+        return propagated(pool_LD, *_seen(own, own_A, count), neighbours)
+    return Manifold(graph, neighbours, count)(pool_LD)
 
 
 def _pool(
@@ -205,7 +230,7 @@ def _pool(
     return graph, pool_LD, own_A
 
 
-def laid_out(pool_LD: Tensor, start_LK: Tensor, config: UnfoldedConfig, seed: int) -> Layout:
+def laid_out(pool_LD: Tensor, start_LK: Tensor, smoothed: int, config: UnfoldedConfig, seed: int) -> Layout:
     """As ``config`` says, with steps by the size of the pool."""
     steps = config.layout_steps * max(1, round(len(pool_LD) / 4000))
-    return Layout(pool_LD, start_LK, steps=steps, lr=config.layout_lr, seed=seed)
+    return Layout(pool_LD, start_LK, steps=steps, lr=config.layout_lr, smoothed=smoothed, seed=seed)

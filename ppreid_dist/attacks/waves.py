@@ -28,6 +28,7 @@ NEAR = 0.15  # mean product of bits from which on a pair is near: about two widt
 PAIRS = 50_000  # near ones at most, by which lines are found
 TURNS = torch.linspace(0.3, 12.0, 80)  # deviations of a wave's phases that are tried
 MIXED = 20_000  # places between two known ones where others are sought
+SOME = 0.4  # mean agreement from which on they are taken for waves: hashes of cells look like some, too
 ENOUGH = 0.6  # mean agreement from which on nothing is left to gain: signs of waves and waves themselves have 2 / π
 
 
