@@ -347,7 +347,7 @@ def test_all_features_are_laid_out_whatever_the_graph_holds(
     aux: tuple[Pictures, Tensor], strangers: tuple[Pictures, Tensor]
 ) -> None:
     pictures, features = aux
-    config = replace(small_config(2).unfolded, coordinates=[6], averaged=[0], pictures=40, entries=10)
+    config = replace(small_config(2).unfolded, coordinates=[6], averaged=[0], smoothed=[0], pictures=40, entries=10)
     attacker = UnfoldedRegression(config)
     attacker.leaked_LD = strangers[1]
     [enter] = attacker.entrants(features, pictures.images_N3HW, Split.of(pictures.pids_N, 0), 0)
