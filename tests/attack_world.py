@@ -121,7 +121,13 @@ def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> A
         averaged=AveragedConfig(**recipe, agreement=[1.0], neighbours=[2]),
         isomap=IsomapConfig(**recipe, neighbours=[8, 20], coordinates=[6, 12]),
         unfolded=UnfoldedConfig(
-            **recipe, agreement=[1.0], neighbours=[8], coordinates=[6, 12], averaged=[0, 2], layout_steps=60
+            **recipe,
+            agreement=[1.0],
+            neighbours=[8],
+            coordinates=[6, 12],
+            averaged=[0, 2],
+            smoothed=[4],
+            layout_steps=60,
         ),
         diffusion=DiffusionConfig(
             views=["raw"],
