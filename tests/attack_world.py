@@ -126,7 +126,7 @@ def small_config(steps: int = 60, likeness: float = 0.0, **changes: object) -> A
             neighbours=[8],
             coordinates=[6, 12],
             averaged=[0, 2],
-            smoothed=[4],
+            smoothed=[0, 4],
             layout_steps=60,
         ),
         diffusion=DiffusionConfig(
