@@ -73,10 +73,12 @@ def _ways(pool_PS: Tensor, directions: int, told_EK: Tensor, config: UnfoldedCon
     draw = np.random.default_rng([seed, 0xE2])
     graph = pool_PS[torch.from_numpy(draw.permutation(len(pool_PS))[: config.entries])]
     start_PK = Manifold(graph, config.neighbours[0], directions)(pool_PS)
-    layout = laid_out(pool_PS, start_PK, config.smoothed[0], config, seed)
-    ways = [layout.places_LK]
-    if config.waves.candidates:
-        ways.append(Sharpened(layout, config.waves, seed).places_LK)
+    ways = []
+    for smoothed in config.smoothed:
+        layout = laid_out(pool_PS, start_PK, smoothed, config, seed)
+        ways.append(layout.places_LK)
+        if config.waves.candidates:
+            ways.append(Sharpened(layout, config.waves, seed).places_LK)
     if config.waves.candidates and len(told_EK) > ENOUGH * directions:
         rows_E = torch.arange(len(pool_PS) - len(told_EK), len(pool_PS), device=pool_PS.device)
         ways.append(Flipped(pool_PS, rows_E, told_EK.float(), config.waves, seed).places_LK)
