@@ -181,6 +181,7 @@ def test_an_array_says_what_it_does_while_it_does_it(
     assert array(sweep_file, say=said.append)["complete"]
     assert "0 of 2 done, 1 running" in said[0] and "running  " in said[0]
     assert any("attack" in text for text in said)  # a stage, seen while the trial goes on
+    assert 1 <= sum("waiting  " in text for text in said) <= 2 < len(said)  # not again and again what only waits
     assert "2 of 2 done, 0 running" in said[-1]
 
 

@@ -18,7 +18,7 @@ LOOK = 5.0  # seconds between looks at the folder
 
 
 class Progress:
-    """Says the table when a trial has begun or ended, and now and then."""
+    """Says the table when a trial has begun or ended, and now and then its head and what runs."""
 
     def __init__(self, folder: Folder, say: Callable[[str], None]):
         self.folder, self.say = folder, say
@@ -29,9 +29,11 @@ class Progress:
         rows = [(trial, self.folder.row(trial)) for trial in self.folder.known()]
         held = self.folder.claims.held()
         states = [row["status"] if row else "running" if trial.name in held else "waiting" for trial, row in rows]
-        if states != self._seen or time.monotonic() - self._said > EVERY:
+        changed = states != self._seen
+        if changed or time.monotonic() - self._said > EVERY:
             self._seen, self._said = states, time.monotonic()
-            self.say(table(self.folder, [(t, row, state) for (t, row), state in zip(rows, states, strict=True)]))
+            trials = [(trial, row, state) for (trial, row), state in zip(rows, states, strict=True)]
+            self.say(table(self.folder, trials, whole=changed))
 
     @contextmanager
     def kept_up(self) -> Iterator[None]:
@@ -52,8 +54,8 @@ class Progress:
             thread.join()
 
 
-def table(folder: Folder, trials: list[tuple[Trial, dict[str, Any] | None, str]]) -> str:
-    """A line on the whole, then a line for each trial."""
+def table(folder: Folder, trials: list[tuple[Trial, dict[str, Any] | None, str]], whole: bool) -> str:
+    """A line on the whole, then a line for each trial, or, unless ``whole``, for each that runs."""
     rows = [row for _, row, _ in trials if row is not None]
     count = Counter(state for *_, state in trials)
     expected = folder.expected()
@@ -65,7 +67,8 @@ def table(folder: Folder, trials: list[tuple[Trial, dict[str, Any] | None, str]]
     if left := time_left(rows, expected - len(rows), count["running"]):
         parts.append(f"about {left} left")
     width = max(len(trial.name) for trial, *_ in trials) if trials else 0
-    lines = [f"  {state:8} {trial.name:{width}}  {_detail(folder, trial, row, state)}" for trial, row, state in trials]
+    shown = trials if whole else [entry for entry in trials if entry[2] == "running"]
+    lines = [f"  {state:8} {trial.name:{width}}  {_detail(folder, trial, row, state)}" for trial, row, state in shown]
     return "\n".join([f"{folder.path.name}: {', '.join(parts)}", *(line.rstrip() for line in lines)])
 
 
