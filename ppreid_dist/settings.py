@@ -186,22 +186,25 @@ def save_settings(settings: Settings, file: Path) -> None:
     write_text(file, yaml.safe_dump(to_dict(settings), sort_keys=False))
 
 
-def describe(schema: type[Settings], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield ``(full key, default, explanation)`` for every setting, in order of declaration."""
+def describe(schema: type[Settings], prefix: str = "", given: Settings | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yield ``(full key, default, explanation)`` for every setting, in order of declaration; the defaults are those of
+    ``given``, where whoever holds such settings gives them others than the schema's own."""
     hints = typing.get_type_hints(schema)
     for f in dataclasses.fields(schema):
         key, hint = f"{prefix}{f.name}", hints[f.name]
+        # Not of an instance unless there is one: a schema may have keys that must be given.
+        value: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if given is not None:
+            value = getattr(given, f.name)
         if nested := _settings_type(hint):
-            yield from describe(nested, f"{key}.")
+            yield from describe(nested, f"{key}.", value if isinstance(value, Settings) else None)
             continue
         text = f.metadata.get("help", "")
         if choices := f.metadata.get("choices"):
             text = f"{text} [{' | '.join(map(str, choices))}]"
-        # Not of an instance: a schema may have keys that must be given.
-        value: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if typing.get_origin(hint) is list and (nested := _settings_type(typing.get_args(hint)[0])):
             yield key, f"{len(value)} of them", text
-            yield from describe(nested, f"{key}[i].")
+            yield from describe(nested, f"{key}[i].", value[0] if len(value) == 1 else None)
             continue
         if isinstance(hint, types.UnionType) and value is None:
             default = "null"

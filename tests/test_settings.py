@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ppreid_dist.errors import ConfigError
-from ppreid_dist.experiment import Config
+from ppreid_dist.experiment import Config, flat
 from ppreid_dist.settings import Settings, describe, help_text, load_settings, option, save_settings, to_dict
 from ppreid_dist.sweep.config import SweepConfig
 
@@ -123,6 +124,16 @@ def test_help_names_every_key_with_its_default(schema: type[Settings]) -> None:
     for key, default, explanation in describe(schema):
         assert f"{key}={default}" in text
         assert explanation, f"{key} is not explained"
+
+
+def test_the_defaults_of_the_help_are_those_that_hold() -> None:
+    """Also where settings within settings are given others than their own class has."""
+    held = dict(flat(to_dict(Config())))
+    told = {key: yaml.safe_load(default) for key, default, _ in describe(Config) if "[i]" not in key}
+    differ = {key for key, default in told.items() if key in held and default != held[key]}
+    assert differ == {"privacy.adversaries"}, differ  # a list of settings: how many
+    assert told["attack.recogniser.optimiser.warmup"] == 0.08 and len(told.keys() & held.keys()) > 200
+    assert ("privacy.adversaries[i].kind", "gan") in [entry[:2] for entry in describe(Config)]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
