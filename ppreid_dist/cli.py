@@ -173,7 +173,7 @@ def _features(arguments: Sequence[str]) -> int:
         help="the pictures in one folder, a person's by one camera, are one entry, their mean (see data.tracklet)",
     )
     parser.add_argument(
-        "--packed", action="store_true", help="signs and codes as bits, int8 as int8, instead of float32 for all"
+        "--packed", action="store_true", help="signs, codes and cells as bits, int8 as int8, instead of float32 for all"
     )
     options = parser.parse_args(arguments)
     from ppreid_dist.features import write_features
@@ -189,7 +189,7 @@ def _attack(arguments: Sequence[str]) -> int:
     parser = _parser(
         "ppreid attack",
         "Train fresh attackers on the stored features of two runs and compare: the unprotected control is the ceiling, "
-        "permuted pairs are the floor, independent extractors judge who is recognised.",
+        "the mean picture, and permuted pairs, are the floor, independent extractors judge who is recognised.",
         True,
         over="the defaults below, used instead of the protected run's config.yaml",
     )

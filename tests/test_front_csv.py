@@ -1,4 +1,4 @@
-"""front.csv: a line a trial, and what its cells mean."""
+"""front.csv: a line per trial, and what its cells mean."""
 
 import csv
 import io

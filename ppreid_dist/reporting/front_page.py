@@ -1,7 +1,7 @@
 """A sweep's front as files that need nothing else:
 
 front.json         every number (docs/sweep.md)
-front.csv          a line a trial
+front.csv          a line per trial
 front.html         the front as one page: no script, no request
 front/*.png        the page's figures, for a paper
 """

@@ -98,7 +98,7 @@ def write_table(table: Mapping[str, Any], folder: Path) -> None:
 
 
 def as_markdown(table: Mapping[str, Any]) -> str:
-    """A line a method: figures with their intervals, in parentheses the seeds where there are several."""
+    """A line per method: figures with their intervals, in parentheses the seeds where there are several."""
     axes = table["axes"]
     found = [row["attackers"] for row in table["rows"] if row["seeds"]]
     names = {axis: list(dict.fromkeys(name for each in found for name in each[axis])) for axis in axes}
