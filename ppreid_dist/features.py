@@ -57,7 +57,9 @@ def write_features(
     store = saved.extractor.store
     about = provenance(run / "model", store.config)
     if packed and not store.packs:
-        raise RunError(f"--packed: {run} stores float32 numbers ({about['stored']}); signs, codes, cells and int8 are packed")
+        raise RunError(
+            f"--packed: {run} stores float32 numbers ({about['stored']}); signs, codes, cells and int8 are packed"
+        )
     decoder = Decoder(config.data.stream.backend, saved.size, device)
     see = unit_embeddings if by_folder else stored_features
     seen = torch.empty(len(files), saved.extractor.feature_dim if by_folder else store.dim)

@@ -138,11 +138,6 @@ class Trainee(ABC):
     def error(self) -> float:
         """Of the averaged weights, on the held-out people."""
 
-    @property
-    def standing(self) -> float:
-        """By what it is compared with other entrants, the less the better."""
-        return self.best
-
     def train(self, steps: int) -> None:
         for _ in range(steps):
             self.step(*self._draw())
@@ -214,13 +209,13 @@ class Trainee(ABC):
 
 
 def race(entrants: Sequence[Callable[[], T]], config: StepsConfig, say: Callable[[str], None]) -> T:
-    """A short trial of every entrant; the best on its held-out people, by its ``standing``, goes on to its plateau."""
+    """A short trial of every entrant; the best on its held-out people goes on to its plateau."""
     leading: list[T] = []
     for enter in entrants:
         trainee = enter()
         if len(entrants) > 1:
             trainee.train_to_plateau(config.plateau, config.trial_steps, say)
-        leading = [min([trainee, *leading], key=lambda t: t.standing)]  # the others' memory is given back
+        leading = [min([trainee, *leading], key=lambda t: t.best)]  # the others' memory is given back
     leading[0].train_to_plateau(config.plateau, config.plateau.max_steps, say)
     return leading[0]
 

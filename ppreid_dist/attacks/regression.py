@@ -70,15 +70,15 @@ class Decoder(Trainee):
     ``attacks.inverse`` describes.
 
     It is given ``prepared_ND``, what ``prepare`` makes of stored features; ``label`` says how, in words. They may be
-    what the recogniser is ``expected`` to see: then it begins as the recogniser's inverse itself. ``by_likeness`` it is
-    compared with others by what the recogniser sees alone, where there is one.
+    what the recogniser is ``expected`` to see: then it begins as the recogniser's inverse itself. ``by_likeness`` its
+    error is what the recogniser misses in the pictures alone, where there is one: by that weights are kept, and it is
+    compared with others. By pixels, of which a decoder soon draws more, it would unlearn whom it draws.
     """
 
     network: Generator
     opponent: Opponent | None = None
     recogniser: Recogniser | None = None
     by_likeness = False
-    unlike = best_unlike = float("inf")  # what the recogniser last saw amiss in pictures of the people held out
 
     def __init__(
         self,
@@ -150,23 +150,13 @@ class Decoder(Trainee):
         if self.opponent is not None:
             self.opponent.learn(real_B3hw, fake_B3hw.detach(), x_BK)
 
-    @property
-    def standing(self) -> float:
-        return self.best_unlike if self.by_likeness and self.recogniser is not None else self.best
-
-    def look(self) -> bool:
-        if better := super().look():
-            self.best_unlike = self.unlike
-        return better
-
     def error(self) -> float:
         drawn = self.draw(self.held)
         error = held_out_error(drawn, self.held_pictures)
-        if self.recogniser is not None:
-            seen = self.recogniser.of_pictures(to_uint8(drawn))
-            self.unlike = float(likeness_loss(seen, self.held_seen))
-            error += self.likeness * self.unlike
-        return error
+        if self.recogniser is None:
+            return error
+        unlike = float(likeness_loss(self.recogniser.of_pictures(to_uint8(drawn)), self.held_seen))
+        return unlike if self.by_likeness else error + self.likeness * unlike
 
     @torch.no_grad()
     def draw(self, prepared_MD: Tensor) -> Tensor:
