@@ -16,8 +16,10 @@ def series(mean: float, noise: float, seed: int) -> np.ndarray:
     return mean + np.random.default_rng([seed, 5]).normal(0, noise, PEOPLE)[PIDS]
 
 
-def attacker(control: float = REACH, floor: float = FLOOR, *, noise: float = 0.0, seed: int = 0) -> AttackScores:
-    parts = {"protected": 0.2, "control": control, "floor": floor}
+def attacker(
+    control: float = REACH, floor: float = FLOOR, *, protected: float = 0.2, noise: float = 0.0, seed: int = 0
+) -> AttackScores:
+    parts = {"protected": protected, "control": control, "floor": floor}
     return AttackScores(
         **{f"{part}_Q": series(mean, noise, 7 * seed + i) for i, (part, mean) in enumerate(parts.items())}
     )
@@ -46,6 +48,17 @@ def test_more_data_must_not_be_worse(fewer: float, noise: float, fires: bool) ->
     lines = gates(strong, {20: {"ridge": attacker(fewer, noise=noise, seed=1)}, 100: strong})
     assert bool(lines) == fires
     assert not fires or ("ridge" in lines[0] and "with 100 people" in lines[0] and "with 20" in lines[0])
+
+
+def test_a_search_that_fails_in_protected_features_only_breaks_the_attack() -> None:
+    """As a search for the waves behind codes may, which unprotected features never ask for."""
+    fewer, most = {"unfolded": attacker(protected=0.4)}, {"unfolded": attacker(protected=0.1), "ridge": attacker(0.3)}
+    curve = {20: fewer, 100: {"unfolded": most["unfolded"]}}
+    (line,) = gates(most, curve)
+    assert line.startswith("on protected features the strongest attacker, ridge, reaches 0.200 with 100 people")
+    (line,) = ruined_attackers(Bootstrap(PIDS, 200, 0, 0.95), most, curve)
+    assert line == "on protected features unfolded reaches 0.100 with 100 people, less than the 0.400 with 20"
+    assert gates({**most, "regression": attacker(0.3, protected=0.39)}, curve) == []
 
 
 def test_an_attacker_that_more_data_ruined_is_noted_and_breaks_nothing_while_another_is_stronger() -> None:
