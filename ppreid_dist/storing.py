@@ -61,15 +61,16 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
         targets = load(config.model.store.decoder.size) if config.model.store.kind == "adversarial" else None
         kept.fit(plain_ND, targets.images_N3HW if targets else None)
     saved.extractor.store = kept
+    secret = chosen.key != PUBLIC_KEY
     with atomic(out) as whole:
-        whole.mkdir()
+        whole.mkdir(mode=0o700 if secret else 0o777)
         for name in ("result.json", "metrics.jsonl"):
             if (run / name).is_file():
                 shutil.copy2(run / name, whole / name)
         save_extractor(whole / "model", saved.extractor, config.model, saved.size, saved.about)
         hand_on(run, whole)
         save_settings(config, whole / "config.yaml")
-        if chosen.key != PUBLIC_KEY:  # both say it
+        if secret:  # both say it, wherever they are taken
             for name in ("config.yaml", "model/extractor.json"):
                 (whole / name).chmod(0o600)
     return chosen

@@ -234,6 +234,7 @@ def test_a_protected_run_is_stored_otherwise_and_its_generator_attacks_it(runs: 
         if file.is_file() and str(2**128 - 1).encode() in file.read_bytes()
     ]
     assert len(holds) == 2 and all(file.stat().st_mode & 0o077 == 0 for file in holds)
+    assert (tmp_path / "own").stat().st_mode & 0o077 == 0  # from its making on
     twice = ppreid("store", trained, "--out", str(tmp_path / "c"), *own, "model.store.key=1", expect=2).stderr
     assert "--key-file: model.store.key is given too" in twice
     ppreid("evaluate", str(tmp_path / "own"))

@@ -31,9 +31,10 @@ def test_by_hand() -> None:
     ]  # fmt: skip
     assert tracklets(PIDS, CAMIDS, 1).tolist() == [[row] for row in range(8)]
     assert tracklets(PIDS[:0], CAMIDS[:0], 3).shape == (0, 1)
+    assert tracklets(PIDS - 1, CAMIDS, 3).tolist() == [[row, -1] for row in range(5)] + [[5, 6], [7, -1]]  # distractors
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=30), st.integers(1, 5))
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), max_size=30), st.integers(1, 5))
 def test_each_picture_is_of_one_entry_and_heads_one_of_the_attackers(who: list[tuple[int, int]], most: int) -> None:
     pids, camids = np.array(who, int).reshape(-1, 2).T
     parted = tracklets(pids, camids, most)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ppreid_dist.data.csv_list import read_csv
 from ppreid_dist.data.layouts import read_cuhk03, read_market, read_msmt17, read_viper
-from ppreid_dist.data.records import SPLITS, Read, Record
+from ppreid_dist.data.records import DISTRACTOR, SPLITS, Read, Record
 from ppreid_dist.errors import ConfigError, DataError
 
 _GROUPS = {"train": ("train",), "unlabelled": ("unlabelled",), "aux": ("aux",), "query/gallery": ("query", "gallery")}
@@ -50,7 +50,7 @@ class Catalog:
         splits = _by_split(self.records)
         return {
             split: (
-                len({r.pid for r in splits[split] if split != "gallery" or r.pid != 0}),
+                len({r.pid for r in splits[split] if split != "gallery" or r.pid != DISTRACTOR}),
                 len(splits[split]),
                 len({r.camid for r in splits[split]}),
             )
@@ -142,7 +142,7 @@ def _check(root: Path, records: Sequence[Record]) -> None:
     for split in ("train", "query", "gallery"):
         if not splits[split]:
             raise DataError(f"{root}: the {split} split has no picture")
-    if nobody := [r for r in splits["query"] if r.pid == 0]:
+    if nobody := [r for r in splits["query"] if r.pid == DISTRACTOR]:
         raise DataError(f"{nobody[0].path}: a query with pid 0, which is for the gallery's distractors")
     members = {name: {r.pid: r.path for s in group for r in splits[s]} for name, group in _GROUPS.items()}
     for (one, first), (other, second) in combinations(members.items(), 2):
@@ -161,7 +161,7 @@ def _findings(records: Sequence[Record]) -> Iterator[str]:
         yield f"train: {single} identities with a single image"
     if single := sum(len(c) == 1 for c in cameras.values()):
         yield f"train: {single} identities with a single camera"
-    if distractors := sum(r.pid == 0 for r in splits["gallery"]):
+    if distractors := sum(r.pid == DISTRACTOR for r in splits["gallery"]):
         yield f"gallery: {distractors} distractors (pid 0), counted as images and not as an identity"
     seen: dict[int, set[int]] = defaultdict(set)
     for r in splits["gallery"]:

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from ppreid_dist.errors import DataError
 
+DISTRACTOR = 0  # the pid, in a gallery, of pictures that are of nobody who is asked for
+
 SPLITS = ("train", "unlabelled", "aux", "query", "gallery")  # aux: the attackers' own people
 
 

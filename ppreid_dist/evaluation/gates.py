@@ -2,9 +2,10 @@
 
 - **Above the floor.** Somebody finds more in unprotected features than the prior gives (``evaluation.leak``).
 - **More data is not worse.** The strongest attacker with the most people may not stand below the strongest with fewer,
-  neither on unprotected features nor on protected ones, some of which only a search opens. It fails where the interval of the loss, paired by identity, lies above 0 and the loss is
-  more than ``LOSS`` of the axis' reach: that interval doesn't cover the chance of two trainings. A single attacker that
-  does worse with more people, while another is stronger, is only worth a note: r is the strongest's.
+  neither on unprotected features nor on protected ones, some of which only a search opens. It fails where the interval
+  of the loss, paired by identity, lies above 0 and the loss is more than ``LOSS`` of the axis' reach: that interval
+  doesn't cover the chance of two trainings. A single attacker that does worse with more people, while another is
+  stronger, is only worth a note: r is the strongest's.
 - **The floor is at chance**, where an axis ranks and chance is known. A floor learns from pictures of strangers, so it
   can name nobody. It fails where the interval of (floor − chance) lies above 0 and that is more than ``LIFT`` of the
   reach (ceiling − chance). Cameras and light lift a judge's ranking a little without anybody being shown: by at most

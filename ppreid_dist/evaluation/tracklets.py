@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppreid_dist.data.records import DISTRACTOR
 from ppreid_dist.data.stream import Pictures
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.models.extractor import Extractor
@@ -25,13 +26,15 @@ def tracklets(pids_N: np.ndarray, camids_N: np.ndarray, most: int, *, each: bool
     """(E, T): the rows of each entry's pictures, the head's first, -1 where a tracklet is shorter; by their heads.
 
     Each person's pictures by each camera, in their order, are parted into tracklets of ``most``, the last of what is
-    left. With ``each`` every picture heads one, of itself and those after it, round and round: as many entries as
-    pictures, for whoever may enrol what he has as he likes.
+    left; distractors, who are no one person's, are entries of their own. With ``each`` every picture heads one, of
+    itself and those after it, round and round: as many entries as pictures, for whoever may enrol what he has as he
+    likes.
     """
     found: list[list[int]] = []
     groups: dict[tuple[int, int], list[int]] = {}
     for row, (pid, camid) in enumerate(zip(pids_N.tolist(), camids_N.tolist(), strict=True)):
-        groups.setdefault((pid, camid), []).append(row)
+        nobody = pid == DISTRACTOR and not each
+        groups.setdefault((pid, ~row if nobody else camid), []).append(row)
     for rows in groups.values():
         if each:
             found += [[rows[(i + k) % len(rows)] for k in range(min(most, len(rows)))] for i in range(len(rows))]
