@@ -31,6 +31,7 @@ from torch import Tensor
 from ppreid_dist.attacks.agreement import WeighedConfig, agreement, weighed
 from ppreid_dist.attacks.averaged import ALPHA, Average
 from ppreid_dist.attacks.base import register
+from ppreid_dist.attacks.expected import Expected
 from ppreid_dist.attacks.isomap import IsomapConfig, Manifold, drawn, some_of
 from ppreid_dist.attacks.layout import Flipped, Layout, Sharpened
 from ppreid_dist.attacks.plateau import Split
@@ -114,7 +115,7 @@ class UnfoldedRegression(Regression):
     ) -> list[Callable[[], Decoder]]:
         config, found = self.config, []
         leaked_LD = None if self.leaked_LD is None else weigh(self.leaked_LD)
-        graph, pool_LD, own_A = _pool(weigh(features_ND), leaked_LD, config, self.asked, split.seed)
+        graph, pool_LD, own_A = _pool(weigh(features_ND), leaked_LD, config, self.asked, seed)
         bits = bool(config.waves.candidates) and are_bits(features_ND)
         own = None if self.recogniser is None else Own(self.recogniser, pictures_N3hw, split)
         layouts: dict[str, Layout] = {}
@@ -123,13 +124,13 @@ class UnfoldedRegression(Regression):
                 continue
             start_LK = _start(start, graph, pool_LD, own_A, own, neighbours, max(config.coordinates))
             for count, smoothed in product(_counts(start_LK, config), config.smoothed):
-                layout = laid_out(pool_LD, start_LK[:, :count], smoothed, config, split.seed)
+                layout = laid_out(pool_LD, start_LK[:, :count], smoothed, config, seed)
                 where = f"from {start}, {count} dimensions, smoothed by {smoothed}"
                 layouts[f"{where} (residual {layout.residual:.3f})"] = layout
                 if bits:
-                    sharp = Sharpened(layout, config.waves, split.seed)
+                    sharp = Sharpened(layout, config.waves, seed)
                     layouts[f"{where} (waves that agree by {sharp.waves.agreement:.3f})"] = sharp
-        for flipped in _flipped(pool_LD, own_A, own, config, split.seed) if bits else []:
+        for flipped in _flipped(pool_LD, own_A, own, config, seed) if bits else []:
             count, agree = flipped.places_LK.shape[1], flipped.waves.agreement
             layouts[f"by flips, {count} dimensions (waves that agree by {agree:.3f})"] = flipped
         for (how, placed), near in product(layouts.items(), config.averaged):
@@ -190,28 +191,39 @@ def positions(
     own: Own | None = None,
 ) -> Layout | None:
     """Where the numbers behind bits lie, for whoever reads them one by one: by the waves that agree best, sought from
-    layouts and by flips until nothing is left to gain. Where none agree, as behind cells, by the last layout. None
-    where features aren't bits. ``own`` is what is known of the attackers' pictures; without it there is one layout,
-    from Isomap's coordinates."""
+    layouts and by flips until nothing is left to gain. Where none agree, as behind cells, by the layout that tells most
+    of what the recogniser sees in people held out. None where features aren't bits. ``own`` is what is known of the
+    attackers' pictures; without it layouts start from Isomap's coordinates only, and the one that explains most
+    counts."""
     if not (config.waves.candidates and are_bits(features_ND)):
         return None
     unit_ND, unit_LD = F.normalize(features_ND.float(), dim=1), leaked_LD
     if leaked_LD is not None:
         unit_LD = F.normalize(leaked_LD.float(), dim=1)
     graph, pool_LD, own_A = _pool(unit_ND, unit_LD, config, asked, seed)
-    neighbours, found, layout = config.neighbours[0], list[Sharpened](), None
+    neighbours, found, layouts = config.neighbours[0], list[Sharpened](), list[Layout]()
     for start in ["isomap"] if own is None else sorted(config.starts, key=STARTS.index):
         if start == "flips":
             found += _flipped(pool_LD, own_A, own, config, seed)
             continue
         start_LK = _start(start, graph, pool_LD, own_A, own, neighbours, max(config.coordinates))
         for count, smoothed in product(_counts(start_LK, config), config.smoothed):
-            layout = laid_out(pool_LD, start_LK[:, :count], smoothed, config, seed)
-            found.append(Sharpened(layout, config.waves, seed))
+            layouts.append(laid_out(pool_LD, start_LK[:, :count], smoothed, config, seed))
+            found.append(Sharpened(layouts[-1], config.waves, seed))
             if found[-1].waves.agreement > ENOUGH:
                 return found[-1]
     best = max(found, key=lambda sharp: sharp.waves.agreement)
-    return best if layout is None or best.waves.agreement > SOME else layout
+    if not layouts or best.waves.agreement > SOME:
+        return best
+    return layouts[0] if len(layouts) == 1 else min(layouts, key=partial(_untold, unit_ND, own))
+
+
+def _untold(unit_ND: Tensor, own: Own | None, layout: Layout) -> float:
+    """What a layout leaves open of what the recogniser sees, or where nobody sees, of how alike features are."""
+    if own is None:
+        return layout.residual
+    places_NK = F.normalize(layout(unit_ND), dim=1)
+    return Expected(places_NK, own.pictures_N3hw, own.split, own.recogniser).error
 
 
 def _start(
