@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ppreid_dist.attacks.kept import Kept
 from ppreid_dist.attacks.perceptual import Perception, PerceptualConfig
 from ppreid_dist.attacks.ridge import RidgeConfig
 from ppreid_dist.attacks.suite import SuiteResult, run_suite
+from ppreid_dist.attacks.victims import scores_of
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.evaluation.kid import kernel_distance
 from ppreid_dist.files import write_tensors
@@ -188,3 +190,19 @@ def test_reconstructions_are_nearer_the_real_pictures_than_noise_is(weights: Pat
         perception.scores(dimmed[5:7], real[5:7])["perceptual"],
         rtol=1e-4,
     )
+
+
+def test_on_a_perceptual_axis_all_attackers_have_the_highest_floor() -> None:
+    """Else one whose floor is poor would be said to have found what anybody draws."""
+    scores = {"gan": -0.6, "ridge": -0.3}
+    trained = {
+        (name, 40): SimpleNamespace(scores=dict.fromkeys(("perceptual", "identity"), np.full(3, score)))
+        for name, score in scores.items()
+    }
+    bench = SimpleNamespace(perception=SimpleNamespace(axes={"perceptual": ""}))
+    roles = dict.fromkeys(("control", "protected", "floor"), trained)
+    floors = {
+        axis: [float(scores_of(bench, roles, axis, name, 40).floor_Q[0]) for name in scores]  # type: ignore[arg-type]
+        for axis in ("perceptual", "identity")
+    }
+    assert floors == {"perceptual": [-0.3, -0.3], "identity": [-0.6, -0.3]}

@@ -67,8 +67,13 @@ def expected(bench: Bench, control: Victim, protected: Victim, processes: int) -
 
 def scores_of(bench: Bench, roles: Roles, axis: str, name: str, n: int) -> AttackScores:
     """An attacker's, with so many people; NaN where there is no such training. On pixels everybody's floor is the mean
-    picture (``Bench.mean_picture_Q``)."""
+    picture (``Bench.mean_picture_Q``), on a perceptual axis the highest of all with as many people."""
     unscored_Q = np.full_like(next(iter(roles["control"].values())).scores[axis], np.nan)
     found = {role: runs.get((name, n)) for role, runs in roles.items()}
     scores = {f"{role}_Q": of.scores[axis] if of else unscored_Q for role, of in found.items()}
-    return AttackScores(**scores | ({"floor_Q": bench.mean_picture_Q} if axis == "pixel" else {}))
+    if axis == "pixel":
+        scores["floor_Q"] = bench.mean_picture_Q
+    elif axis in bench.perception.axes:
+        floors = [of.scores[axis] for (_, m), of in roles["floor"].items() if m == n]
+        scores["floor_Q"] = max(floors, key=lambda of_Q: float(np.nanmean(of_Q)), default=unscored_Q)
+    return AttackScores(**scores)

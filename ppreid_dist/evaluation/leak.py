@@ -24,8 +24,9 @@ excess there counts, its C − F doesn't.
 **Floors.** On pixels everybody's is the mean picture, drawn whatever the feature. Attackers retrained on permuted pairs
 end at different pictures, most of them worse than that: by such floors some of what counts as found would be no more
 than the mean picture, and an attacker that falls back on it where it knows nothing would be the loser for that. On
-identity, where the mean picture shows nobody, an attacker's floor is its own on permuted pairs, which is chance unless
-something leaks.
+a perceptual axis everybody's is the highest of those retrained on permuted pairs, for the same reason. On identity,
+where the mean picture shows nobody, an attacker's floor is its own on permuted pairs, which is chance unless something
+leaks.
 
 **Intervals** come from a paired bootstrap over identities: all series share each resample, and both maxima are taken
 inside it. There a leak over a control that isn't above the floor is unbounded, and such an end of an interval is None.
