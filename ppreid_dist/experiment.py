@@ -5,6 +5,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +24,8 @@ from ppreid_dist.data.dataset import DataConfig, open_split, open_training
 from ppreid_dist.data.plan import PKPlan, Plan, StrangersPlan
 from ppreid_dist.data.shards import ShardedSplit
 from ppreid_dist.data.stream import Batch, Source, WebDatasetSource, load_pictures, open_source, open_stream
-from ppreid_dist.errors import ConfigError, LostError, RunError, Stopped
-from ppreid_dist.files import check_writable
+from ppreid_dist.errors import ConfigError, LostError, RunError, Stopped, TakenError
+from ppreid_dist.files import check_writable, hold
 from ppreid_dist.kernels.choice import KernelsConfig, using
 from ppreid_dist.losses.identity import IdentityConfig
 from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
@@ -50,6 +51,7 @@ from ppreid_dist.training.tracking import open_trackers, tracker_options
 
 _log = logging.getLogger(__name__)
 _EXTRACTOR, _LABELLED, _STRANGERS, _REVERSAL = 21, 22, 23, 24  # tags that keep the random streams of a seed apart
+ORPHANED = 120.0  # seconds in which a file server forgets the lock of a node that is gone
 
 
 @dataclass(kw_only=True)
@@ -152,7 +154,10 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     try:
         if stopped_before(folder):
             raise Stopped(f"{folder}: was asked to stop, so the launcher's restart doesn't train")
-        with using(config.kernels, engine.device, partitioned=engine.kind != "ddp"):
+        with (
+            _alone(folder, engine, ORPHANED if resume else 0.0),
+            using(config.kernels, engine.device, partitioned=engine.kind != "ddp"),
+        ):
             result = _play(config, folder, split, engine, progress=progress)
     except Stopped:
         leave_word(folder)
@@ -169,6 +174,24 @@ def train(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         raise
     engine.close()
     return result
+
+
+@contextmanager
+def _alone(folder: Path, engine: Engine, wait: float) -> Iterator[None]:
+    """Meanwhile no other training goes into the folder. RunError where one does for ``wait`` seconds."""
+    lock, taken = None, None
+    if engine.is_main:
+        try:
+            lock = hold(folder / ".lock", wait)
+        except TakenError:
+            taken = f"{folder}: another training goes on in it; stop that one, or choose another output=FOLDER"
+    if taken := distributed.chosen_by_main(taken):
+        raise RunError(taken)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, progress: bool) -> dict[str, Any]:
@@ -242,6 +265,7 @@ def _play(config: Config, folder: Path, split: ShardedSplit, engine: Engine, *, 
             "the training pictures": split.fingerprint,
             "the strangers' pictures": strangers_fingerprint,
         },
+        unsaid=compared(Config()),
         progress=progress,
     )
     # TensorBoard takes plain values only.

@@ -1,16 +1,18 @@
 """Files that are either whole or absent: written beside their place, synced, then renamed into it."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,23 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise DataError(f"{folder}: can't be written to: {error.strerror}") from None
+
+
+def hold(file: Path, wait: float) -> IO[bytes]:
+    """``file``, open and locked: until it is closed, or this process ends in whatever way, nobody else can hold it.
+    Where somebody does for ``wait`` seconds, TakenError; on a file system without locks nothing is held."""
+    opened, until = file.open("ab"), time.monotonic() + wait
+    while True:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return opened
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return opened
+        if time.monotonic() >= until:
+            opened.close()
+            raise TakenError(f"{file}: another process holds it")
+        time.sleep(min(1.0, wait))
 
 
 @contextmanager
@@ -69,11 +88,15 @@ def write_tensors(target: str | Path, tensors: Mapping[str, Tensor], *, about: M
     """Write tensors (of any device) as safetensors, atomically; ``about`` as JSON into its metadata of that name.
 
     Under one name, since safetensors writes several in any order. CPU tensors are copied only where they have to be.
+    Who may read it the umask says; safetensors itself would leave it to its owner alone.
     """
     metadata = None if about is None else {"about": json.dumps(about, ensure_ascii=False)}
     with atomic(target) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(_apart(tensors), temporary, metadata)
+            temporary.chmod(mode)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error
 

@@ -182,3 +182,10 @@ def test_what_is_written_is_copied_only_where_storage_is_shared(
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert given["alone"].data_ptr() == alone.data_ptr() and given["first"].data_ptr() == shared.data_ptr()
     assert about(tmp_path / "a.safetensors") == {"é": "|"}
+
+
+def test_tensors_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    """As the JSON beside them; safetensors itself makes files for their owner alone."""
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode

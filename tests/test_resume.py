@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,12 @@ from make_shards import forget_settings
 from torch import Tensor
 from training_runs import assert_same, first_part, last, run
 
-from ppreid_dist import distributed
+from ppreid_dist import distributed, experiment
 from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.errors import RunError
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
-from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, unflatten
+from ppreid_dist.training.checkpoint import CheckpointFolder, flatten, load_tree, unflatten, write_tree
 from ppreid_dist.training.tracking import read_metrics
 
 
@@ -88,6 +90,45 @@ def test_a_resume_with_another_configuration_is_refused(
     with pytest.raises(RunError, match=change.split("=")[0]) as error:
         run(world, tmp_path / "run", change, resume=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(
+    world: list[str], whole: Path, tmp_path: Path
+) -> None:
+    before, copies = last(whole), {}
+    for name, key in (("told", "privacy.every"), ("untold", "data.height")):
+        shutil.copytree(whole, copies.setdefault(name, tmp_path / name))
+        newest = CheckpointFolder(copies[name], 1).latest()
+        assert newest is not None
+        tree = load_tree(newest)
+        del tree["must match"][key]
+        shutil.rmtree(newest)
+        write_tree(newest, tree)
+    assert_same(before, run(world, copies["told"], resume=True))
+    with pytest.raises(RunError, match=r"can.t resume, data\.height was 256 and is now"):
+        run(world, copies["untold"], resume=True)
+
+
+def test_no_two_trainings_go_into_a_folder(
+    world: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused, also before the first has saved anything, and waits a while where it goes on."""
+    monkeypatch.setattr(experiment, "ORPHANED", 0.2)
+    shutil.copytree(whole, tmp_path / "kept")
+    holding = "import sys, time; from ppreid_dist.files import hold; from pathlib import Path; "
+    holding += "held = [hold(Path(name), 0) for name in sys.argv[1:]]; print(flush=True); time.sleep(600)"
+    (tmp_path / "begun").mkdir()
+    locks = [str(tmp_path / name / ".lock") for name in ("kept", "begun")]
+    with subprocess.Popen([sys.executable, "-c", holding, *locks], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline()
+            for name in ("kept", "begun"):
+                with pytest.raises(RunError, match=f"{name}: another training goes on in it"):
+                    run(world, tmp_path / name, resume=name == "kept")
+        finally:
+            other.kill()
+    assert not (tmp_path / "begun" / "config.yaml").exists()
+    assert_same(last(whole), run(world, tmp_path / "kept", resume=True))
 
 
 def test_a_resume_with_other_data_is_refused(world: list[str], whole: Path, tmp_path: Path) -> None:

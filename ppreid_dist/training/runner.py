@@ -87,6 +87,7 @@ class Runner:
         probe: Probe | None,
         probe_every: int,
         must_match: Mapping[str, Any],
+        unsaid: Mapping[str, Any],
         progress: bool = True,
     ):
         self.folder, self.seed, self.config, self.privacy, self.engine = folder, seed, config, privacy, engine
@@ -105,6 +106,7 @@ class Runner:
             adversaries=adversaries,
             ema=self.ema,
             must_match=must_match,
+            unsaid=unsaid,
         )
         self.at = Position()
         self.requests = StopRequests(folder, engine.device)

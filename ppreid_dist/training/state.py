@@ -29,7 +29,8 @@ class Position:
 class GameState:
     """Players, snapshots and counters of one run, as one tree of tensors and plain values.
 
-    ``must_match`` is equal for a resume: settings and data by name.
+    ``must_match`` is equal for a resume: settings and data by name; of what a checkpoint says nothing, since it is of
+    a version without that setting, ``unsaid`` was the value.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class GameState:
         adversaries: Sequence[Adversary],
         ema: Ema | None,
         must_match: Mapping[str, Any],
+        unsaid: Mapping[str, Any],
     ):
-        self.folder, self.engine, self.must_match = folder, engine, dict(must_match)
+        self.folder, self.engine, self.must_match, self.unsaid = folder, engine, dict(must_match), unsaid
         self.adversaries = {adversary.kind: adversary for adversary in adversaries}
         self.players = {player.name: player for player in players} | {
             f"{adversary.kind}.{player.name}": player for adversary in adversaries for player in adversary.players
@@ -83,8 +85,7 @@ class GameState:
             return None
         saved = load_tree(newest)
         for key, value in self.must_match.items():
-            if saved["must match"].get(key) != value:
-                was = saved["must match"].get(key)
+            if (was := saved["must match"].get(key, self.unsaid.get(key))) != value:
                 raise RunError(f"{newest}: can't resume, {key} was {was!r} and is now {value!r}")
         for name, player in self.players.items():
             load_weights(player.held.load_weights, saved["modules"][name], newest)
