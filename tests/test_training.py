@@ -223,8 +223,9 @@ def test_a_process_that_was_lost_before_or_after_the_loop_is_one_line(
     monkeypatch.setattr("ppreid_dist.experiment.stopped_before", lambda folder: False)
     monkeypatch.setattr(
         "ppreid_dist.experiment.open_engine",
-        lambda *_, **__: SimpleNamespace(forget=lambda: None, device=torch.device("cpu"), kind="ddp"),
+        lambda *_, **__: SimpleNamespace(forget=lambda: None, device=torch.device("cpu"), kind="ddp", is_main=True),
     )
+    monkeypatch.setattr("ppreid_dist.distributed.chosen_by_main", lambda value: value)
     with pytest.raises(LostError, match=r"run: another process died, .*: \[gloo\] Connection closed by peer$"):
         run(world, tmp_path / "run")
 
