@@ -67,7 +67,7 @@ class ReportConfig(Settings):
 @dataclass(kw_only=True)
 class Config(Settings):
     output: str = option("runs/run", "the run's folder")
-    seed: int = option(0, "everything random derives from it", at_least=0)
+    seed: int = option(0, "everything random derives from it", at_least=0, at_most=2**63 - 1)
     data: DataConfig = option(DataConfig(), "")
     model: ExtractorConfig = option(ExtractorConfig(), "")
     identity: IdentityConfig = option(IdentityConfig(), "")

@@ -8,6 +8,7 @@ every mistake is one line which starts with the full key.
 import copy
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,7 @@ class Settings:
 def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[str] = ()) -> S:
     """Read ``file`` (YAML) over the defaults of ``schema``, then ``key.sub=value`` overrides over both.
 
+    A text is what an override says, also where YAML sees a number in it (``output=2026_01_01``) or a truth value.
     Raises ConfigError (one line, starting with the file or the full key) for an unreadable file, an unknown key,
     a value of the wrong type or out of bounds.
     """
@@ -88,24 +90,46 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
     for item in overrides:
         key, equals, text = item.partition("=")
         if not key or not equals:
-            hint = "; a file? give it by --config FILE" if Path(item).is_file() else ""
+            hint = "; a file? give it by --config FILE" if os.path.isfile(item) else ""
             raise ConfigError(f"{item}: an override has the form key=value{hint}")
         if "[" in key:
             raise ConfigError(f"{key}: a list is given whole, {key.partition('[')[0]}=[…]")
         if " #" in text and text.lstrip()[:1] not in tuple("'\"[{"):
             raise ConfigError(f"{key}: what follows ' #' would be a comment: quote the value, {key}='\"…\"'")
         try:
+            item.encode()
             change = OmegaConf.from_dotlist([item])
+        except UnicodeEncodeError:
+            raise ConfigError(f"{key}: {text!a} is not UTF-8") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: not YAML: {' '.join(str(error).split())}") from None
         except OmegaConfBaseException as error:
             raise ConfigError(f"{key}: {_reason(error)}") from None
+        if _is_text(schema, key) and isinstance(_read(change, key), (int, float)):  # a truth value is an int
+            OmegaConf.update(change, key, text.strip())
         merged = _merge(merged, change, key)
     try:
         plain = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_reason(error)}") from None
     return _build(schema, plain, "")
+
+
+def _is_text(schema: type[Settings], key: str) -> bool:
+    """Whether the setting of that full key is a text."""
+    hint: Any = schema
+    for name in key.split("."):
+        inner = _settings_type(hint)
+        hint = typing.get_type_hints(inner).get(name) if inner else None
+    return hint in (str, str | None)
+
+
+def _read(change: Any, key: str) -> Any:
+    """What the override of ``key`` says, as YAML reads it."""
+    value: Any = OmegaConf.to_container(change)
+    for name in key.split("."):
+        value = value[name]
+    return value
 
 
 @cache
@@ -143,6 +167,9 @@ def _read_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: can't be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{file}: {key}{_reason(error)}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"{file}: the top level must be keys and values")
     return content

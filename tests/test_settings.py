@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Inner(Settings):
     rate: float = option(0.1, "a rate", more_than=0, at_most=1)
     kind: str = option("a", "a kind", choices=("a", "b"))
+    note: str | None = option("", "a text, or nothing")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,7 @@ class Outer(Settings):
         ("many=[{kin: a}]", "kin:"),
         ("many=[]", "many: at least one must be given"),
         ("count", "count:"),
+        ("count" * 99, "countcount"),
         ("size=[1,x]", "size"),
         ("inner.rate=nan", "inner.rate: nan is not a finite number"),
         ("maybe=.inf", "maybe: inf is not a finite number"),
@@ -55,6 +57,10 @@ class Outer(Settings):
         ("inner.kind=${nope}", "inner.kind: Interpolation key 'nope' not found"),
         ("inner.kind=${", "inner.kind:"),
         ("inner.kind=a #b", "inner.kind: what follows ' #' would be a comment"),
+        ("inner.kind=[a]", "inner.kind:"),
+        ("inner.kind=", "inner.kind:"),
+        ("inner.note=a\udcff", "inner.note: 'a\\udcff' is not UTF-8"),
+        ("inner={null: 2}", "inner: Incompatible key type 'NoneType'"),
     ],
 )
 def test_a_mistake_is_one_line_that_starts_with_the_key(override: str, start: str) -> None:
@@ -73,7 +79,12 @@ def test_what_would_never_move_is_refused(key: str) -> None:
         load_settings(Config, None, [f"{key}=1"])
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words", "\x00"])
+def test_a_seed_that_torch_does_not_take_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^seed: 18446744073709551616 must be at most 9223372036854775807$"):
+        load_settings(Config, None, [f"seed={2**64}"])
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words", "\x00", "null: 2", "inner: {null: 2}"])
 def test_a_file_that_is_no_settings_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
@@ -85,6 +96,16 @@ def test_a_file_that_is_no_settings_is_named(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: no such"):
         load_settings(Outer, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("text", ["2026_01_01", "0123", "1e3", "on", "12:30:00", "2026-01-01", ".inf", "0x10", "a: b"])
+def test_a_text_is_what_the_command_line_says(text: str) -> None:
+    """YAML sees numbers, truth values and times in it."""
+    given = f"'{text}'" if ":" in text and " " in text else text
+    found = load_settings(Outer, None, [f"inner.note= {given} "])
+    assert found.inner.note == text
+    assert load_settings(Outer, None, ["inner.note=null"]).inner.note is None
+    assert load_settings(Config, None, ["engine.precision=no"]).engine.precision == "no"
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
