@@ -3,10 +3,12 @@
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kills
 import pytest
 from commands import ppreid
 from conftest import ROOT
@@ -134,6 +136,21 @@ def test_a_sweep_of_failures_alone_fails_and_methods_are_named(monkeypatch: pyte
     ppreid("sweep", "--config", "configs/sweep_demo.yaml", "--front", expect=1)
     said = ppreid("bench-privacy", "--config", "configs/sweep_demo.yaml", "--front", expect=2).stderr
     assert said.startswith("error: methods: name the methods to compare")
+
+
+def test_kills_removes_nothing_and_says_a_mistake_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kills, "prepare_shards", lambda *_, **__: pytest.fail("went on"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").touch()
+    for out, words, message in (
+        ("runs", [], f"error: --out: {tmp_path / 'runs'} isn't empty; name a new folder, or remove it"),
+        ("new: 1", ["data.heigth=3"], "error: data.heigth: Key 'heigth' not in 'DataConfig'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["kills.py", "--out", str(tmp_path / out), *words])
+        with pytest.raises(SystemExit) as ended:
+            kills.main()
+        assert str(ended.value.code).startswith(message) and "\n" not in str(ended.value.code)
+    assert [file.name for file in tmp_path.rglob("*")] == ["runs", "mine"]
 
 
 # --- the documents ----------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ checkpoint must be the untouched run's, bit for bit; then a new run begins, unti
 """
 
 import argparse
+import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +28,7 @@ from ranks import Rank, finish, start_ranks
 from tqdm import tqdm
 
 from ppreid_dist.data.dataset import prepare_shards
+from ppreid_dist.errors import ConfigError, PPReIDError
 from ppreid_dist.experiment import Config
 from ppreid_dist.files import read_tensors
 from ppreid_dist.settings import load_settings
@@ -116,21 +117,32 @@ def difference(run: Path, reference: Path) -> str | None:
     return next((f"{run}: {name} differs" for name in mine if not torch.equal(mine[name], other[name])), None)
 
 
+def prepared(out: Path, config: str, given: list[str]) -> list[str]:
+    """The settings of all runs, whose shards are written. ConfigError where ``out`` has something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out: {out} isn't empty; name a new folder, or remove it")
+    here = {"data.root": out / "pictures", "data.shards": out / "shards"}
+    settings = [*TINY, *(f"{key}={json.dumps(str(path))}" for key, path in here.items()), *given]
+    prepare_shards(load_settings(Config, config, settings).data, progress=False)
+    return settings
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill and resume training; compare with an untouched run.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
-    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"), help="folder of the runs, new or empty")
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="over the tiny world that is trained")
     options = parser.parse_intermixed_args()
-    shutil.rmtree(options.out, ignore_errors=True)
     chance, out = random.Random(options.seed), options.out.resolve()
-    settings = [*TINY, f"data.root={out / 'pictures'}", f"data.shards={out / 'shards'}", *options.settings]
-    prepare_shards(load_settings(Config, options.config, settings).data, progress=False)
+    try:
+        settings = prepared(out, options.config, options.settings)
+    except PPReIDError as error:
+        sys.exit(f"error: {error}")
     common = ["--config", options.config, "--resume", *settings]
-    statuses, said = wait(start_ranks(options.processes, *common, f"output={out / 'untouched'}"))
+    statuses, said = wait(start_ranks(options.processes, *common, f"output={json.dumps(str(out / 'untouched'))}"))
     if any(statuses):
         sys.exit(f"the untouched run failed: {statuses}\n{said}")
 
@@ -141,7 +153,7 @@ def main() -> None:
     runs, run = 1, out / "run1"
     with tqdm(total=options.kills, desc="kills", unit="kill") as bar:
         while sum(tried.values()) < options.kills or pending:
-            arguments = [*common, f"output={run}"]
+            arguments = [*common, f"output={json.dumps(str(run))}"]
             if sum(tried.values()) < options.kills:
                 kind = KINDS[sum(tried.values()) % len(KINDS)]
                 problem = attempt(kind, options.processes, arguments, run, chance)
