@@ -99,6 +99,18 @@ def test_splits_without_masks_and_attributes(catalog, tmp_path):
     assert set(split.attributes["coat"]) == {"red", "blue, long", ""}
 
 
+def test_an_attribute_may_be_any_text(catalog, tmp_path):
+    texts, name = ["\r", "a\rb", "a\nb", "\r\n", 'a "b", c', " ", "\0", "ü\u2028"], "coat\rlong"
+    told = [replace(r, attributes=((name, texts[i % len(texts)]),)) for i, r in enumerate(catalog.records)]
+    various = replace(catalog, records=tuple(told))
+    write_shards(various, tmp_path / "any", progress=False)
+    split, expected = ShardedSplit.open(tmp_path / "any", "train"), _by_pixels(various, "train")
+    for i, text in enumerate(split.attributes[name]):
+        assert text == dict(expected[split.image_bytes(i)].attributes)[name]
+    assert set(texts) == set(split.attributes[name])
+    assert check_shards(tmp_path / "any", progress=False) == []
+
+
 def test_threads_forks_and_pickles_read_alike(shards):
     split = ShardedSplit.open(shards, "train")
     expected = [ShardedSplit.open(shards, "train").image_bytes(i) for i in range(15)]

@@ -83,7 +83,7 @@ def write_index(file: Path, index: Index) -> None:
     columns.append(index.shards[number] for number in table["shard"].tolist())
     columns += [table[name].tolist() for name in COLUMNS[2:]]
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
+        writer = csv.writer(stream, lineterminator="\r\n")  # else Python 3.11 quotes no \r
         writer.writerow([*COLUMNS, *(_ATTRIBUTE + name for name in index.attributes)])
         writer.writerows(zip(*columns, *index.attributes.values(), strict=True))
 
