@@ -2,6 +2,10 @@
 
 import gc
 import itertools
+import os
+import re
+import shutil
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -260,6 +264,43 @@ def test_streaming_fails_in_one_line(split, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(ConfigError, match="a shard for each of 5 processes, but there are 4"):
         _source(split)
+
+
+def _overwrite(shard, ending, data):
+    """The content of the shard's second member of that ending."""
+    with tarfile.open(shard) as tar:
+        member = [member for member in tar if member.name.endswith(ending)][1]
+    with shard.open("r+b") as file:
+        file.seek(member.offset_data)
+        file.write(data.ljust(member.size))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: _overwrite(shard, ".json", b"\0\0\0\xff"), "{}: KEY: streaming failed: 'utf-32-be' codec"),
+        (lambda shard: _overwrite(shard, ".json", b"[]"), "{}: KEY: streaming failed: list indices"),
+        (lambda shard: _overwrite(shard, ".jpg", b""), "{}: KEY: can't be decoded by pillow: cannot identify"),
+        (
+            lambda shard: shard.write_bytes(shard.read_bytes().replace(b".json", b".none")),
+            "{}: KEY: streaming failed: a sample lacks its json",
+        ),
+        (lambda shard: os.truncate(shard, 1024), "{}: streaming failed: unexpected end of data"),
+        (lambda shard: os.truncate(shard, 0), "{}: streaming failed: empty file"),
+        (lambda shard: shard.write_bytes(9999 * b"x"), "{}: streaming failed: invalid header"),
+        (lambda shard: shard.unlink(), "{}: streaming failed: No such file or directory"),
+    ],
+)
+def test_a_damaged_shard_is_named(folder, tmp_path, damage, message):
+    shutil.copytree(folder, tmp_path / "shards")
+    broken, shard = ShardedSplit.open(tmp_path / "shards", "train"), tmp_path / "shards" / "train-000002.tar"
+    damage(shard)
+    batches = _source(broken).batches(4, 2, seed=0)
+    with pytest.raises(DataError) as caught:
+        for _ in range(99):
+            next(batches)
+    assert re.sub(r"\d+_train_p\d_\d", "KEY", str(caught.value)).startswith(message.format(shard))
+    assert " object at 0x" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- prefetching

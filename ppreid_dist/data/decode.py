@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,8 +87,7 @@ class Decoder:
                 try:
                     self._decode([one])
                 except Exception as reason:
-                    first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-                    raise DataError(f"{key}: can't be decoded by {self.backend}: {first_line}") from error
+                    raise DataError(f"{key}: can't be decoded by {self.backend}: {in_one_line(reason)}") from error
             raise
         return to_device(x_BHW3, self.device).permute(0, 3, 1, 2).contiguous()
 
@@ -98,6 +98,12 @@ class Decoder:
         except Exception:
             return False
         return True
+
+
+def in_one_line(error: Exception) -> str:
+    """The first line of what a decoder says, without the object in memory that Pillow names as the file."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r" <_io\.BytesIO object at \w+>", "", first_line)
 
 
 @cache
@@ -167,6 +173,6 @@ def decode_masks(data: Sequence[bytes], keys: Sequence[str], size: tuple[int, in
             with Image.open(io.BytesIO(one)) as picture:
                 person = picture.convert("L").point(lambda level: 255 if level else 0)
         except Exception as error:
-            raise DataError(f"{key}: its mask can't be decoded: {error}") from None
+            raise DataError(f"{key}: its mask can't be decoded: {in_one_line(error)}") from None
         masks.append(np.asarray(person.resize(size[::-1], Image.Resampling.BILINEAR)) >= 128)
     return torch.from_numpy(np.stack(masks)[:, None].astype(np.uint8))

@@ -25,6 +25,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ppreid_dist.data.catalog import Catalog
+from ppreid_dist.data.decode import in_one_line
 from ppreid_dist.data.index import FORMAT, ROW, Index, read_meta, write_index
 from ppreid_dist.data.records import SPLITS, Record
 from ppreid_dist.data.shards import EXTENSIONS, side_by_side
@@ -170,7 +171,7 @@ def _read_picture(file: Path) -> tuple[bytes, str, tuple[int, int], bool]:
             picture.load()
             mode, turned = picture.mode, picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{file}: not a whole JPEG, PNG or BMP picture: {error}") from None
+        raise DataError(f"{file}: not a whole JPEG, PNG or BMP picture: {in_one_line(error)}") from None
     if mode[0] in "IF":  # Pillow clips 16 bits where DALI scales them
         raise DataError(f"{file}: has more than 8 bits a channel (mode {mode}); convert it first")
     # MPO: a JPEG with a second picture behind it, as some cameras write; what reads it reads the first.

@@ -171,13 +171,13 @@ class WebDatasetSource:
         """
         rng = np.random.default_rng([seed, _POOL, distributed.rank()])
         samples, size, most = self._samples(int(rng.integers(2**31))), 0, self._pool
-        pool: dict[int, dict[str, tuple[bytes, int]]] = {}  # pid -> key -> (picture, camid)
+        pool: dict[int, dict[str, tuple[bytes, int, str]]] = {}  # pid -> key -> (picture, camid, shard)
         while True:
             known = 0  # met again: as many as the pool holds mean that the shards hold no more
             while size < most and known <= size:
-                key, pid, camid, picture = next(samples)
+                key, pid, camid, picture, url = next(samples)
                 before = len(pool.setdefault(pid, {}))
-                pool[pid].setdefault(key, (picture, camid))
+                pool[pid].setdefault(key, (picture, camid, url))
                 size += len(pool[pid]) - before
                 known += len(pool[pid]) == before
             if known > size:
@@ -187,7 +187,7 @@ class WebDatasetSource:
                 raise DataError(f"{self._urls[0]}: a pool of {size} pictures holds {len(pool)} people, {P} are needed")
             shuffled = rng.permutation(sorted(pool)).tolist()
             chosen = sorted(shuffled, key=lambda pid: len(pool[pid]) < K)[:P]
-            taken: list[tuple[int, str, bytes, int]] = []
+            taken: list[tuple[int, str, bytes, int, str]] = []
             for pid in chosen:
                 keys = rng.permutation(sorted(pool[pid])).tolist()[:K]
                 found = [(pid, key, *pool[pid].pop(key)) for key in keys]
@@ -195,25 +195,41 @@ class WebDatasetSource:
                 taken += [found[i % len(found)] for i in range(K)]
                 if not pool[pid]:
                     del pool[pid]
-            pids, names, pictures, camids = zip(*taken, strict=True)
-            yield self._decoder.decode(pictures, names), np.array(pids), np.array(camids)
+            pids, names, pictures, camids, urls = zip(*taken, strict=True)
+            where = [f"{url}: {name}" for url, name in zip(urls, names, strict=True)]
+            yield self._decoder.decode(pictures, where), np.array(pids), np.array(camids)
 
-    def _samples(self, seed: int) -> Iterator[tuple[str, int, int, bytes]]:
+    def _samples(self, seed: int) -> Iterator[tuple[str, int, int, bytes, str]]:
+        """Endlessly (key, pid, camid, picture, shard). DataError naming a damaged shard, or the one before it."""
         import webdataset as wds
 
         # detshuffle gives each pass its own order; resampled=True neither repeats with a seed nor covers the shards
         dataset = wds.WebDataset(
             self._urls, shardshuffle=len(self._urls), detshuffle=True, seed=seed, nodesplitter=wds.split_by_node
         )
+        where = f"{self._urls[0]} …"
         try:
             for sample in dataset.repeat():
-                key = sample["__key__"].rpartition("/")[2]
+                url, key = sample["__url__"], sample["__key__"].rpartition("/")[2]
+                where = f"{url}: {key}"
                 if self._only is None or key in self._only:
                     about = json.loads(sample["json"])
                     picture = next(sample[extension] for extension in EXTENSIONS.values() if extension in sample)
-                    yield key, about["pid"], about["camid"], picture
-        except (OSError, ValueError, KeyError, StopIteration, tarfile.TarError) as error:
-            raise DataError(f"{self._urls[0]} …: streaming failed: {' '.join(str(error).split())}") from error
+                    yield key, about["pid"], about["camid"], picture, url
+                where = f"in or after {url}"
+        except (OSError, ValueError, LookupError, TypeError, StopIteration, tarfile.TarError) as error:
+            # To what an error says webdataset appends what it was reading from.
+            named = (*error.args, getattr(error, "filename", None))
+            where = next((shard for shard in self._urls if shard in named), where)
+            raise DataError(f"{where}: streaming failed: {_first_words(error)}") from error
+
+
+def _first_words(error: Exception) -> str:
+    """What an error itself says, without the objects that webdataset appends."""
+    if isinstance(error, (KeyError, StopIteration)):
+        return f"a sample lacks its {error.args[0] if error.args else 'picture'}"
+    said = error if isinstance(error, UnicodeError) else next(iter(error.args), type(error).__name__)
+    return " ".join(str(getattr(error, "strerror", None) or said).partition(" @ <")[0].split())
 
 
 def _check_dealing(split: ShardedSplit, people: int) -> None:
