@@ -81,28 +81,21 @@ check_environment() {
     [[ -f $1 ]] || fail "$1: no such configuration file"
 }
 
-# $output: the folder that the last output=… of the settings behind the configuration $2 names, or else the configuration
-# itself, or else $1, as Python reads it: what it interpolates (${oc.env:SCRATCH}), and a ~, which no shell expands there.
+# $output: the folder that is meant by the configuration $2 with the settings behind it, as the program itself reads them by
+# its schema $1, MODULE:CLASS. What is no setting, as --retry, is left to the program.
 read_output() {
-    local given=$2 setting said
-    for setting in "${@:3}"; do
-        if [[ $setting == output=* ]]; then given=$setting; fi
-    done
-    said=$(python -c '
-import os, sys
-from omegaconf import OmegaConf
-given, default = sys.argv[1:]
+    output=$(python -c '
+import sys
+from importlib import import_module
+from ppreid_dist.errors import PPReIDError
+from ppreid_dist.settings import load_settings
+schema, config, *words = sys.argv[1:]
+module, _, name = schema.partition(":")
+settings = [word for word in words if "=" in word and not word.startswith("-")]
 try:
-    read = OmegaConf.from_dotlist([given]) if given.startswith("output=") else OmegaConf.load(given)
-    output = read.get("output") or default
-except Exception as error:
-    print(" ".join(str(error).split()))
-    sys.exit(1)
-if not output:
-    print("no output in it: give output=FOLDER")
-    sys.exit(1)
-print(os.path.expanduser(output))' "$given" "$1" 2>/dev/null) || fail "$given: $said"
-    output=$said
+    print(load_settings(getattr(import_module(f"ppreid_dist.{module}"), name), config, settings).output)
+except PPReIDError as error:
+    sys.exit(f"error: {error}")' "$@") || exit 2
 }
 
 # A command of Slurm's, which on a busy cluster may not answer the first time.

@@ -10,7 +10,8 @@
 #   sbatch --array=0-7 slurm/sweep.sh CONFIG [key=value …]     tasks that share the sweep's folder, without Ray
 #
 # A trial runs on one node and takes what resources.* of CONFIG says. What differs between clusters is in slurm/site.sh,
-# made from slurm/site.example.sh; stops, requeues and the exit status are those of slurm/train.sh.
+# made from slurm/site.example.sh; stops, requeues and the exit status are those of slurm/train.sh, and 1 also where all
+# trials failed.
 set -euo pipefail
 
 readonly me=sweep.sh
@@ -29,7 +30,7 @@ tell_once() { kill -USR2 "$driver"; }
 
 source_site
 check_environment "$config"
-read_output runs/sweep "$config" "$@"
+read_output sweep.config:SweepConfig "$config" "$@"
 
 sweep=(python -m ppreid_dist.sweep --config "$config" --resume)
 ray=''
@@ -61,6 +62,10 @@ fi
 progress() { { find "$output" \( -name trial.json -o -name latest \) -printf '%p %T@\n' 2>/dev/null || :; } | sort; }
 before=$(progress)
 
+# When the front was written. A sweep whose trials all failed ends by 1 as a crashed one does, but has written it.
+front() { find "$output/front.json" -printf '%T@\n' 2>/dev/null || :; }
+front_before=$(front)
+
 # An ignored signal stays so in Python until it listens.
 (
     trap '' USR2
@@ -68,7 +73,8 @@ before=$(progress)
 ) &
 driver=$!
 await "$driver"
-if ((status != 0 && status != 2 && status != SAVED)) && [[ $(progress) != "$before" ]]; then
+if ((status != 0 && status != 2 && status != SAVED)) &&
+    [[ $(progress) != "$before" && $(front) == "$front_before" ]]; then
     say "crashed by status $status, after something was done"
     status=$SAVED
 fi

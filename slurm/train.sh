@@ -9,7 +9,7 @@
 #   sbatch --nodes=2 --gpus-per-node=4 --cpus-per-gpu=8 slurm/train.sh CONFIG …    one process a GPU
 #   sbatch --ntasks=4 --cpus-per-task=8 slurm/train.sh CONFIG …                    CPUs: one process a task
 #   sbatch --array=0-4 slurm/train.sh CONFIG …      seeds 0 to 4; seed N in OUTPUT/seed_N, where OUTPUT is the
-#                                                   setting `output` of the command line, or else of CONFIG
+#                                                   setting `output` of CONFIG with the command line's settings
 #
 # What differs between clusters is in slurm/site.sh, made from slurm/site.example.sh.
 # Five minutes before the time limit, or on SIGUSR2 or SIGTERM, the run saves and the job requeues itself, at most
@@ -35,11 +35,13 @@ tell_once() { scancel --quiet --signal=USR2 "$job"; }
 source_site
 check_environment "$config"
 
-read_output '' "$config" "$@"
+read_output experiment:Config "$config" "$@"
 
 if [[ -v SLURM_ARRAY_TASK_ID ]]; then
     output=$output/seed_$SLURM_ARRAY_TASK_ID
-    set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$output"
+    # Quoted for YAML: a path may have " #" or ": " in it.
+    quoted=$(python -c 'import json, sys; print(json.dumps(sys.argv[1], ensure_ascii=False))' "$output")
+    set -- "$@" "seed=$SLURM_ARRAY_TASK_ID" "output=$quoted"
 fi
 
 # The name of the run's newest checkpoint.

@@ -13,6 +13,9 @@ from conftest import ROOT
 from slurm_stand_ins import Door, make_door
 from sweep_stand_ins import until
 
+from ppreid_dist.experiment import Config
+from ppreid_dist.settings import load_settings
+
 pytestmark = pytest.mark.slurm
 SCRIPTS = sorted(script for script in (ROOT / "slurm").glob("*.sh") if script.name != "site.sh")  # the user's own
 
@@ -115,7 +118,8 @@ def test_a_checkpoint_in_the_home_folder_is_found(door: Door, arguments: list[st
     (door.root / "set.yaml").write_text("output: ${oc.env:HOME}/a run\n")
     (door.root / "sitecustomize.py").write_text("import sys; print('a warning', file=sys.stderr)\n")
     home = door.root / "home"
-    door.run(*arguments, STATUS="1", HOME=str(home), SAVES=f"{home}/a run/checkpoints", PYTHONPATH=str(door.root))
+    saves = f"{home}/a run/checkpoints"
+    door.run(*arguments, STATUS="1", HOME=str(home), OUTPUT="", SAVES=saves, PYTHONPATH=str(door.root))
     assert door.requeued() == ["70001"]
 
 
@@ -207,18 +211,35 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "70001", "SLURM_ARRAY_TASK_ID": "3"}
 
 def test_an_array_gives_seeds_and_folders_of_their_own(door: Door) -> None:
     door.run("a run.yaml", "seed=9", STATUS="0", **ARRAY)
-    door.run("a run.yaml", "output=else where", STATUS="0", **ARRAY)
-    first, second = (call["arguments"] for call in door.calls("python"))
-    assert first[-3:] == ["seed=9", "seed=3", "output=runs/a run/seed_3"]
-    assert second[-2:] == ["seed=3", "output=else where/seed_3"]
+    (call,) = door.calls("python")
+    assert call["arguments"][-3:] == ["seed=9", "seed=3", 'output="runs/a run/seed_3"']
 
 
-@pytest.mark.parametrize("array", [{}, ARRAY])
-def test_a_job_without_an_output_is_an_error(door: Door, array: dict[str, str]) -> None:
-    (door.root / "none.yaml").write_text("seed: 1\n")
-    assert "error: none.yaml: no output in it" in door.run("none.yaml", expect=2, **array)
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        (["model.backbone=B"], "runs/B"),  # as the configuration makes it of the command line's settings
+        (["output=else where"], "else where"),
+        (["output='runs: größer #2'"], "runs: größer #2"),
+        ([], f"runs/{Config().model.backbone}"),  # and of the defaults
+    ],
+)
+def test_an_array_s_folders_are_where_the_run_itself_would_be(door: Door, settings: list[str], folder: str) -> None:
+    (door.root / "run.yaml").write_text("output: runs/${model.backbone}\n")
+    door.run("run.yaml", *settings, STATUS="0", OUTPUT="", **ARRAY)
+    (call,) = door.calls("python")
+    given = call["arguments"][4:]
+    assert given[:-2] == settings and given[-2] == "seed=3"
+    assert load_settings(Config, door.root / "run.yaml", given).output == f"{folder}/seed_3"
+
+
+def test_an_output_that_can_t_be_read_is_told_of(door: Door) -> None:
     (door.root / "unset.yaml").write_text("output: ${oc.env:NO_SUCH_VARIABLE}/run\n")
-    assert "error: unset.yaml: " in (said := door.run("unset.yaml", expect=2, **array)) and "NO_SUCH_VARIABLE" in said
+    for arguments, said in (
+        (["unset.yaml"], r"error: output: .*NO_SUCH_VARIABLE.*"),
+        (["a run.yaml", "output=2024: "], r"error: output: .+"),
+    ):
+        assert re.fullmatch(said, door.run(*arguments, expect=2, OUTPUT="").strip())
     assert door.calls("srun") == []
 
 
@@ -311,6 +332,22 @@ def test_a_sweep_that_crashes_comes_back_if_something_was_done(sweep_door: Door,
     said = sweep_door.run("a run.yaml", TASKS="2", STATUS="134", SAVES=where, expect=0 if done else 134)
     assert sweep_door.requeued() == (["70001"] if done else [])
     assert ("crashed by status 134, after something was done" in said) == done
+
+
+def test_a_sweep_whose_trials_all_failed_stays_away(sweep_door: Door) -> None:
+    """It is no crash, and what failed would only fail again; the front that it wrote tells it from one."""
+    done = {"SAVES": "runs/a run/trials/a/run/checkpoints", "FRONT": "runs/a run/front.json"}
+    said = sweep_door.run("a run.yaml", TASKS="2", STATUS="1", expect=1, **done)
+    assert sweep_door.requeued() == [] and "crashed" not in said
+
+
+def test_a_sweep_s_progress_is_looked_for_where_the_sweep_itself_is(sweep_door: Door) -> None:
+    (sweep_door.root / "sweep.yaml").write_text(
+        "base: base.yaml\ngrid: {privacy.weight: [1]}\noutput: ${oc.env:CALLS}-${axis}\n"
+    )
+    where = f"{sweep_door.environment['CALLS']}-pixel/trials/a/run/checkpoints"
+    sweep_door.run("sweep.yaml", "--retry", "axis=pixel", STATUS="134", OUTPUT="", SAVES=where, **ARRAY)
+    assert sweep_door.requeued() == ["70001_3"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
