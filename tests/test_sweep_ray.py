@@ -3,13 +3,19 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ROOT
 from sweep_stand_ins import STEPS, until
 from sweeps import Driver, assert_whole, change, kill_half_way_and_resume, needs_ray, trainings
 
+from ppreid_dist.errors import Stopped
 from ppreid_dist.files import read_json
 from ppreid_dist.losses.neighbourhood import NeighbourhoodConfig
 from ppreid_dist.settings import load_settings
@@ -17,6 +23,7 @@ from ppreid_dist.sweep.asha import Losses
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.folder import open_folder
 from ppreid_dist.sweep.front import front_of
+from ppreid_dist.sweep.ray_tune import run_on_ray
 from ppreid_dist.sweep.space import Trial
 from ppreid_dist.sweep.study import open_study
 from ppreid_dist.sweep.trial import Worker
@@ -29,6 +36,49 @@ def test_a_sweep_goes_through_ray(sweep_file: Path, tmp_path: Path) -> None:
     change(sweep_file, grid={"privacy.weight": [2]}, seeds=[0])
     Driver("ray", sweep_file).ends(0)
     assert_whole(tmp_path / "out", controls=1, trials=1)
+
+
+@needs_ray
+def test_a_wish_to_stop_while_ray_is_waited_for_is_no_mistake(sweep_file: Path) -> None:
+    said: list[str] = []
+    worker = Worker(open_folder(load_settings(SweepConfig, sweep_file), resume=False))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    how: dict[str, Any] = {"nodes": 2, "say": said.append, "listen": lambda: None, "stopped": lambda: True}
+    with pytest.raises(Stopped, match="asked to stop"):
+        run_on_ray(worker, address=f"127.0.0.1:{port}", **how)
+    assert said == [f"out: waits for Ray at 127.0.0.1:{port}, 2 nodes"]
+
+
+@needs_ray
+@pytest.mark.parametrize("address", [None, "of a cluster"])
+def test_a_wish_to_stop_goes_before_what_a_cluster_lacks(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    import ray
+
+    heard: list[str] = []
+    for name, found in (("init", None), ("shutdown", None), ("nodes", [])):
+        monkeypatch.setattr(ray, name, lambda found=found, **how: found)
+    worker = Worker(open_folder(load_settings(SweepConfig, sweep_file), resume=False))
+    # It is heard as soon as anybody listens, and then nodes are waited for.
+    how: dict[str, Any] = {"listen": lambda: heard.append("a signal"), "stopped": lambda: bool(heard)}
+    run_on_ray(worker, address=address, nodes=2, say=lambda text: None, **how)
+    assert heard
+
+
+@needs_ray
+def test_a_cluster_whose_token_is_lacking_is_one_line(tmp_path: Path) -> None:
+    """Ray reads RAY_AUTH_MODE where it is loaded, and then looks for a token before it connects."""
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        code = f"from ppreid_dist.sweep.ray_tune import _connect; _connect({address!r}, lambda: False)"
+        without = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env={**without, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)},
+        )  # fmt: skip
+    assert f"RunError: --address {address}: " in done.stderr and "token" in done.stderr.splitlines()[-1]
 
 
 @needs_ray

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ppreid_dist.errors import ConfigError, MissingExtra, RunError
+from ppreid_dist.errors import ConfigError, MissingExtra, RunError, Stopped
 from ppreid_dist.sweep.asha import Losses
 from ppreid_dist.sweep.config import ResourcesConfig
 from ppreid_dist.sweep.folder import Folder
@@ -23,7 +23,7 @@ from ppreid_dist.sweep.space import Trial
 from ppreid_dist.sweep.study import aims_of, open_study
 from ppreid_dist.sweep.trial import Look, Worker
 
-PATIENCE = 180.0  # seconds that the nodes of a cluster have to come up
+PATIENCE = 180.0  # seconds that the head of a cluster has to come up, and then its nodes
 _LOST = 3  # times that a trial's Ray worker may die
 _PLAIN = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -67,18 +67,21 @@ def run_on_ray(
             logging_level=logging.ERROR, object_store_memory=100 * 2**20,
         )  # fmt: skip
     else:
-        _connect(address, nodes, stopped)
+        say(f"{worker.folder.path.name}: waits for Ray at {address}, {nodes} nodes")
+        _connect(address, stopped)
     try:
         listen()
-        _check_room(resources)
+        if address is not None:
+            _wait_for_nodes(address, nodes, stopped)
         if not stopped():
+            _check_room(resources)
             _tune(worker, say, stopped)
     finally:
         ray.shutdown()
 
 
-def _connect(address: str, nodes: int, stopped: Callable[[], bool]) -> None:
-    """Wait for the cluster and its nodes. RunError if they don't come."""
+def _connect(address: str, stopped: Callable[[], bool]) -> None:
+    """Wait for the cluster. RunError if it doesn't come."""
     import ray
 
     host, _, port = address.rpartition(":")
@@ -88,13 +91,22 @@ def _connect(address: str, nodes: int, stopped: Callable[[], bool]) -> None:
             socket.create_connection((host, int(port)), timeout=5).close()
             reached = True
         except OSError as error:
-            if time.monotonic() > deadline or stopped():
+            if stopped():
+                raise Stopped(f"--address {address}: asked to stop") from None
+            if time.monotonic() > deadline:
                 raise RunError(f"--address {address}: {error}") from None
             time.sleep(1)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"--address {address}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _wait_for_nodes(address: str, nodes: int, stopped: Callable[[], bool]) -> None:
+    """RunError if they don't come; a wish to stop ends the wait."""
+    import ray
+
+    deadline = time.monotonic() + PATIENCE
     while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes and not stopped():
         if time.monotonic() > deadline:
             raise RunError(f"--address {address}: only {alive} of {nodes} nodes came within {PATIENCE:.0f} s")
