@@ -308,7 +308,7 @@ def _sweep(
         f"{config.output}: {len(front['trials'])} of {front['expected']} trials, {failed} failed; recommended: "
         f"{front['recommended'] or 'none'}" + (f"; {config.output}/front.html" if front["complete"] else "")
     )
-    return FAILED if failed == len(front["trials"]) and failed else 0
+    return FAILED if front["complete"] and failed == len(front["trials"]) and failed else 0
 
 
 def _task(task: int | None, tasks: int | None) -> tuple[int, int]:

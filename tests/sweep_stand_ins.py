@@ -30,7 +30,7 @@ def until(holds: Callable[[], bool], seconds: float = 30) -> None:
 def train(arguments: list[str]) -> int:
     """As far as a sweep sees it: it resumes, saves on SIGTERM and ends by 75, fails where it is told to."""
     settings = dict(word.split("=", 1) for word in arguments if "=" in word)
-    run = Path(settings["output"])
+    run = Path(json.loads(settings["output"]))
     run.mkdir(parents=True, exist_ok=True)
     (run / "settings.json").write_text(json.dumps(settings))
     (run / "environment.json").write_text(json.dumps(dict(os.environ)))

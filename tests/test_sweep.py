@@ -15,8 +15,10 @@ from conftest import ROOT
 from sweep_stand_ins import until
 from sweeps import Driver, array, assert_whole, change, kill_half_way_and_resume, needs_ray, trainings
 
-from ppreid_dist.cli import _task
+from ppreid_dist.cli import _sweep, _task
+from ppreid_dist.data.dataset import DataConfig, prepare_shards
 from ppreid_dist.errors import ConfigError, DataError, PPReIDError, RunError, Stopped
+from ppreid_dist.experiment import Config
 from ppreid_dist.files import read_json, write_json
 from ppreid_dist.settings import load_settings
 from ppreid_dist.sweep import driver, progress
@@ -25,7 +27,7 @@ from ppreid_dist.sweep.claims import Claims
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import write_again
 from ppreid_dist.sweep.folder import open_folder
-from ppreid_dist.sweep.programs import Programs
+from ppreid_dist.sweep.programs import Programs, TrialFailed
 from ppreid_dist.sweep.space import Trial
 from ppreid_dist.sweep.trial import Worker
 from ppreid_dist.training.launcher import Launched
@@ -113,6 +115,74 @@ def test_a_failed_trial_is_a_row_and_can_be_tried_again(sweep_file: Path, tmp_pa
     assert again[0]["began"] >= failed["ended"] and again[1] == done
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_failed_training_that_another_trial_saw_to_can_be_tried_again(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strong = {"privacy.weight": 3}
+    methods = {"strong": strong, "rounded": strong | {"model.store.quantise": "int8"}}
+
+    def fail(command: list[str], done: Path, *, what: str, **how: Any) -> None:
+        done.parents[1].mkdir(parents=True, exist_ok=True)
+        raise TrialFailed(f"{what}: the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ppreid_dist.sweep.trial.carry_out", fail)
+        change(sweep_file, grid={}, methods={"strong": strong}, seeds=[0])
+        array(sweep_file)
+        change(sweep_file, methods=methods)
+        array(sweep_file, resume=True)
+    assert len(list(tmp_path.glob("out/trials/*/run.json"))) == 1
+    assert [row["status"] for row in array(sweep_file, resume=True, retry=True)["trials"]] == ["done", "done"]
+
+
+def test_a_training_gets_its_folder_whatever_that_is_called(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+
+    def read(command: list[str], *rest: Any, **how: Any) -> None:
+        given.extend(command[command.index("--resume") + 1 :])
+        raise TrialFailed("seen")
+
+    monkeypatch.setattr("ppreid_dist.sweep.trial.carry_out", read)
+    out = tmp_path / "a sweep #2: größer, 'with' \"quotes\""
+    change(sweep_file, output=str(out), grid={"privacy.weight": [1]}, seeds=[0])
+    front = array(sweep_file)
+    assert [row["reason"] for row in front["trials"]] == ["seen"]
+    assert load_settings(Config, None, given).output == f"{out}/trials/{front['trials'][0]['name']}/run"
+
+
+@pytest.mark.parametrize(
+    ("found", "complete", "status"),
+    [(["failed"], False, 0), (["failed"], True, 1), (["failed", "done"], True, 0), ([], False, 0)],
+)
+def test_a_sweep_fails_where_all_its_trials_did(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch, found: list[str], complete: bool, status: int
+) -> None:
+    """Not where a task of an array leaves the rest to others, which may not fail."""
+    front = {"trials": [{"status": each} for each in found], "expected": 2, "recommended": None, "complete": complete}
+    monkeypatch.setattr(driver, "sweep_in_array", lambda *arguments, **how: front)
+    assert _sweep(["--config", str(sweep_file), "--backend", "array"]) == status
+
+
+def test_shards_that_must_be_written_first_are_told_of(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def write(data: DataConfig, **how: Any) -> None:
+        said.append("written")
+        prepare_shards(data, **how)
+
+    monkeypatch.setattr("ppreid_dist.sweep.trial.prepare_shards", write)
+    change(sweep_file, settings=[f"data.shards={tmp_path / 'shards'}"])
+    worker = Worker(open_folder(load_settings(SweepConfig, sweep_file), resume=False))
+    worker.see_to_shards(said.append)
+    worker.see_to_shards(said.append)
+    assert said == [f"out: first the shards have to be written, {tmp_path / 'shards'}", "written"]
+
+
 def test_a_folder_that_holds_something_is_not_touched(sweep_file: Path, tmp_path: Path) -> None:
     def refused(kind: type[PPReIDError], message: str, *settings: str, **how: Any) -> None:
         def held() -> dict[Path, int]:
@@ -132,6 +202,7 @@ def test_a_folder_that_holds_something_is_not_touched(sweep_file: Path, tmp_path
     refused(ConfigError, r"^seeds: is \[3\] but .*sweep.json was begun with \[0, 1\]", "seeds=[3]", resume=True)
     refused(ConfigError, "^optimiser.lrr:", "grid.optimiser.lrr=[1]", f"output={tmp_path / 'other'}")
     refused(ConfigError, "^judge: its seed 1 is one of seeds", 'judge=["seed=1"]', f"output={tmp_path / 'other'}")
+    refused(ConfigError, r"^model\.bakbone: ", 'judge=["model.bakbone=x"]', f"output={tmp_path / 'other'}")
     refused(ConfigError, r"^judges: none\.onnx: no such file", "judges=[none.onnx]", f"output={tmp_path / 'other'}")
     change(sweep_file, settings=["data.synthetic.train=25"])
     with pytest.raises(DataError, match=r"written with data\.synthetic\.train=24, not with 25"):

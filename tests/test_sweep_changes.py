@@ -1,17 +1,20 @@
 """A sweep that goes on with other points, methods, attackers or judges: what stays, and what the front says."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from report_examples import good_report
 from sweeps import array, assert_whole, change, trainings
 
+from ppreid_dist.data.dataset import open_training
 from ppreid_dist.errors import ConfigError
 from ppreid_dist.experiment import Config
-from ppreid_dist.files import read_json, write_json
-from ppreid_dist.settings import load_settings
+from ppreid_dist.files import read_json, write_json, write_text
+from ppreid_dist.settings import load_settings, to_dict
 from ppreid_dist.sweep import driver
 from ppreid_dist.sweep.config import SweepConfig
 from ppreid_dist.sweep.driver import write_again
@@ -175,6 +178,57 @@ def test_what_is_trained_stays_where_it_is_when_the_rows_change(sweep_file: Path
     change(sweep_file, methods={"strong": strong}, settings=["attack.people=[0]", "attack.seeds=3"])
     array(sweep_file, resume=True, reattack=True)
     assert trainings(tmp_path / "both") == before
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_is_trained_stays_when_the_library_gets_another_setting(
+    sweep_file: Path, tmp_path: Path, finished: bool
+) -> None:
+    """An older version named a control and a judge by fewer settings, and finished them or left them half trained."""
+    change(sweep_file, grid={"privacy.weight": [1]}, seeds=[0])
+    array(sweep_file)
+    worker = Worker(open_folder(load_settings(SweepConfig, sweep_file), resume=True))
+    trial = Trial({"privacy.weight": 3}, 0)
+    for training in (worker._control(trial), worker._judge()):
+        config = worker.folder.run_config(training.overrides)
+        pictures, settings = open_training(config.data).fingerprint, to_dict(config)
+        del settings["data"]["remote"]
+        old = training.run.rename(training.run.with_name(f"{training.name[:-10]}0123456789"))
+        write_text(old / "config.yaml", yaml.safe_dump(settings))
+        write_json(old / "model" / "extractor.json", {"about": {"training pictures": pictures}})
+        if not finished:
+            shutil.rmtree(old / "model")
+            (old / "steps.txt").write_text("0\n1\n")
+            state = {"must match": {"the training pictures": pictures}}
+            write_json(old / "checkpoints" / "step_1" / "state.json", state)
+            write_text(old / "checkpoints" / "latest", "step_1\n")
+    before = trainings(tmp_path / "out")
+    assert worker._control(trial).run in before and worker._control(trial).name == "control-0123456789"
+    change(sweep_file, grid={"privacy.weight": [1, 3]})
+    rows = array(sweep_file, resume=True)["trials"]
+    assert [(row["control"], row["judge"]) for row in rows[1:]] == [("control-0123456789", "judge-0123456789")]
+    assert len(assert_whole(tmp_path / "out", controls=1, trials=2)["controls"]) == 2
+
+
+@pytest.mark.parametrize("other", ["a setting", "a setting that is gone", "pictures"])
+def test_what_is_trained_otherwise_is_another_control(sweep_file: Path, other: str) -> None:
+    worker = Worker(open_folder(load_settings(SweepConfig, sweep_file), resume=False))
+    trial = Trial({"privacy.weight": 3}, 0)
+    wanted = worker._control(trial)
+    config = worker.folder.run_config(wanted.overrides)
+    old = wanted.run.with_name("control-0123456789")
+
+    def keep(settings: dict[str, Any], pictures: str) -> None:
+        write_text(old / "config.yaml", yaml.safe_dump(settings))
+        write_json(old / "model" / "extractor.json", {"about": {"training pictures": pictures}})
+
+    pictures = open_training(config.data).fingerprint
+    keep(to_dict(config), pictures)
+    assert worker._control(trial).run == old
+    changed = {"a setting": {"optimiser": {"lr": 0.5}}, "a setting that is gone": {"colour": "red"}}
+    keep(to_dict(config) | changed.get(other, {}), "others" if other == "pictures" else pictures)
+    assert worker._control(trial).run == wanted.run
 
 
 @pytest.mark.parametrize("space", ["grid", "search"])

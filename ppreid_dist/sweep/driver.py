@@ -127,7 +127,7 @@ def _open(
     if reattack and (count := folder.forget_other_attackers()):
         say(f"{folder.path.name}: {count} trials are attacked again")
     worker = Worker(folder, programs or Programs())
-    worker.see_to_shards()
+    worker.see_to_shards(say)
     return worker
 
 

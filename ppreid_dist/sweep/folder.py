@@ -8,7 +8,8 @@ OUT/
     trained/                trainings of attackers, kept for all trials, each made by whoever comes first
     trials/NAME/
         settings.json       the point and the seed
-        run/                the training's folder, or that of a shared one stored in the trial's way
+        run/                the training's folder, or that of a shared one stored in the trial's way; run.json beside
+                            it: why it failed where another trial saw to it
         attack/             what `ppreid attack` wrote; `ppreid report` makes its page
         log.txt             all that they said
         trial.json          the trial's row; when it is there, the trial is finished
@@ -126,8 +127,9 @@ class Folder:
 
     def forget_failures(self) -> None:
         """Let what failed be tried again."""
-        for file in (self.path / "shared").glob("*.json"):
-            file.unlink(missing_ok=True)
+        for pattern in ("shared/*.json", "trials/*/run.json"):
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
         for trial in self.known():
             row = self.row(trial)
             if row is not None and row["status"] == "failed":
@@ -182,6 +184,7 @@ def open_folder(config: SweepConfig, *, resume: bool, reattack: bool = False, on
     base = load_settings(Config, config.base, config.settings)
     for settings in corners(config):
         load_settings(Config, config.base, [*config.settings, *as_overrides(settings)])
+    load_settings(Config, config.base, [*config.settings, *config.judge])
     for seed in config.seeds:
         if judge_seed(config) == seed:
             raise ConfigError(f"judge: its seed {seed} is one of seeds; an independent judge needs another")

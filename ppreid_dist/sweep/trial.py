@@ -17,7 +17,7 @@ from typing import Any
 from ppreid_dist.attack_setup import METHOD
 from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
-from ppreid_dist.experiment import compared
+from ppreid_dist.experiment import compared, load_run
 from ppreid_dist.files import read_json, write_json
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.claims import Claim
@@ -26,6 +26,7 @@ from ppreid_dist.sweep.folder import Folder, judge_seed
 from ppreid_dist.sweep.guard import guarded
 from ppreid_dist.sweep.programs import Programs, TrialFailed, carry_out
 from ppreid_dist.sweep.space import Trial, as_overrides
+from ppreid_dist.training.checkpoint import CheckpointFolder
 
 Look = Callable[[Path], None]  # is shown a training's folder while it trains
 
@@ -140,10 +141,13 @@ class Worker:
 
     # --- what trials share --------------------------------------------------------------------------------------
 
-    def see_to_shards(self) -> None:
+    def see_to_shards(self, say: Callable[[str], None] = lambda text: None) -> None:
         """The pictures' shards, written by whoever comes first. DataError where those that are there are others."""
         data = self.folder.run_config([]).data
-        while not (Path(data.shards) / "meta.json").is_file():
+        meta = Path(data.shards) / "meta.json"
+        if not meta.is_file():
+            say(f"{self.folder.path.name}: first the shards have to be written, {data.shards}")
+        while not meta.is_file():
             if (claim := self.folder.claims.take("shards")) is None:
                 time.sleep(self.wait)
                 continue
@@ -178,12 +182,16 @@ class Worker:
         return shared if wanted.count((trained, trial.seed)) > 1 else self._own(trial)
 
     def _shared(self, role: str, overrides: list[str], but: tuple[str, ...] = METHOD) -> Training:
-        """Found by all that it is made of, ``but`` these keys: data, backbone, schedule, seed."""
+        """Found by all that it is made of, ``but`` these keys: data, backbone, schedule, seed. An older version of this
+        library, which had fewer settings, named the same training otherwise."""
         config = self.folder.run_config(overrides)
-        made_of = list(compared(config, but).items())
-        made_of.append(("pictures", open_training(config.data).fingerprint))
-        name = f"{role}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:10]}"
+        made_of, pictures = compared(config, but), open_training(config.data).fingerprint
+        whole = json.dumps([*made_of.items(), ("pictures", pictures)], sort_keys=True)
+        name = f"{role}-{hashlib.sha256(whole.encode()).hexdigest()[:10]}"
         shared = self.folder.path / "shared"
+        if not (shared / name).is_dir():
+            begun = [file.parent for file in sorted(shared.glob(f"{role}-*/config.yaml"))]
+            name = next((run.name for run in begun if _is_made_of(run, made_of, pictures, but)), name)
         return Training(f"the {role}", name, shared / name, overrides, shared / f"{name}.log")
 
     def _see_to(self, trainings: list[Training], look: Look = lambda run: None) -> None:
@@ -216,7 +224,8 @@ class Worker:
             return
         run = training.run
         (run / "stop").unlink(missing_ok=True)  # of a wish that came when nothing ran any more
-        arguments = ["--config", str(self.folder.base), "--resume", *training.overrides, f"output={run}"]
+        output = f"output={json.dumps(str(run), ensure_ascii=False)}"  # as YAML: a path may have " #" or ": " in it
+        arguments = ["--config", str(self.folder.base), "--resume", *training.overrides, output]
         command = self.programs.train(self.folder.config.resources.processes, arguments)
         grouped = {**environment, "WANDB_RUN_GROUP": self.folder.path.name, "WANDB_NAME": training.name}
         self._start(command, training.finished, training.role, claim, grouped, training.log, lambda: look(run))
@@ -248,6 +257,24 @@ def _parts(trial: Trial) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the trial trains with, and what is put on the finished run."""
     stored = {key: value for key, value in trial.settings.items() if key.startswith(STORED)}
     return {key: value for key, value in trial.settings.items() if key not in stored}, stored
+
+
+def _is_made_of(run: Path, made_of: dict[str, Any], pictures: str, but: tuple[str, ...]) -> bool:
+    """Whether a run has just these settings, those that it doesn't know yet by their defaults, and saw no other
+    pictures."""
+    try:
+        return compared(load_run(run), but) == made_of and _pictures(run) in (None, pictures)
+    except PPReIDError:  # it has settings that are gone by now, or its checkpoint has just made way for the next
+        return False
+
+
+def _pictures(run: Path) -> str | None:
+    """The fingerprint of the pictures that a run is trained on; None before its first checkpoint."""
+    if (finished := run / "model" / "extractor.json").is_file():
+        return str(read_json(finished).get("about", {}).get("training pictures"))
+    if (newest := CheckpointFolder(run, keep=1).latest()) is None:
+        return None
+    return str(read_json(newest / "state.json")["must match"].get("the training pictures"))
 
 
 def _row(report: dict[str, Any], control: str, judge: str) -> dict[str, Any]:
