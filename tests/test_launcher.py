@@ -58,6 +58,7 @@ def test_auto_takes_the_launcher_s_word(
             "zero1.json: say zero_stage there",
         ),
         ({STEPS: "4"}, ("auto", "auto"), "engine.accumulate: the configuration says 2 but the launcher says 4"),
+        ({STEPS: "1.5"}, ("auto", "auto"), "engine.accumulate: the launcher's gradient_accumulation_steps is 1.5"),
         ({STEPS: "0"}, ("auto", "auto"), "engine.accumulate: the launcher's gradient_accumulation_steps is 0"),
         ({"ACCELERATE_USE_FSDP": "true"}, ("auto", "auto"), "engine.kind: the launcher says FSDP; there are ddp, "),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ("auto", "auto"), "engine.kind: the launcher says Megatron-LM"),
@@ -85,6 +86,11 @@ def test_contradictions(said: dict[str, str], settings: tuple[str, str], message
         ({"compute_grad_norm": False}, "compute_grad_norm: by the norm"),
         ({"bf16": True}, "bf16: not a section of settings"),
         ({"zero_optimization": None}, "zero_optimization: not a section of settings"),
+        ({"zero_optimization": {"stage": 2, "offload_param": "none"}}, r"offload_param: not a section of settings"),
+        ({"gradient_accumulation_steps": [1]}, r"engine\.accumulate: .*_steps is \[1\], not a number from 1"),
+        ({"gradient_accumulation_steps": 1.5}, r"engine\.accumulate: .*_steps is 1\.5, not a number from 1"),
+        ({"gradient_clipping": [1]}, "gradient_clipping: a number, or auto"),
+        ({"gradient_clipping": None}, "gradient_clipping: a number, or auto"),
     ],
 )
 def test_deepspeed_settings_that_no_engine_follows(tmp_path: Path, section: dict[str, object], message: str) -> None:
@@ -92,6 +98,14 @@ def test_deepspeed_settings_that_no_engine_follows(tmp_path: Path, section: dict
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | section))
     with pytest.raises(ConfigError, match=message):
         Launched.read({FLAG: "true", FILE: str(file)})
+
+
+def test_an_offload_of_nothing_is_as_if_it_were_not_said(tmp_path: Path) -> None:
+    """Accelerate asks what it says for a device."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": None, "offload_param": {}}}))
+    said = Launched.read({FLAG: "true", FILE: str(file)}).deepspeed
+    assert said == {"zero_optimization": {"stage": 2, "offload_param": {}}}
 
 
 def test_two_precisions_of_one_launcher(tmp_path: Path) -> None:

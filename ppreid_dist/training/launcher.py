@@ -22,6 +22,7 @@ _PREFIX = "ACCELERATE_"
 _FOREIGN = {"USE_FSDP": "FSDP", "USE_MEGATRON_LM": "Megatron-LM", "USE_PARALLELISM_CONFIG": "a parallelism_config"}
 _STEPS = "gradient_accumulation_steps"
 _FIELDS = {"zero_stage", "gradient_clipping", _STEPS, "offload_optimizer_device", "offload_param_device"}
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _Value = TypeVar("_Value", str, int)
 
 
@@ -94,10 +95,10 @@ def _agreed(key: str, configured: _Value, launched: _Value | None, *, auto: _Val
     return configured
 
 
-def _steps(said: str | int | None) -> int | None:
+def _steps(said: Any) -> int | None:
     """Gradient accumulation as the launcher says it: 1 is its default and contradicts nothing."""
     try:
-        steps = 1 if said in (None, "auto") else int(said)
+        steps = 1 if said in (None, "auto") else int(str(said))
     except ValueError:
         steps = 0
     if steps < 1:
@@ -150,6 +151,11 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
         if not isinstance(settings, dict) or not isinstance(settings.get(section, {}), dict):
             raise ConfigError(f"{where}: {section}: not a section of settings")
     zero = settings.get("zero_optimization", {})
+    for key in _OFFLOADS:
+        if zero.get(key, {}) is None:
+            del zero[key]  # DeepSpeed's own default, where Accelerate wants a section
+        if not isinstance(zero.get(key, {}), dict):
+            raise ConfigError(f"{where}: zero_optimization.{key}: not a section of settings")
     for wrong, reason in (
         (zero.get("stage") not in (1, 2, 3), "zero_optimization.stage: 1, 2 or 3 (without ZeRO, launch as MULTI_GPU)"),
         (_on(settings, "bf16"), "bf16: it rounds weights and BatchNorm's statistics; use torch_autocast"),
@@ -177,8 +183,9 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
             any(settings.get(key, "auto") != "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu")),
             "train_batch_size, train_micro_batch_size_per_gpu: auto, since data says it",
         ),
+        (not _is_clip(settings.get("gradient_clipping", "auto")), "gradient_clipping: a number, or auto"),
         (
-            any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")),
+            any(zero.get(key, {}).get("device", "none") != "none" for key in _OFFLOADS),
             "zero_optimization.offload_…: not tried with a GPU, and without one there is nothing to move",
         ),
     ):
@@ -189,3 +196,10 @@ def _deepspeed(said: Mapping[str, str]) -> dict[str, Any]:
 
 def _on(settings: Mapping[str, Any], section: str) -> bool:
     return str(settings.get(section, {}).get("enabled", False)).lower() == "true"
+
+
+def _is_clip(said: Any) -> bool:
+    try:
+        return said == "auto" or float(said) >= 0
+    except (TypeError, ValueError):
+        return False
