@@ -108,3 +108,18 @@ def test_no_more_is_enrolled_than_there_is() -> None:
     keep = make_store(StoreConfig(kind="rotation", key=9), 10)
     terms, found = read(keep(own), keep(own), own, np.arange(12), directions=16, config=CONFIG, seed=0)
     assert terms.shape == (12, 10) and off(found, terms) < 0.05
+
+
+def test_many_enrolled_say_where_a_layout_of_far_people_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept as cells so narrow that no way leads from one person to the next."""
+    people = looks(60, 1).repeat_interleave(10, 0)
+    people = F.normalize(people + 0.03 * torch.randn(600, DIMS, generator=torch.Generator().manual_seed(2)), dim=1)
+    own, stolen = people[:300], people[300:]
+    keep = make_store(StoreConfig(kind="cells", dim=1500, width=0.4, key=9), DIMS)
+    config = UnfoldedConfig(neighbours=[8], smoothed=[0], layout_steps=100, waves=WavesConfig(candidates=0))
+    errors = []
+    for enough in (enrolled.ENOUGH, 1000):
+        monkeypatch.setattr(enrolled, "ENOUGH", enough)
+        terms, found = read(keep(stolen), keep(own), own, np.arange(300), directions=DIMS, config=config, seed=0)
+        errors.append(off(found, stolen @ torch.linalg.lstsq(own, terms).solution))
+    assert errors[0] < 0.75 * errors[1], errors  # 0.88 and 1.68 were seen

@@ -7,11 +7,12 @@ the rotation or reflection that suits the pictures of the few people whom he has
 Psychometrika 1966), and then, by optimal transport, all others too (Wasserstein Procrustes; Grave, Joulin and Berthet,
 AISTATS 2019). What is stolen then reads like features that he has decoders for.
 
-Shapes: L entries of the stolen database, E pictures of enrolled people, N pictures of his own, D plain dim, S stored
-dim, K directions, X and Y points of two clouds.
+Shapes: L entries of the stolen database, P of these and of the enrolled, E pictures of enrolled people, N pictures of
+his own, D plain dim, S stored dim, K directions, X and Y points of two clouds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ppreid_dist.attacks.isomap import Manifold
 from ppreid_dist.attacks.layout import Flipped, Sharpened
+from ppreid_dist.attacks.propagation import propagated
 from ppreid_dist.attacks.unfolded import UnfoldedConfig, laid_out
 from ppreid_dist.attacks.waves import are_bits
 from ppreid_dist.models.stores.projected import main_directions
@@ -31,7 +33,8 @@ BLURS = (0.2, 0.1, 0.05, 0.03, 0.02)  # of the transport, one after another, in 
 TURNS = 4  # with each
 SHARE = 0.1  # of those whose place is known, against all others
 BALANCINGS = 50
-ENOUGH = 8  # enrolled pictures for each direction, from which on waves follow from them
+ENOUGH = 8  # enrolled pictures for each direction, from which on positions and waves follow from them
+LEFT_OUT = 5  # one of so many is then left out, to choose by
 
 
 def read(
@@ -46,18 +49,27 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """(N, K) float32 of his own pictures, and (L, K) of the stolen entries in the same terms.
 
-    ``rows_E`` says which of his own pictures ``enrolled_ES`` are. Bits are laid out by ``config``.
+    ``rows_E`` says which of his own pictures ``enrolled_ES`` are, a person's one behind another. Bits are laid out by
+    ``config``, in several ways: which is best the enrolled say, where they are so many that the last can be left out,
+    else how well the clouds fit.
     """
     own_NK = _main(plain_ND, min(directions, plain_ND.shape[1]))
-    pool_PS = torch.cat([stolen_LS, enrolled_ES]).float()
-    if are_bits(pool_PS):
-        told_EK = own_NK[torch.from_numpy(rows_E).to(own_NK.device)]
-        ways = _ways(pool_PS, own_NK.shape[1], told_EK, config, seed)
-    else:
-        ways = [_main(pool_PS, min(own_NK.shape[1], pool_PS.shape[1]))]
-    rows = torch.from_numpy(rows_E).to(own_NK.device)
-    found = [laid_onto(way[: len(stolen_LS)], own_NK, way[len(stolen_LS) :], own_NK[rows], seed=seed) for way in ways]
-    return own_NK.float(), min(found, key=lambda one: one[1])[0].float()
+    pool_PS, count = torch.cat([stolen_LS, enrolled_ES]).float(), len(stolen_LS)
+    told_EK = own_NK[torch.from_numpy(rows_E).to(own_NK.device)]
+    if not are_bits(pool_PS):
+        place_PK = _main(pool_PS, min(own_NK.shape[1], pool_PS.shape[1]))
+        return own_NK.float(), laid_onto(place_PK, own_NK, place_PK[count:], told_EK, seed=seed)[0][:count].float()
+    many = len(told_EK) > ENOUGH * own_NK.shape[1]
+    known_EK = told_EK[: -(len(told_EK) // LEFT_OUT)] if many else told_EK
+    best, least = own_NK.new_zeros(0), float("inf")
+    for way_PK in _ways(pool_PS, own_NK.shape[1], count, known_EK, many, config, seed):
+        enrolled_EK = way_PK[count : count + len(known_EK)]
+        found_PK, cost = laid_onto(way_PK, own_NK, enrolled_EK, known_EK, seed=seed)
+        if many:
+            cost = float((found_PK[count:] - told_EK)[len(known_EK) :].square().sum(1).mean())
+        if cost < least:
+            best, least = found_PK[:count], cost
+    return own_NK.float(), best.float()
 
 
 def _main(features_MD: Tensor, directions: int) -> Tensor:
@@ -66,23 +78,32 @@ def _main(features_MD: Tensor, directions: int) -> Tensor:
     return F.normalize(x_MD @ main_directions(x_MD)[:, :directions], dim=1)
 
 
-def _ways(pool_PS: Tensor, directions: int, told_EK: Tensor, config: UnfoldedConfig, seed: int) -> list[Tensor]:
-    """Positions of bits, float64, those sharpened by the waves behind them, and those of waves that follow from the
-    enrolled, the pool's last, where these are many: which are best the transport says."""
-    pool_PS = F.normalize(pool_PS, dim=1)
+def _ways(
+    pool_PS: Tensor,
+    directions: int,
+    first: int,
+    known_EK: Tensor,
+    many: bool,
+    config: UnfoldedConfig,
+    seed: int,
+) -> Iterator[Tensor]:
+    """Positions of bits, (P, K) float64, and those sharpened by the waves behind them. Where the places of ``many`` are
+    known, those of the pool from the ``first`` on, layouts also start from these, and waves follow from them."""
+    pool_PS, neighbours = F.normalize(pool_PS, dim=1), config.neighbours[0]
     draw = np.random.default_rng([seed, 0xE2])
     graph = pool_PS[torch.from_numpy(draw.permutation(len(pool_PS))[: config.entries])]
-    start_PK = Manifold(graph, config.neighbours[0], directions)(pool_PS)
-    ways = []
-    for smoothed in config.smoothed:
+    rows_E = np.arange(first, first + len(known_EK))
+    starts = [Manifold(graph, neighbours, directions)(pool_PS)]
+    if many:
+        starts.append(propagated(pool_PS, rows_E, known_EK, neighbours))
+    for start_PK, smoothed in product(starts, config.smoothed):
         layout = laid_out(pool_PS, start_PK, smoothed, config, seed)
-        ways.append(layout.places_LK)
+        yield layout.places_LK.double()
         if config.waves.candidates:
-            ways.append(Sharpened(layout, config.waves, seed).places_LK)
-    if config.waves.candidates and len(told_EK) > ENOUGH * directions:
-        rows_E = torch.arange(len(pool_PS) - len(told_EK), len(pool_PS), device=pool_PS.device)
-        ways.append(Flipped(pool_PS, rows_E, told_EK.float(), config.waves, seed).places_LK)
-    return [way.double() for way in ways]
+            yield Sharpened(layout, config.waves, seed).places_LK.double()
+    if many and config.waves.candidates:
+        rows = torch.from_numpy(rows_E).to(pool_PS.device)
+        yield Flipped(pool_PS, rows, known_EK.float(), config.waves, seed).places_LK.double()
 
 
 def laid_onto(
