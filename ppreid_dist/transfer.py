@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 
+def exact_products() -> None:
+    """Products of float32 matrices are of float32, also where an environment (as of some containers,
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) rounds them to TF32's three digits: by the fifth attackers tell a feature itself
+    from its neighbours."""
+    torch.set_float32_matmul_precision("highest")
+
+
 def default_device() -> torch.device:
-    """This process's GPU where there is one."""
+    """This process's GPU where there is one, set to :func:`exact_products`."""
+    exact_products()
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -33,6 +33,7 @@ from ppreid_dist.training.optimiser import OptimiserConfig, load_moments, make_o
 from ppreid_dist.training.reversal import ReversalAdversary
 from ppreid_dist.training.runner import Runner
 from ppreid_dist.training.tracking import read_metrics
+from ppreid_dist.transfer import exact_products
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +43,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def no_tf32() -> Iterator[None]:
-    """Convolutions round as the CPU's do: Adam's first steps take the sign of every gradient."""
+    """Convolutions and products round as the CPU's do: Adam's first steps take the sign of every gradient."""
+    exact_products()
     convolutions = torch.backends.cudnn.conv
     before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     yield

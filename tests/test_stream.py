@@ -322,9 +322,10 @@ def test_it_works_ahead_but_not_further_than_asked():
     ahead.close()
 
 
-@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", []), (None, [])])
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", ["cuda:3"]), ("cpu", []), (None, [])])
 def test_its_thread_has_the_process_s_gpu(monkeypatch, device, chosen):
     seen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # of the process's own thread
     monkeypatch.setattr(torch.cuda, "set_device", lambda on: seen.append((threading.current_thread().name, str(on))))
     assert list(Prefetcher(lambda x: (x, len(seen)), iter(range(3)), 1, device=device)) == [
         (x, len(chosen)) for x in range(3)

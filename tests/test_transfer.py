@@ -14,7 +14,7 @@ from ppreid_dist.settings import load_settings
 from ppreid_dist.training.engine import Engine
 from ppreid_dist.training.finite import FiniteWatch
 from ppreid_dist.training.runner import Runner
-from ppreid_dist.transfer import to_device
+from ppreid_dist.transfer import default_device, to_device
 
 FAR = torch.device("meta")  # stands in for a GPU: what asks it for a value fails
 
@@ -69,3 +69,10 @@ def test_a_round_never_waits_for_the_device(world: list[str], tmp_path: Path, mo
 def test_what_is_sent_is_what_was_there() -> None:
     x = torch.arange(6)
     assert torch.equal(to_device(x, "cpu"), x)
+
+
+def test_products_are_exact_whatever_the_environment_says() -> None:
+    """Else a feature of an attackers' database is taken for its own neighbour."""
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE has it in some containers
+    default_device()
+    assert torch.get_float32_matmul_precision() == "highest"

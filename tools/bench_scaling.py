@@ -46,6 +46,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             output = f"{folder}/{name}_{number}"
             settings, counted = timed(options.config, [*common, *way, f"output={output}"], options.steps)
             found = alone(_launch, options.config, settings, counted, number, options.threads, threads=1)
+            del found["peak_mb"]  # of the process that waited
             row = {"way": name, "processes": number, **found, "ratio": 0.0}
             row["images_per_second_a_rank"] = found["images_per_second"] / number
             first = next((first for first in rows if first["way"] == name), row)
@@ -56,7 +57,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _launch(file: str, settings: list[str], counted: int, processes: int, threads: int) -> dict[str, float]:
-    """A training under torchrun; ``peak_mb`` is that of its largest process."""
+    """A training under torchrun; ``host_peak_mb`` is what its largest process took of the host's memory."""
     config = load_settings(Config, file, settings)
     metrics, said = Path(config.output) / "metrics.jsonl", Path(f"{config.output}.log")
     with said.open("w") as log:
@@ -77,7 +78,7 @@ def _launch(file: str, settings: list[str], counted: int, processes: int, thread
         **step_times(config, counted),
         "wire_mb_a_step": wire / 1e6,
         "gradients_mb_a_step": 2 * (processes - 1) * gradients / 1e6,
-        "peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6,
+        "host_peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6,
     }
 
 

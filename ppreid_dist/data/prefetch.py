@@ -25,7 +25,10 @@ class Prefetcher(Generic[T, R]):
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
         self._stop = threading.Event()
         # The thread holds the queue and the event but not this object, whose __del__ could otherwise never run.
-        arguments = (work, items, self._queue, self._stop, None if device is None else torch.device(device))
+        where = None if device is None else torch.device(device)
+        if where is not None and where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())  # of this thread; the other begins with GPU 0
+        arguments = (work, items, self._queue, self._stop, where)
         self._thread = threading.Thread(target=_work_ahead, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -69,7 +72,7 @@ def _work_ahead(
 
     try:
         # A thread begins with GPU 0, where all processes of a node would then each have a context.
-        if device is not None and device.type == "cuda" and device.index is not None:
+        if device is not None and device.type == "cuda":
             torch.cuda.set_device(device)
         for item in items:
             if stop.is_set():

@@ -29,6 +29,7 @@ from ppreid_dist.training.finite import FiniteWatch
 from ppreid_dist.training.held import Held, Split, Whole
 from ppreid_dist.training.launcher import KINDS, PRECISIONS, Launched, meet_again
 from ppreid_dist.training.optimiser import OptimiserConfig
+from ppreid_dist.transfer import exact_products
 
 
 @dataclass(kw_only=True)
@@ -110,6 +111,7 @@ class Engine:
         self.kind, self.precision, self.accumulate, self.compile = kind, precision, accumulate, compile
         self.launched = launched
         expected = int(os.environ.get("WORLD_SIZE", "1"))
+        exact_products()
         check_gpus(kind)  # first, since what opens the group by ZeRO fails there in words of its own
         options = self._options(timeout)
         try:
