@@ -347,7 +347,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(text.encode(errors="backslashreplace").decode(), flush=True)  # a file's name may be any bytes
 
 
 def _guard(work: Callable[[], int]) -> NoReturn:

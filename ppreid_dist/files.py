@@ -23,8 +23,9 @@ from ppreid_dist.errors import DataError, TakenError
 
 def check_writable(folder: Path) -> None:
     """DataError naming it where it couldn't be made, or nothing be written into it; leaves nothing behind."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
+        # A link to nothing, or a name too long, is in the way, too.
+        there = next(path for path in (folder, *folder.absolute().parents) if path.is_symlink() or path.exists())
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as error:

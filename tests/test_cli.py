@@ -13,16 +13,26 @@ import pytest
 from commands import ppreid
 from conftest import ROOT
 
+from ppreid_dist.cli import _say
 from ppreid_dist.data.dataset import open_split
 from ppreid_dist.errors import DataError
 from ppreid_dist.experiment import Config
 from ppreid_dist.settings import load_settings
 
 
-@pytest.mark.parametrize("output", ["/proc/none/run", "README.md", "README.md/run"])
-def test_a_training_that_could_not_be_kept_is_refused_at_once(world: list[str], output: str) -> None:
+@pytest.mark.parametrize(
+    "output", ["/proc/none/run", "README.md", "README.md/run", 256 * "x", "{}/link", "{}/link/run"]
+)
+def test_a_training_that_could_not_be_kept_is_refused_at_once(world: list[str], tmp_path: Path, output: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    output = output.format(tmp_path)
     said = ppreid("train", *world, f"output={output}", expect=2).stderr
     assert re.search(rf"^error: {output}: can't be written to: [^\n]+\n$", said, re.MULTILINE)
+
+
+def test_what_is_said_may_hold_a_name_of_any_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    _say("größer \udcff")
+    assert capsys.readouterr().out == "größer \\udcff\n"
 
 
 def test_an_interrupted_command_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
