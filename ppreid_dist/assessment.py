@@ -43,6 +43,8 @@ def evaluate(run: Path, *, reranking: "Reranking | None" = None, progress: bool 
     With ``reranking`` the same after it too, under names that begin with ``reranked_``.
     """
     config, device = load_run(run), default_device()
+    for folder in (run, run / "features"):
+        check_writable(folder)  # or it would be known only when all is embedded
     saved = load_extractor(run / "model", device)
     query, gallery = (
         load_split(config.data, split, saved.size, device, progress=progress) for split in ("query", "gallery")

@@ -8,6 +8,7 @@ FILE.keys.txt       the pictures' files, a line each; of entries that are folder
 N pictures, or entries of several, S the stored dim, D the embedding's.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.evaluation.export import provenance, save_features, stored_features
 from ppreid_dist.evaluation.tracklets import padded, stored_means, unit_embeddings
 from ppreid_dist.experiment import load_run
+from ppreid_dist.files import check_writable
 from ppreid_dist.models.folder import load_extractor
 from ppreid_dist.progress import progress_bar, say
 from ppreid_dist.transfer import default_device
@@ -47,8 +49,9 @@ def write_features(
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: {out} must end in .safetensors")
-    if out.exists():
+    if os.path.lexists(out):
         raise RunError(f"{out}: already exists; choose another --out")
+    check_writable(out)  # or it would be known only when all is embedded
     files = [file for picture in pictures for file in _files(picture, told=progress)]
     for file in files:
         _check_name(file)

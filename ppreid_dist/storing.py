@@ -4,6 +4,8 @@ Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid at
 trained with protection: then DIR also gets the generator that it was trained against, for the adaptive attacker.
 """
 
+import json
+import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +17,7 @@ from ppreid_dist.data.stream import load_pictures
 from ppreid_dist.errors import ConfigError, DataError, RunError
 from ppreid_dist.evaluation.export import stored_features
 from ppreid_dist.experiment import Config, load_run
-from ppreid_dist.files import atomic
+from ppreid_dist.files import atomic, check_writable
 from ppreid_dist.models.folder import load_extractor, save_extractor
 from ppreid_dist.models.store import KINDS, make_store
 from ppreid_dist.models.stores.base import PUBLIC_KEY, StoreConfig
@@ -30,17 +32,19 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
 
     ``out`` appears whole or not at all; returns how it stores. ConfigError for any other setting, one that its kind
     doesn't have, or none that changes anything; RunError where ``run`` isn't finished or stores otherwise already, or
-    ``out`` is there.
+    ``out`` is there; DataError where it can't be written.
     """
     for setting in settings:
         if not setting.startswith(STORED):
             raise ConfigError(f"{setting.partition('=')[0]}: can't be changed after training; only {STORED}* can")
-    if out.exists():
+    if os.path.lexists(out):
         raise RunError(f"{out}: already exists; choose another --out")
+    check_writable(out)  # or it would be known only when all is fitted
     before = load_run(run)
     if (how := before.model.store.in_words) != "plain":
         raise RunError(f"{run}: its features are stored as {how} already; store the plain run")
-    config = load_settings(Config, run / "config.yaml", [*settings, f"output={out}"])
+    output = f"output={json.dumps(str(out), ensure_ascii=False)}"  # as YAML: a path may have " #" or ": " in it
+    config = load_settings(Config, run / "config.yaml", [*settings, output])
     chosen = config.model.store
     for key in (setting.partition("=")[0].removeprefix(STORED).partition(".")[0] for setting in settings):
         if key not in ("kind", "quantise", *KINDS[chosen.kind].uses):

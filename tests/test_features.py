@@ -14,7 +14,7 @@ from safetensors import safe_open
 from ppreid_dist import files
 from ppreid_dist.errors import DataError, RunError
 from ppreid_dist.evaluation.export import provenance, stored_in_words
-from ppreid_dist.experiment import Config, train
+from ppreid_dist.experiment import Config, load_run, train
 from ppreid_dist.features import write_features
 from ppreid_dist.files import read_json, read_tensors, write_json, write_tensors
 from ppreid_dist.models.stores.base import StoreConfig
@@ -101,6 +101,45 @@ def test_mistakes_are_one_line_and_leave_nothing(run: Path, tmp_path: Path) -> N
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert message in line and "Traceback" not in said
     assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.parametrize("out", ["/proc/none/new", "{}/file/new", "{}/" + 250 * "x", "{}/link/new"])
+def test_what_could_not_be_written_is_refused_before_anything_is_decoded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.setattr("ppreid_dist.data.decode.Decoder.decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("ppreid_dist.storing.load_extractor", lambda *_: pytest.fail("went on"))
+    for name in ("file", "a.jpg"):
+        (tmp_path / name).touch()
+    for name in ("link", "link.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    out = out.format(tmp_path)
+    file, folder = f"{out}.safetensors", f"{out}.{7 * 'x'}"
+    said = ppreid("features", str(run), str(tmp_path / "a.jpg"), "--out", file, expect=2).stderr
+    assert said.startswith(f"error: {file}: can't be written to: ")
+    said = ppreid("store", str(run), "--out", folder, "model.store.kind=signs", expect=2).stderr
+    assert said.startswith(f"error: {folder}: can't be written to: ")
+    for arguments in (["features", str(run), str(tmp_path / "a.jpg")], ["store", str(run), "model.store.kind=signs"]):
+        said = ppreid(*arguments, "--out", str(tmp_path / "link.safetensors"), expect=2).stderr
+        assert "link.safetensors: already exists; choose another --out" in said
+
+
+def test_an_evaluation_that_could_not_be_written_is_refused_at_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppreid_dist.assessment.load_extractor", lambda *_: pytest.fail("went on"))
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("features"))
+    (tmp_path / "run" / "features").touch()
+    said = ppreid("evaluate", str(tmp_path / "run"), expect=2).stderr
+    assert said == f"error: {tmp_path / 'run' / 'features'}: can't be written to: Not a directory\n"
+
+
+def test_a_run_may_be_stored_in_a_folder_of_any_name(run: Path, tmp_path: Path) -> None:
+    for name in ("st: 1", "a #2", "0123", "größer 😀"):
+        ppreid("store", str(run), "--out", str(tmp_path / name), "model.store.kind=signs")
+        assert load_run(tmp_path / name).output == str(tmp_path / name)
+    said = ppreid("store", str(run), "--out", str(tmp_path / "\udcff"), "model.store.kind=signs", expect=2).stderr
+    assert said.startswith("error: output: ") and said.endswith("is not UTF-8\n")
 
 
 def test_hidden_files_are_passed_over_and_other_endings_told(
