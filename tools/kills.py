@@ -117,12 +117,17 @@ def difference(run: Path, reference: Path) -> str | None:
     return next((f"{run}: {name} differs" for name in mine if not torch.equal(mine[name], other[name])), None)
 
 
+def given_path(key: str, path: Path) -> str:
+    """A setting, whatever the path is called."""
+    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
+
+
 def prepared(out: Path, config: str, given: list[str]) -> list[str]:
     """The settings of all runs, whose shards are written. ConfigError where ``out`` has something in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} isn't empty; name a new folder, or remove it")
-    here = {"data.root": out / "pictures", "data.shards": out / "shards"}
-    settings = [*TINY, *(f"{key}={json.dumps(str(path))}" for key, path in here.items()), *given]
+    here = [given_path("data.root", out / "pictures"), given_path("data.shards", out / "shards")]
+    settings = [*TINY, *here, *given]
     prepare_shards(load_settings(Config, config, settings).data, progress=False)
     return settings
 
@@ -142,7 +147,7 @@ def main() -> None:
     except PPReIDError as error:
         sys.exit(f"error: {error}")
     common = ["--config", options.config, "--resume", *settings]
-    statuses, said = wait(start_ranks(options.processes, *common, f"output={json.dumps(str(out / 'untouched'))}"))
+    statuses, said = wait(start_ranks(options.processes, *common, given_path("output", out / "untouched")))
     if any(statuses):
         sys.exit(f"the untouched run failed: {statuses}\n{said}")
 
@@ -153,7 +158,7 @@ def main() -> None:
     runs, run = 1, out / "run1"
     with tqdm(total=options.kills, desc="kills", unit="kill") as bar:
         while sum(tried.values()) < options.kills or pending:
-            arguments = [*common, f"output={json.dumps(str(run))}"]
+            arguments = [*common, given_path("output", run)]
             if sum(tried.values()) < options.kills:
                 kind = KINDS[sum(tried.values()) % len(KINDS)]
                 problem = attempt(kind, options.processes, arguments, run, chance)
