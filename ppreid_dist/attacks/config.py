@@ -62,7 +62,7 @@ class AttackConfig(Settings):
         "how well both sides match people is counted after k-reciprocal re-ranking, as a gallery does that has it",
     )
     resamples: int = option(2000, "bootstrap resamples of the identities", at_least=10)
-    seed: int = option(0, "everything is drawn from it", at_least=0)
+    seed: int = option(0, "everything is drawn from it", at_least=0, at_most=2**63 - 1)
     seeds: int = option(
         1,
         "trainings of every attacker that is drawn at random; its held-out people choose the one that counts",

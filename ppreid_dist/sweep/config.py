@@ -54,7 +54,7 @@ class SweepConfig(Settings):
         False,
         "end trials early whose training loss is in the worse half; only where λ and the whole objective are fixed",
     )
-    seeds: list[int] = option([0], "every point is trained with each of these", at_least=0)
+    seeds: list[int] = option([0], "every point is trained with each of these", at_least=0, at_most=2**63 - 1)
     judge: list[str] = option([], "key=value of the judge over base and settings; its seed is one of its own")
     judges: list[str] = option([], "further judges of every trial, each with its axis: .onnx files and runs' folders")
     axis: str = option(
