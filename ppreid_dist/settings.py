@@ -7,6 +7,7 @@ every mistake is one line which starts with the full key.
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import types
@@ -113,6 +114,11 @@ def load_settings(schema: type[S], file: str | Path | None, overrides: Sequence[
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {_reason(error)}") from None
     return _build(schema, plain, "")
+
+
+def path_override(key: str, path: Path) -> str:
+    """The override that sets ``key`` to a path of any name: YAML sees comments and keys in " #" and ": "."""
+    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
 
 
 def _is_text(schema: type[Settings], key: str) -> bool:

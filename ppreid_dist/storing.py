@@ -4,7 +4,6 @@ Nothing is trained. DIR is a run of its own for `ppreid evaluate` and `ppreid at
 trained with protection: then DIR also gets the generator that it was trained against, for the adaptive attacker.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from ppreid_dist.files import atomic, check_writable
 from ppreid_dist.models.folder import load_extractor, save_extractor
 from ppreid_dist.models.store import KINDS, make_store
 from ppreid_dist.models.stores.base import PUBLIC_KEY, StoreConfig
-from ppreid_dist.settings import load_settings, save_settings
+from ppreid_dist.settings import load_settings, path_override, save_settings
 from ppreid_dist.transfer import default_device
 
 STORED = "model.store."
@@ -43,8 +42,7 @@ def store(run: Path, out: Path, settings: Sequence[str], *, progress: bool = Tru
     before = load_run(run)
     if (how := before.model.store.in_words) != "plain":
         raise RunError(f"{run}: its features are stored as {how} already; store the plain run")
-    output = f"output={json.dumps(str(out), ensure_ascii=False)}"  # as YAML: a path may have " #" or ": " in it
-    config = load_settings(Config, run / "config.yaml", [*settings, output])
+    config = load_settings(Config, run / "config.yaml", [*settings, path_override("output", out)])
     chosen = config.model.store
     for key in (setting.partition("=")[0].removeprefix(STORED).partition(".")[0] for setting in settings):
         if key not in ("kind", "quantise", *KINDS[chosen.kind].uses):

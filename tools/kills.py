@@ -13,7 +13,6 @@ checkpoint must be the untouched run's, bit for bit; then a new run begins, unti
 """
 
 import argparse
-import json
 import random
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from ppreid_dist.data.dataset import prepare_shards
 from ppreid_dist.errors import ConfigError, PPReIDError
 from ppreid_dist.experiment import Config
 from ppreid_dist.files import read_tensors
-from ppreid_dist.settings import load_settings
+from ppreid_dist.settings import load_settings, path_override
 from ppreid_dist.training.checkpoint import CheckpointFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,16 +116,11 @@ def difference(run: Path, reference: Path) -> str | None:
     return next((f"{run}: {name} differs" for name in mine if not torch.equal(mine[name], other[name])), None)
 
 
-def given_path(key: str, path: Path) -> str:
-    """A setting, whatever the path is called."""
-    return f"{key}={json.dumps(str(path), ensure_ascii=False)}"
-
-
 def prepared(out: Path, config: str, given: list[str]) -> list[str]:
     """The settings of all runs, whose shards are written. ConfigError where ``out`` has something in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: {out} isn't empty; name a new folder, or remove it")
-    here = [given_path("data.root", out / "pictures"), given_path("data.shards", out / "shards")]
+    here = [path_override("data.root", out / "pictures"), path_override("data.shards", out / "shards")]
     settings = [*TINY, *here, *given]
     prepare_shards(load_settings(Config, config, settings).data, progress=False)
     return settings
@@ -147,7 +141,7 @@ def main() -> None:
     except PPReIDError as error:
         sys.exit(f"error: {error}")
     common = ["--config", options.config, "--resume", *settings]
-    statuses, said = wait(start_ranks(options.processes, *common, given_path("output", out / "untouched")))
+    statuses, said = wait(start_ranks(options.processes, *common, path_override("output", out / "untouched")))
     if any(statuses):
         sys.exit(f"the untouched run failed: {statuses}\n{said}")
 
@@ -158,7 +152,7 @@ def main() -> None:
     runs, run = 1, out / "run1"
     with tqdm(total=options.kills, desc="kills", unit="kill") as bar:
         while sum(tried.values()) < options.kills or pending:
-            arguments = [*common, given_path("output", run)]
+            arguments = [*common, path_override("output", run)]
             if sum(tried.values()) < options.kills:
                 kind = KINDS[sum(tried.values()) % len(KINDS)]
                 problem = attempt(kind, options.processes, arguments, run, chance)

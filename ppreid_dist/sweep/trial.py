@@ -19,6 +19,7 @@ from ppreid_dist.data.dataset import open_training, prepare_shards
 from ppreid_dist.errors import PPReIDError, Stopped
 from ppreid_dist.experiment import compared, load_run
 from ppreid_dist.files import read_json, write_json
+from ppreid_dist.settings import path_override
 from ppreid_dist.storing import STORED
 from ppreid_dist.sweep.claims import Claim
 from ppreid_dist.sweep.config import WEIGHT
@@ -224,7 +225,7 @@ class Worker:
             return
         run = training.run
         (run / "stop").unlink(missing_ok=True)  # of a wish that came when nothing ran any more
-        output = f"output={json.dumps(str(run), ensure_ascii=False)}"  # as YAML: a path may have " #" or ": " in it
+        output = path_override("output", run)
         arguments = ["--config", str(self.folder.base), "--resume", *training.overrides, output]
         command = self.programs.train(self.folder.config.resources.processes, arguments)
         grouped = {**environment, "WANDB_RUN_GROUP": self.folder.path.name, "WANDB_NAME": training.name}
