@@ -11,7 +11,7 @@ from torch import Tensor
 from ppreid_dist.attacks.averaged import ITSELF
 from ppreid_dist.attacks.layout import Flipped, Layout, Sharpened
 from ppreid_dist.attacks.plateau import Split
-from ppreid_dist.attacks.unfolded import Own, UnfoldedConfig, positions
+from ppreid_dist.attacks.unfolded import Own, UnfoldedConfig, UnfoldedRegression, positions
 from ppreid_dist.attacks.waves import FlippedWaves, Waves, WavesConfig, are_bits
 from ppreid_dist.models.store import make_store
 from ppreid_dist.models.stores.base import StoreConfig, quantise_int8
@@ -148,3 +148,19 @@ def test_who_reads_cells_has_a_layout_where_no_waves_are_found() -> None:
         assert found is not None
         residuals.append(found.residual)
     assert residuals == [residuals[0]] * 3
+
+
+def test_another_training_draws_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same split of people: by layouts, and not by decoders alone, several trainings differ."""
+    drawn: list[int] = []
+
+    def note(pool_LD: Tensor, start_LK: Tensor, smoothed: int, config: UnfoldedConfig, seed: int) -> Layout:
+        drawn.append(seed)
+        return Layout(pool_LD, start_LK, steps=2, lr=0.05, smoothed=smoothed, seed=seed)
+
+    monkeypatch.setattr("ppreid_dist.attacks.unfolded.laid_out", note)
+    attacker = UnfoldedRegression(replace(READING, starts=["isomap"]))
+    features, pictures = unit(60, 2), torch.zeros(60, 3, 16, 8, dtype=torch.uint8)
+    for seed in (3, 4):
+        attacker.entrants(features, pictures, Split.of(np.arange(60) // 3, 0), seed)
+    assert set(drawn) == {3, 4}
